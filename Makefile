@@ -1,0 +1,52 @@
+# `make demo` and `make test` need Python 3.11 or newer with pip, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check test-all format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/.installed ## Fetch the target's weights (once) and ask about a picture
+	$(BIN)/mm-c2c fetch
+	$(BIN)/python demos/quickstart.py
+
+test: $(VENV)/.installed-dev ## Run the tests: CPU, offline, about a minute
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev ## Formatting, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev ## Also the slow tests and those that download
+	$(BIN)/python -m pytest -m "not gpu"
+
+format: $(VENV)/.installed-dev ## Format, and fix what lint can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove the virtual environment and tool caches; downloaded weights stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find mm_c2c demos tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make installing a no-op until one of INPUTS changes.
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	@echo "Installing mm-c2c into $(VENV) (torch is large: minutes the first time)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
+	@echo "Installing mm-c2c and its tools into $(VENV) (torch is large: minutes the first time)"
+	@$(INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.installed $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mm-c2c needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Say which: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,27 @@
+"""Hand a frozen model's KV cache, not its words, to a frozen text LLM."""
+
+from mm_c2c.align import Alignment
+from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs, LinkConfig, Perception, Target
+from mm_c2c.cache import CacheShape, PatchGrid, SourceCache
+from mm_c2c.errors import MMC2CError
+from mm_c2c.fuser import CacheFuser, FuserConfig
+from mm_c2c.sources import Source, SourceInput, source_class
+
+__all__ = [
+    "Alignment",
+    "Bridge",
+    "BridgeConfig",
+    "CacheFuser",
+    "CacheShape",
+    "FusedInputs",
+    "FuserConfig",
+    "LinkConfig",
+    "MMC2CError",
+    "PatchGrid",
+    "Perception",
+    "Source",
+    "SourceCache",
+    "SourceInput",
+    "Target",
+    "source_class",
+]

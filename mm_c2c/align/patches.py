@@ -1,0 +1,261 @@
+"""An image's patches to target slots: pooled by window, or read by a learned resampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_c2c.align import Alignment
+from mm_c2c.cache import PatchGrid, SourceCache
+from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
+
+# Half a period of the finest wave is 1/128 of the image: finer than any grid in use (64 x 64).
+NUM_FREQUENCIES = 8
+
+
+def align_pooled(
+    cache: SourceCache, slots: PatchGrid, target_index: Tensor, image: int | None = 0
+) -> Alignment:
+    """Pool each image's patch grid to a grid of slots, in reading order.
+
+    The windows are those of `torch.nn.functional.adaptive_avg_pool2d`: they cover every patch and
+    may overlap by one; where the grid is smaller than the slots, neighbouring slots repeat a patch.
+    Rows of the batch may differ in grid size.
+
+    Args:
+        cache: the source's cache; every row must have the image.
+        slots: rows and columns of slots an image gets.
+        target_index: `(batch, num_slots)` int64, positions of the slots in the target's prompt.
+        image: which of a row's images; None takes all of them, one's slots after the other's.
+    """
+    if min(slots) < 1:
+        raise AlignmentError(f"expected at least one row and column of slots, got {slots}")
+    rows = []
+    for row in range(cache.batch_size):
+        images = _images(cache, row) if image is None else [image]
+        index, weights = _pool_row(cache, row, images, slots)
+        _check_num_slots(len(index), target_index, row)
+        rows.append((index, weights))
+    k = max(index.shape[1] for index, _ in rows)
+    weights = torch.stack([_widen(weights, k) for _, weights in rows])
+    return Alignment(
+        source_index=torch.stack([_widen(index, k) for index, _ in rows]),
+        weights=weights,
+        target_index=target_index,
+        mask=weights.sum(2) > 0,
+    )
+
+
+def align_all(cache: SourceCache, num_slots: int, target_index: Tensor) -> Alignment:
+    """Let every slot read every patch of its row's images, with equal weights.
+
+    Args:
+        cache: the source's cache; every row must have an image.
+        num_slots: slots a row gets.
+        target_index: `(batch, num_slots)` int64, positions of the slots in the target's prompt.
+
+    Returns:
+        An alignment whose k is the largest number of patches of a row; the entries beyond a
+        row's own patches weigh 0.
+    """
+    if num_slots < 1:
+        raise AlignmentError(f"expected at least one slot, got {num_slots}")
+    _check_num_slots(num_slots, target_index, 0)
+    rows = [_positions_of_row(cache, row) for row in range(cache.batch_size)]
+    k = max(len(positions) for positions in rows)
+    index = torch.stack([_widen(positions, k) for positions in rows])
+    weights = torch.stack(
+        [_widen(torch.full_like(p, 1 / len(p), dtype=torch.float32), k) for p in rows]
+    )
+    return Alignment(
+        source_index=index.unsqueeze(1).expand(-1, num_slots, -1),
+        weights=weights.unsqueeze(1).expand(-1, num_slots, -1),
+        target_index=target_index,
+        mask=torch.ones_like(target_index, dtype=torch.bool),
+    )
+
+
+def patch_coordinates(cache: SourceCache) -> Tensor:
+    """Where each patch lies in its image, whatever the image's grid.
+
+    Returns:
+        `(batch, seq_len, 2)` float32: row and column of the patch's centre in (0, 1), from the
+        top left; 0 where no patch stands.
+    """
+    coordinates = torch.zeros((*cache.patches.shape[:2], 2), device=cache.patches.device)
+    for row, grids in enumerate(cache.grids):
+        for image, grid in enumerate(grids):
+            positions = _patch_positions(cache, row, image)
+            size = torch.tensor(grid, device=coordinates.device)
+            coordinates[row, positions] = (cache.patches[row, positions, 1:] + 0.5) / size
+    return coordinates
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """Everything needed to rebuild a `PatchResampler` before its weights are loaded.
+
+    Attributes:
+        width: channels inside and of the result.
+        num_slots: slots a row gets.
+        num_heads: attention heads; they must divide `width`.
+        source_width: channels of the source's states.
+    """
+
+    width: int
+    num_slots: int
+    num_heads: int
+    source_width: int
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_slots", "num_heads", "source_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.num_heads:
+            raise ConfigError(f"num_heads {self.num_heads} does not divide width {self.width}")
+
+
+class PatchResampler(nn.Module):
+    """Learned slots that attend over an image's patches (as BLIP-2's and Perceiver's queries).
+
+    There is no residual around the attention: a slot holds nothing but what it read.
+    """
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.slots = nn.Parameter(torch.randn(config.num_slots, config.width))
+        self.source_in = nn.Linear(config.source_width, config.width)
+        self.place_in = nn.Linear(4 * NUM_FREQUENCIES, config.width)
+        self.norm = nn.LayerNorm(config.width)
+        self.query = nn.Linear(config.width, config.width)
+        self.key_value = nn.Linear(config.width, 2 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, states: Tensor, coordinates: Tensor, alignment: Alignment) -> Tensor:
+        """Read the patches into the slots.
+
+        Args:
+            states: `(batch, source_len, source_width)`.
+            coordinates: `(batch, source_len, 2)` in [0, 1], from `patch_coordinates`.
+            alignment: which positions each slot may read, such as `align_all` gives; a weight
+                says only yes (above 0) or no, for the attention finds its own.
+
+        Returns:
+            `(batch, num_slots, width)`; zero where the alignment's mask is False.
+        """
+        batch, source_len, _ = states.shape
+        num_slots, heads = self.config.num_slots, self.config.num_heads
+        if alignment.mask.shape != (batch, num_slots):
+            raise ShapeError(
+                f"expected an alignment of (batch={batch}, num_slots={num_slots}), got "
+                f"{tuple(alignment.mask.shape)}"
+            )
+        # Added up rather than set: the entries of weight 0 all point at position 0.
+        readable = alignment.weights.new_zeros(batch, num_slots, source_len)
+        readable = readable.scatter_add(2, alignment.source_index, alignment.weights) > 0
+
+        places = self.place_in(_fourier(coordinates).to(states.dtype))
+        patches = self.norm(self.source_in(states) + places)
+        keys, values = self.key_value(patches).unflatten(2, (2 * heads, -1)).chunk(2, dim=2)
+        queries = self.query(self.slots).unflatten(1, (heads, -1)).expand(batch, -1, -1, -1)
+        read = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=readable.unsqueeze(1),
+        )
+        slots = self.out(read.transpose(1, 2).flatten(2))
+        return slots.masked_fill(~alignment.mask.unsqueeze(2), 0)
+
+
+def _fourier(coordinates: Tensor) -> Tensor:
+    """`(..., 2)` in [0, 1] to sines and cosines, `(..., 4 * NUM_FREQUENCIES)`."""
+    octaves = torch.arange(NUM_FREQUENCIES, device=coordinates.device)
+    angles = (coordinates.unsqueeze(-1) * math.pi * 2**octaves).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _images(cache: SourceCache, row: int) -> range:
+    """All images of a row; it must have one."""
+    if not cache.grids[row]:
+        raise AlignmentError(f"row {row} has no image with a patch grid")
+    return range(len(cache.grids[row]))
+
+
+def _patch_positions(cache: SourceCache, row: int, image: int) -> Tensor:
+    """Positions of one image's patches in reading order: `(rows * cols,)`."""
+    grids = cache.grids[row]
+    if not 0 <= image < len(grids):
+        raise AlignmentError(f"row {row} has no image {image}: it has {len(grids)} patch grids")
+    grid, patches = grids[image], cache.patches[row]
+    if min(grid) < 1:
+        raise AlignmentError(f"row {row}, image {image}: its patch grid is empty, {grid}")
+    positions = (patches[:, 0] == image).nonzero().flatten()
+    cells = patches[positions, 1] * grid.cols + patches[positions, 2]
+    positions = positions[cells.argsort()]
+    axes = (torch.arange(size, device=patches.device) for size in grid)
+    if not torch.equal(patches[positions, 1:], torch.cartesian_prod(*axes)):
+        raise AlignmentError(
+            f"row {row}, image {image}: expected one position for each patch of a "
+            f"{grid.rows} x {grid.cols} grid, got {len(positions)} that do not fill it"
+        )
+    return positions
+
+
+def _positions_of_row(cache: SourceCache, row: int) -> Tensor:
+    """Positions of all patches of a row, image by image."""
+    return torch.cat([_patch_positions(cache, row, image) for image in _images(cache, row)])
+
+
+def _pool_row(
+    cache: SourceCache, row: int, images: Sequence[int], slots: PatchGrid
+) -> tuple[Tensor, Tensor]:
+    """Positions and weights of the windows of some of a row's images, `(num_slots, k)` each."""
+    pooled = []
+    for image in images:
+        positions = _patch_positions(cache, row, image)
+        cells, weights = (t.to(positions.device) for t in _windows(cache.grids[row][image], slots))
+        pooled.append((positions[cells].masked_fill(weights == 0, 0), weights))
+    k = max(weights.shape[1] for _, weights in pooled)
+    index, weights = (torch.cat([_widen(t, k) for t in part]) for part in zip(*pooled, strict=True))
+    return index, weights
+
+
+@lru_cache(maxsize=256)
+def _windows(grid: PatchGrid, slots: PatchGrid) -> tuple[Tensor, Tensor]:
+    """Cells of each slot's window and their weights, `(num_slots, k)` each. Do not modify them."""
+    windows = [
+        [row * grid.cols + col for row in rows for col in cols]
+        for rows in _bins(grid.rows, slots.rows)
+        for cols in _bins(grid.cols, slots.cols)
+    ]
+    k = max(map(len, windows))
+    cells = torch.tensor([window + [0] * (k - len(window)) for window in windows])
+    sizes = torch.tensor([len(window) for window in windows]).unsqueeze(1)
+    return cells, torch.where(torch.arange(k) < sizes, 1 / sizes, 0.0)
+
+
+def _bins(size: int, num_bins: int) -> list[range]:
+    """One axis of adaptive average pooling: floor of a bin's start to ceiling of its end."""
+    return [range(i * size // num_bins, -(-(i + 1) * size // num_bins)) for i in range(num_bins)]
+
+
+def _widen(values: Tensor, k: int) -> Tensor:
+    """Zeros appended to the last dimension, up to k entries."""
+    return F.pad(values, (0, k - values.shape[-1]))
+
+
+def _check_num_slots(num_slots: int, target_index: Tensor, row: int) -> None:
+    """Refuse a target that has more or fewer positions than slots."""
+    if target_index.ndim != 2 or target_index.shape[1] != num_slots:
+        raise AlignmentError(
+            f"row {row} gets {num_slots} slots, but target_index is {tuple(target_index.shape)}; "
+            "expected (batch, num_slots)"
+        )

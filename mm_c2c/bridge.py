@@ -1,0 +1,589 @@
+"""`Bridge`: sources, fusers and a target; a picture goes in, the frozen target answers.
+
+The target's prompt is `before · slots · question · tail`. `perceive` makes the cache of the first
+two parts once; `fuse` adds a question and gives everything that `target.generate` takes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from mm_c2c.align import Alignment
+from mm_c2c.align.patches import align_pooled
+from mm_c2c.align.tokens import align_tokens, locate_text, token_spans
+from mm_c2c.cache import (
+    CacheOrigin,
+    CacheShape,
+    LayerKV,
+    PatchGrid,
+    SourceCache,
+    fork,
+    read_layers,
+    repeat_rows,
+    with_layers,
+)
+from mm_c2c.config import from_dict
+from mm_c2c.errors import (
+    AlignmentError,
+    ConfigError,
+    InputError,
+    MismatchError,
+    ShapeError,
+    UnsupportedError,
+)
+from mm_c2c.fuser import CacheFuser, FuserConfig
+from mm_c2c.rope import RopeSpec, derotate, rotate
+from mm_c2c.sources.base import FrozenReader, Source, SourceInput, count_positions, full_cache
+from mm_c2c.sources.text import render_chat
+
+GEOMETRIES = ("slots", "aligned")
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+# Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
+_SLOTS_MARK = "\ufffc"
+# Known to give wrong output over a prefilled cache in transformers 5.23, without an error.
+_REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """One way from a source into the target.
+
+    Attributes:
+        source: name of the source.
+        geometry: `slots` gives a picture places of its own in the target's prompt; `aligned` adds
+            to the words that both models read.
+        fuser: the fuser's shape.
+        rows: rows of slots a picture gets; its patches are pooled to them.
+        cols: columns of slots a picture gets.
+    """
+
+    source: str
+    geometry: str
+    fuser: FuserConfig
+    rows: int = 4
+    cols: int = 4
+
+    def __post_init__(self) -> None:
+        if self.geometry not in GEOMETRIES:
+            raise ConfigError(
+                f"geometry must be one of {', '.join(GEOMETRIES)}, got {self.geometry!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """What the link's weights are saved under."""
+        return f"{self.source}_{self.geometry}"
+
+    @property
+    def num_slots(self) -> int:
+        """Slots a picture gets."""
+        return self.rows * self.cols if self.geometry == "slots" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """Links, and how the target is prompted.
+
+    Attributes:
+        links: in the order in which their slots stand.
+        system: the system message; None leaves it to the chat template.
+        slot_token: one token of the target's vocabulary; the fuser's difference is added to what
+            the target makes of it.
+    """
+
+    links: tuple[LinkConfig, ...]
+    system: str | None = None
+    slot_token: str = " image"
+
+    def __post_init__(self) -> None:
+        names = [link.name for link in self.links]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"expected one link or more, no two alike, got {names}")
+
+
+class Perception(NamedTuple):
+    """What the sources saw, in the target's cache: ask it any number of questions.
+
+    Attributes:
+        input_ids: `(batch, prefix_len)`: the prompt up to the last slot.
+        past_key_values: the target's fused cache of those positions.
+    """
+
+    input_ids: Tensor
+    past_key_values: Cache
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return self.input_ids.shape[0]
+
+
+class FusedInputs(TypedDict):
+    """Everything that `target.generate` takes; the cache covers all but the last few tokens."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    past_key_values: Cache
+
+
+class Target(FrozenReader):
+    """The frozen text LLM that answers.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its fast tokenizer.
+        name: Hub id or folder.
+        revision: the Hub's commit, where there is one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(model.eval().requires_grad_(requires_grad=False), name, revision)
+        self.tokenizer = tokenizer
+
+
+class Bridge(nn.Module):
+    """Sources, the fusers that are trained, and the target.
+
+    Args:
+        target: the LLM that answers.
+        sources: by the names that the links use.
+        config: links and prompt.
+    """
+
+    def __init__(self, target: Target, sources: Mapping[str, Source], config: BridgeConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Plain attributes: the frozen models are no submodules, are not saved and never trained.
+        self.target = target
+        self.sources = dict(sources)
+        for link in config.links:
+            if link.source not in sources:
+                raise ConfigError(
+                    f"a link names source {link.source!r}; sources given: {sorted(sources)}"
+                )
+            _check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
+            _check_shape("the target", link.fuser.target, target.shape)
+        self.fusers = nn.ModuleDict({link.name: CacheFuser(link.fuser) for link in config.links})
+        ids = target.tokenizer(config.slot_token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ConfigError(
+                f"slot_token {config.slot_token!r} is {len(ids)} tokens of the target; choose one "
+                "that is a single token"
+            )
+        self._slot_id = ids[0]
+        self._prefix_memo: dict[tuple[int, ...], Cache] = {}
+
+    # --- what the sources saw -------------------------------------------------------------
+
+    def perceive(self, images: Image.Image | Sequence[Image.Image], text: str = "") -> Perception:
+        """Look once: prefill the sources and fuse their slots.
+
+        Args:
+            images: a picture, or one for each row of a batch.
+            text: what the sources read beside the picture; empty leaves them question-blind.
+        """
+        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        inputs = [SourceInput(text=text, images=(picture,)) for picture in pictures]
+        named = {link.source for link in self.config.links if link.geometry == "slots"}
+        with torch.no_grad():
+            return self.fuse_slots({name: self.sources[name].prefill(inputs) for name in named})
+
+    def fuse_slots(self, caches: Mapping[str, SourceCache]) -> Perception:
+        """Fuse source caches into the slots of the target's prompt.
+
+        Args:
+            caches: by source name; the slots of a source that is absent are left out.
+        """
+        links = [link for link in self.config.links if link.num_slots and link.source in caches]
+        sizes = {caches[link.source].batch_size for link in links} or {1}
+        if len(sizes) > 1:
+            raise ShapeError(f"the sources' caches differ in batch size: {sorted(sizes)}")
+        batch = sizes.pop()
+        before, _ = self._template()
+        ids = list(before)
+        places = {}
+        for link in links:
+            places[link.name] = range(len(ids), len(ids) + link.num_slots)
+            ids += [self._slot_id] * link.num_slots
+        cache = repeat_rows(self._prefill_prefix(tuple(ids)), batch)
+        input_ids = torch.tensor(ids, device=self.device).expand(batch, -1)
+        positions = torch.arange(len(ids), device=self.device).expand(batch, -1)
+        for link in links:
+            source = caches[link.source]
+            index = torch.tensor(places[link.name], device=self.device).expand(batch, -1)
+            alignment = align_pooled(source, PatchGrid(link.rows, link.cols), index)
+            cache = self._write(link, source, alignment, cache, positions)
+        return Perception(input_ids, cache)
+
+    # --- questions ------------------------------------------------------------------------
+
+    def fuse(
+        self,
+        perception: Perception | None,
+        questions: Sequence[str],
+        caches: Mapping[str, SourceCache] | None = None,
+    ) -> FusedInputs:
+        """Add a question to each row, and fuse the words that sources have read too.
+
+        Args:
+            perception: from `perceive`; one row serves all questions. None asks without slots.
+            questions: one a row.
+            caches: for `aligned` links, the sources' caches of the same questions.
+
+        Returns:
+            What `target.generate` takes. Hand it a copy of the cache to use it twice: generating
+            grows it.
+        """
+        for question in questions:
+            if not question.strip():
+                raise InputError("the question is empty; ask something")
+        perception = perception or self.fuse_slots({})
+        if perception.batch_size not in (1, len(questions)):
+            raise ShapeError(
+                f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
+                "give as many, or one"
+            )
+        prefix_len = perception.input_ids.shape[1]
+        repeats = len(questions) // perception.batch_size
+        cache = repeat_rows(perception.past_key_values, repeats)
+        ids, mask, spans = self._question_ids(questions)
+        prefix = perception.input_ids.expand(len(questions), -1)
+        input_ids = torch.cat([prefix, ids], dim=1)
+        attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
+        links = [
+            link
+            for link in self.config.links
+            if link.geometry == "aligned" and link.source in (caches or {})
+        ]
+        if links:
+            cache = self._prefill_rest(cache, input_ids, attention_mask)
+            positions = count_positions(attention_mask)[:, :-1]
+            spans = torch.cat([spans.new_full((len(questions), prefix_len, 2), -1), spans], dim=1)
+            for link in links:
+                source = caches[link.source]  # type: ignore[index]  # a link is only here with one
+                alignment = align_tokens(
+                    source.spans,
+                    spans[:, :-1],
+                    _answer_start(source.kinds != 0),
+                    _answer_start(attention_mask[:, :-1] != 0),
+                )
+                cache = self._write(link, source, alignment, cache, positions)
+        return FusedInputs(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        perception: Perception | None,
+        questions: Sequence[str],
+        caches: Mapping[str, SourceCache] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Answer by `target.generate(**kwargs)`; several sequences a question follow each other."""
+        fused = self.fuse(perception, questions, caches)
+        out = self._generate(fused, **kwargs)
+        return self.target.tokenizer.batch_decode(
+            out[:, fused["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+
+    def stream(
+        self,
+        perception: Perception | None,
+        question: str,
+        caches: Mapping[str, SourceCache] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """Answer one question, piece by piece as it is decoded."""
+        with torch.no_grad():
+            fused = self.fuse(perception, [question], caches)
+        streamer = TextIteratorStreamer(
+            self.target.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with torch.no_grad():
+                    self._generate(fused, streamer=streamer, **kwargs)
+            except BaseException as error:  # noqa: BLE001, raised again in the caller's thread
+                failure.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        yield from streamer
+        worker.join()
+        if failure:
+            raise failure[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target is."""
+        return self.target.model.device
+
+    # --- files ----------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the fusers and the references of the frozen models; nothing else.
+
+        Args:
+            folder: made if it is not there.
+            dtype: of the saved weights; float16 halves the file.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            k: v.detach().to(dtype).contiguous() for k, v in self.fusers.state_dict().items()
+        }
+        header = {
+            "format": 1,
+            "bridge": asdict(self.config),
+            "target": self.target.origin._asdict(),
+            "sources": {name: s.origin._asdict() for name, s in self.sources.items()},
+        }
+        scratch = folder / (WEIGHTS_NAME + ".part")
+        save_file(weights, scratch, {"format": "pt"})
+        scratch.replace(folder / WEIGHTS_NAME)
+        (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, target: Target, sources: Mapping[str, Source]
+    ) -> Bridge:
+        """Load fusers for exactly the models they were trained for.
+
+        Raises:
+            MismatchError: a file is missing or damaged, or the fusers belong to other models.
+        """
+        folder = Path(folder)
+        header = read_header(folder)
+        _check_origin("target", header["target"], target.origin)
+        for name, origin in header["sources"].items():
+            if name not in sources:
+                raise MismatchError(f"{folder} needs a source named {name!r} ({origin['model']})")
+            _check_origin(f"source {name!r}", origin, sources[name].origin)
+        bridge = cls(target, sources, _bridge_config(header["bridge"]))
+        bridge.fusers.load_state_dict(_read_weights(folder / WEIGHTS_NAME, bridge.fusers))
+        return bridge.eval()
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _template(self) -> tuple[list[int], str]:
+        """Tokens before the slots, and the text after the question."""
+        rendered = render_chat(self.target.tokenizer, f"{_SLOTS_MARK}?", self.config.system)
+        before, _, after = rendered.partition(_SLOTS_MARK)
+        ids = self.target.tokenizer(before, add_special_tokens=False)["input_ids"]
+        return ids, after[1:]
+
+    def _question_ids(self, questions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded `input_ids` and mask after the slots, and spans in each question."""
+        _, tail = self._template()
+        tokenizer = self.target.tokenizer
+        asked = [question.strip() for question in questions]
+        texts = [f"\n{question}{tail}" for question in asked]
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        spans = torch.full((len(rows), width, 2), -1)
+        for row, (tokens, text, question) in enumerate(zip(rows, texts, asked, strict=True)):
+            ids[row, width - len(tokens) :] = torch.tensor(tokens)
+            mask[row, width - len(tokens) :] = 1
+            spans[row, width - len(tokens) :] = locate_text(
+                token_spans(tokenizer, text), text, question, start=1
+            )
+        return ids.to(self.device), mask.to(self.device), spans.to(self.device)
+
+    def _prefill_prefix(self, ids: tuple[int, ...]) -> Cache:
+        """The target's own cache of a fixed prefix: a pure function of the ids, kept."""
+        if ids not in self._prefix_memo:
+            cache = full_cache(self.target.model)
+            if ids:
+                with torch.no_grad():
+                    self.target.model(
+                        torch.tensor([ids], device=self.device), past_key_values=cache
+                    )
+            self._prefix_memo[ids] = cache
+        return self._prefix_memo[ids]
+
+    def _prefill_rest(self, cache: Cache, input_ids: Tensor, mask: Tensor) -> Cache:
+        """The target reads on, up to all but the last token."""
+        cache = fork(cache)
+        done = cache.get_seq_length()
+        self.target.model(
+            input_ids[:, done:-1],
+            attention_mask=mask[:, :-1],
+            position_ids=count_positions(mask)[:, done:-1],
+            past_key_values=cache,
+        )
+        return cache
+
+    def _write(
+        self,
+        link: LinkConfig,
+        source: SourceCache,
+        alignment: Alignment,
+        cache: Cache,
+        positions: Tensor,
+    ) -> Cache:
+        """A cache in which one link's fuser has written its differences."""
+        _check_shape(f"the cache of source {link.source!r}", link.fuser.source, source.shape)
+        raw = link.fuser.raw_keys
+        layers, indices = read_layers(cache)
+        own_rope = [self.target.rope(int(positions.max()) + 1)[index] for index in indices]
+        index = alignment.target_index
+        own = _stack(layers)
+        picked = own.gather(
+            3, index[None, :, None, :, None, None].expand(*own.shape[:3], -1, *own.shape[4:])
+        )
+        where = positions.gather(1, index)
+        picked_keys = picked[..., 0, :]
+        if not raw:
+            picked_keys = _per_spec(derotate, picked_keys, where, own_rope)
+        target_states = torch.stack([picked_keys, picked[..., 1, :]], dim=-2)
+
+        states = _stack(source.layers)
+        if not raw:
+            keys = _per_spec(derotate, states[..., 0, :], source.position_ids, source.rope)
+            states = torch.stack([keys, states[..., 1, :]], dim=-2)
+        flat = states.permute(1, 3, 0, 4, 2, 5)
+        gathered = alignment.gather(flat.flatten(2)).unflatten(2, flat.shape[2:])
+        aligned = gathered.permute(2, 0, 1, 3, 4, 5).flatten(4)
+
+        fuser = self.fusers[link.name]
+        delta = fuser(
+            aligned.float(), target_states.transpose(2, 3).transpose(3, 4).flatten(4).float()
+        )
+        heads = own.shape[2]
+        delta = delta.unflatten(-1, (heads, -1)).permute(0, 1, 4, 2, 3, 5)
+        delta_keys, delta_values = delta[..., 0, :], delta[..., 1, :]
+        if not raw:
+            delta_keys = _per_spec(rotate, delta_keys, where, own_rope)
+        keep = alignment.mask[None, :, None, :, None]
+        at = index[None, :, None, :, None].expand_as(delta_keys)
+        written = {}
+        new_keys = own[..., 0, :].scatter_add(3, at, (delta_keys * keep).to(own.dtype))
+        new_values = own[..., 1, :].scatter_add(3, at, (delta_values * keep).to(own.dtype))
+        for layer, layer_index in enumerate(indices):
+            written[layer_index] = LayerKV(new_keys[layer], new_values[layer])
+        return with_layers(cache, written)
+
+    def _generate(self, fused: FusedInputs, **kwargs: Any) -> Tensor:
+        for name in _REFUSED:
+            if kwargs.get(name) is not None:
+                raise UnsupportedError(
+                    f"{name}: assisted decoding over a prefilled cache gives wrong output in "
+                    "transformers 5.23; leave it out"
+                )
+        rows = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        cache = repeat_rows(fused["past_key_values"], rows)
+        return self.target.model.generate(
+            input_ids=fused["input_ids"],
+            attention_mask=fused["attention_mask"],
+            past_key_values=cache,
+            **kwargs,
+        )
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """The config of a saved bridge: links, prompt, and the models it was trained for."""
+    path = folder / CONFIG_NAME
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MismatchError(f"{folder} is not a saved bridge: {path.name} is missing") from error
+    except json.JSONDecodeError as error:
+        raise MismatchError(f"{path} is damaged: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != 1:
+        raise MismatchError(f"{path} is not a saved bridge of format 1")
+    return header
+
+
+def _bridge_config(data: Mapping[str, Any]) -> BridgeConfig:
+    links = tuple(from_dict(LinkConfig, link) for link in data["links"])
+    return from_dict(BridgeConfig, {**data, "links": links})
+
+
+def _read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Weights from a safetensors file, strictly those that the module has."""
+    expected = module.state_dict()
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise MismatchError(f"{path} is missing or unreadable: {error}") from error
+    except SafetensorError as error:
+        raise MismatchError(f"{path} is damaged or cut off: {error}; fetch it again") from error
+    if found.keys() != expected.keys():
+        missing = sorted(expected.keys() - found.keys())
+        extra = sorted(found.keys() - expected.keys())
+        raise MismatchError(f"{path}: missing weights {missing[:5]}, unknown ones {extra[:5]}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise MismatchError(
+                f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+def _check_shape(what: str, expected: CacheShape, found: CacheShape) -> None:
+    if expected != found:
+        raise MismatchError(f"{what}: the fuser was made for {expected}, got {found}")
+
+
+def _check_origin(what: str, expected: Mapping[str, Any], found: CacheOrigin) -> None:
+    wanted = CacheOrigin(**expected)
+    if wanted != found:
+        raise MismatchError(
+            f"{what}: the fuser was trained with {wanted.model!r} at revision {wanted.revision!r} "
+            f"({wanted.model_type}), got {found.model!r} at {found.revision!r} ({found.model_type})"
+        )
+
+
+def _stack(layers: Sequence[LayerKV]) -> Tensor:
+    """`(layers, batch, heads, seq_len, 2, head_dim)`: K at 0, V at 1."""
+    try:
+        return torch.stack([torch.stack([kv.keys, kv.values], dim=3) for kv in layers])
+    except RuntimeError as error:
+        raise AlignmentError(f"layers of unlike shape cannot be fused together: {error}") from error
+
+
+def _per_spec(
+    turn: Any, keys: Tensor, positions: Tensor, specs: Sequence[RopeSpec | None]
+) -> Tensor:
+    """Rotate or derotate `(layers, batch, heads, len, head_dim)`, layers of one kind at once."""
+    if len(set(specs)) == 1:
+        layers, _, heads = keys.shape[:3]
+        side_by_side = keys.transpose(0, 1).flatten(1, 2)
+        turned = turn(side_by_side, positions, specs[0])
+        return turned.unflatten(1, (layers, heads)).transpose(0, 1)
+    return torch.stack([turn(k, positions, s) for k, s in zip(keys, specs, strict=True)])
+
+
+def _answer_start(real: Tensor) -> Tensor:
+    """Anchors `(batch, len)`: 1 at the last real position of each row, 0 elsewhere."""
+    places = torch.arange(1, real.shape[1] + 1, device=real.device)
+    last = (real * places).argmax(1)
+    return torch.zeros(real.shape, dtype=torch.long, device=real.device).scatter(
+        1, last.unsqueeze(1), 1
+    )

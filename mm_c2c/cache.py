@@ -1,0 +1,220 @@
+"""`SourceCache`: what a frozen source model understood, in one type for all sources.
+
+This is the one file that touches `Cache.layers` of transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from mm_c2c.errors import ShapeError, UnsupportedError
+from mm_c2c.rope import RopeSpec
+
+
+class PositionKind(IntEnum):
+    """What stands at one position of a source's prompt."""
+
+    PAD = 0
+    TEMPLATE = 1
+    TEXT = 2
+    IMAGE = 3
+    STATE = 4
+    ACTION = 5
+
+
+class PatchGrid(NamedTuple):
+    """Rows and columns of one image's patches, after merging, in reading order."""
+
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """Geometry of a model's cache: everything a fuser must know to be built.
+
+    Attributes:
+        num_layers: layers that hold K and V (others are left out, see `layer_indices`).
+        num_key_value_heads: heads of K and V.
+        head_dim: channels of one head.
+    """
+
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Channels of K (or V) with the heads flattened."""
+        return self.num_key_value_heads * self.head_dim
+
+
+class LayerKV(NamedTuple):
+    """Keys and values of one layer, each `(batch, num_key_value_heads, seq_len, head_dim)`."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class CacheOrigin(NamedTuple):
+    """Which model wrote a cache."""
+
+    model: str
+    revision: str | None
+    model_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCache:
+    """K and V of a source's prompt, and what stands at each position.
+
+    Keys are post-RoPE, as the model left them; `rope` says how to take the rotation off.
+
+    Attributes:
+        layers: one `LayerKV` a layer that holds K and V.
+        layer_indices: the decoder layer each of `layers` came from.
+        position_ids: `(batch, seq_len)`, or `(3, batch, seq_len)` for M-RoPE.
+        kinds: `(batch, seq_len)` of `PositionKind`.
+        patches: `(batch, seq_len, 3)`: image index, row, column; -1 where no patch stands.
+        grids: for each row of the batch, the patch grid of each of its images.
+        spans: `(batch, seq_len, 2)`: start and end in `texts`, in characters; -1 without text.
+        texts: for each row of the batch, the natural text that `spans` count in.
+        rope: one entry a layer; None where the layer does not rotate its keys.
+        origin: the model that wrote the cache.
+    """
+
+    layers: tuple[LayerKV, ...]
+    layer_indices: tuple[int, ...]
+    position_ids: Tensor
+    kinds: Tensor
+    patches: Tensor
+    grids: tuple[tuple[PatchGrid, ...], ...]
+    spans: Tensor
+    texts: tuple[str, ...]
+    rope: tuple[RopeSpec | None, ...]
+    origin: CacheOrigin
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UnsupportedError(f"{self.origin.model} left no layer with keys and values")
+        batch, seq_len = self.kinds.shape
+        for index, (keys, values) in zip(self.layer_indices, self.layers, strict=True):
+            if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[2] != seq_len:
+                raise ShapeError(
+                    f"layer {index}: expected keys and values of (batch={batch}, heads, "
+                    f"seq_len={seq_len}, head_dim), got {tuple(keys.shape)}, {tuple(values.shape)}"
+                )
+        if len(self.rope) != len(self.layers):
+            raise ShapeError(f"{len(self.layers)} layers but {len(self.rope)} rope entries")
+
+    @property
+    def shape(self) -> CacheShape:
+        """Geometry of the cache; a cache of uneven layers has none and raises."""
+        sizes = {(kv.keys.shape[1], kv.keys.shape[3]) for kv in self.layers}
+        if len(sizes) > 1:
+            raise ShapeError(f"layers differ in (heads, head_dim): {sorted(sizes)}")
+        heads, head_dim = sizes.pop()
+        return CacheShape(num_layers=len(self.layers), num_key_value_heads=heads, head_dim=head_dim)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return self.kinds.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """Positions a row, padding included."""
+        return self.kinds.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of K and V together."""
+        return sum(kv.keys.nbytes + kv.values.nbytes for kv in self.layers)
+
+    def select(self, rows: Tensor) -> SourceCache:
+        """Rows of the batch, in the order given.
+
+        Args:
+            rows: `(new_batch,)` indices into the batch; repeats are allowed.
+        """
+        order = rows.tolist()
+        return replace(
+            self,
+            layers=tuple(LayerKV(kv.keys[rows], kv.values[rows]) for kv in self.layers),
+            position_ids=self.position_ids[..., rows, :],
+            kinds=self.kinds[rows],
+            patches=self.patches[rows],
+            grids=tuple(self.grids[i] for i in order),
+            spans=self.spans[rows],
+            texts=tuple(self.texts[i] for i in order),
+        )
+
+
+def read_layers(cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
+    """K and V of each layer that has them, and those layers' indices.
+
+    Layers without keys (linear attention, shared K and V) are left out.
+    """
+    found = [(kv, index) for index in range(len(cache.layers)) if (kv := _read(cache, index))]
+    if not found:
+        raise UnsupportedError("no layer of this cache holds keys and values")
+    layers, indices = zip(*found, strict=True)
+    return layers, indices
+
+
+def _read(cache: Cache, index: int) -> LayerKV | None:
+    keys = getattr(cache.layers[index], "keys", None)
+    values = getattr(cache.layers[index], "values", None)
+    if keys is None or values is None or not keys.numel():
+        return None
+    return LayerKV(keys, values)
+
+
+def fork(cache: Cache) -> Cache:
+    """A copy that can grow without touching the original; tensors are shared."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    return new
+
+
+def with_layers(cache: Cache, layers: dict[int, LayerKV]) -> Cache:
+    """A copy of `cache` in which the named layers hold other keys and values.
+
+    Args:
+        cache: the cache to copy; it is not changed.
+        layers: by layer index, tensors shaped like the ones they replace.
+    """
+    new = fork(cache)
+    for index, (keys, values) in layers.items():
+        old = _read(cache, index)
+        if old is None:
+            raise ShapeError(f"layer {index} holds no keys and values that could be replaced")
+        if keys.shape != old.keys.shape or values.shape != old.values.shape:
+            raise ShapeError(
+                f"layer {index}: expected {tuple(old.keys.shape)}, got "
+                f"{tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        layer: Any = new.layers[index]
+        layer.keys = keys.to(old.keys.dtype)
+        layer.values = values.to(old.values.dtype)
+    return new
+
+
+def repeat_rows(cache: Cache, times: int) -> Cache:
+    """A copy of `cache` in which each row stands `times` times in succession."""
+    new = fork(cache)
+    if times > 1:
+        new.batch_repeat_interleave(times)
+    return new
+
+
+def empty_spans(batch: int, seq_len: int) -> Tensor:
+    """`(batch, seq_len, 2)` of -1: no position holds text."""
+    return torch.full((batch, seq_len, 2), -1, dtype=torch.long)

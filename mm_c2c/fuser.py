@@ -1,0 +1,272 @@
+"""The Cache Fuser: the only trained part (Fu et al., arXiv:2510.03215).
+
+For each target layer, `K' = K + gate * weight * projection`, and likewise for V:
+
+    source K, V ─▶ projection ─▶ hidden ─▶ heads ──▶ difference
+    target K, V ─┘                  └────▶ weight      * weight * gate
+
+All keys in here are without rotation. Every stage is one batched product over stacked layers; the
+output projection starts at zero, so that an untrained fuser changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_c2c.align.layers import KINDS, layer_map, mix_init
+from mm_c2c.cache import CacheShape
+from mm_c2c.errors import ConfigError, ShapeError
+
+PRESETS = ("small", "c2c")
+GATES = ("sigmoid", "straight_through")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuserConfig:
+    """Everything needed to rebuild a `CacheFuser` before its weights are loaded.
+
+    Attributes:
+        source: geometry of the source's cache.
+        target: geometry of the target's cache.
+        preset: `small` shares one projection of the source among all target layers and ends in
+            low-rank heads; `c2c` has the paper's shape, one wide block a layer for K and for V.
+        layers: which source layer feeds which target layer: `proportional`, `terminal`, or `mix`,
+            a learned mix of all of them.
+        hidden_size: width of the projection; the paper's is 1024.
+        rank: inner width of `small`'s heads.
+        gate: `sigmoid` is open by degrees, `straight_through` open or closed. Either is one
+            function in training and in inference.
+        raw_keys: fuse keys with their rotation on, as the paper does; an ablation.
+    """
+
+    source: CacheShape
+    target: CacheShape
+    preset: str = "small"
+    layers: str = "mix"
+    hidden_size: int = 256
+    rank: int = 96
+    gate: str = "sigmoid"
+    raw_keys: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("preset", PRESETS), ("layers", (*KINDS, "mix")), ("gate", GATES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.layers == "explicit":
+            raise ConfigError("layers: an explicit map cannot be written in a FuserConfig")
+        for name in ("hidden_size", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def c2c(cls, source: CacheShape, target: CacheShape) -> FuserConfig:
+        """The paper's own shape and choices, for comparison; its gate excepted."""
+        return cls(
+            source=source,
+            target=target,
+            preset="c2c",
+            layers="terminal",
+            hidden_size=1024,
+            gate="straight_through",
+            raw_keys=True,
+        )
+
+
+class Projected(NamedTuple):
+    """What a projection makes of aligned K and V.
+
+    Attributes:
+        difference: `(target_layers, tokens, 2, target_width)`; 0 is K, 1 is V.
+        weight_logits: `(target_layers, tokens, 2, target_heads)`.
+    """
+
+    difference: Tensor
+    weight_logits: Tensor
+
+
+class Projection(Protocol):
+    """The part in which presets differ."""
+
+    def __call__(self, source: Tensor, target: Tensor) -> Projected:
+        """Project `(source_layers, tokens, 2, width)` and `(target_layers, tokens, 2, width)`."""
+
+
+class CacheFuser(nn.Module):
+    """Turns a source's aligned K and V into a difference to the target's own.
+
+    Args:
+        config: shape and choices.
+    """
+
+    def __init__(self, config: FuserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = (
+            SharedProjection(config) if config.preset == "small" else LayerwiseProjection(config)
+        )
+        self.gate_logits = nn.Parameter(torch.full((config.target.num_layers, 2), 2.0))
+        fed = torch.ones(config.target.num_layers, dtype=torch.bool)
+        if config.layers != "mix":
+            fed = layer_map(config.layers, config.source.num_layers, config.target.num_layers).mask
+        self.fed: Tensor
+        self.register_buffer("fed", fed, persistent=False)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def gates(self) -> Tensor:
+        """How open each layer is: `(target_layers, 2)` in [0, 1]; column 0 is K, 1 is V."""
+        soft = torch.sigmoid(self.gate_logits)
+        if self.config.gate == "straight_through":
+            soft = (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+        return soft * self.fed.unsqueeze(1)
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Shut all gates: what is fused then equals the target's own, bit for bit."""
+        self.gate_logits.fill_(-torch.inf)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Differences to add to the target's K and V.
+
+        Args:
+            source: `(source_layers, batch, target_len, 2, source_width)`: aligned K (without
+                rotation) and V, heads flattened.
+            target: `(target_layers, batch, target_len, 2, target_width)`: the target's own.
+
+        Returns:
+            `(target_layers, batch, target_len, 2, target_width)`; zero where a gate is closed.
+        """
+        self._check(source, "source", self.config.source)
+        self._check(target, "target", self.config.target)
+        shape = self.config.target
+        difference, logits = self.projection(source.flatten(1, 2), target.flatten(1, 2))
+        weighted = difference.unflatten(-1, (shape.num_key_value_heads, shape.head_dim))
+        weighted = weighted * torch.sigmoid(logits).unsqueeze(-1)
+        gated = weighted * self.gates()[:, None, :, None, None]
+        return gated.reshape(target.shape)
+
+    @staticmethod
+    def _check(states: Tensor, name: str, shape: CacheShape) -> None:
+        expected = (shape.num_layers, 2, shape.width)
+        if states.ndim != 5 or (states.shape[0], *states.shape[3:]) != expected:
+            raise ShapeError(
+                f"{name}: expected (layers={shape.num_layers}, batch, target_len, 2, "
+                f"width={shape.width}), got {tuple(states.shape)}; is this fuser made for "
+                "other models?"
+            )
+
+
+class Stacked(nn.Module):
+    """Linear maps of several layers, stacked: `(layers, tokens, in)` to `(layers, tokens, out)`."""
+
+    def __init__(self, layers: int, inputs: int, outputs: int, *, zero: bool = False) -> None:
+        super().__init__()
+        bound = 0.0 if zero else 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(layers, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(layers, 1, outputs))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """One batched product for all layers."""
+        return torch.baddbmm(self.bias, states, self.weight)
+
+
+class SharedProjection(nn.Module):
+    """`small`: the source is projected once a source layer; each target layer has a low-rank head.
+
+    hidden  = FFN(W_source [K; V])                     a source layer
+    mixed   = sum over source layers, + W_target [K; V] + bias       a target layer
+    inner   = gelu(W_down mixed);  difference = W_up inner;  weight = W_w inner
+    """
+
+    def __init__(self, config: FuserConfig) -> None:
+        super().__init__()
+        source, target, hidden = config.source, config.target, config.hidden_size
+        self.source_in = Stacked(source.num_layers, 2 * source.width, hidden)
+        self.up = Stacked(source.num_layers, hidden, 2 * hidden)
+        self.down = Stacked(source.num_layers, 2 * hidden, hidden)
+        self.target_in = nn.Linear(2 * target.width, hidden, bias=False)
+        self.mix_weights: Tensor
+        if config.layers == "mix":
+            logits = mix_init(source.num_layers, target.num_layers, source.num_layers).logits
+            self.mix_logits: nn.Parameter | None = nn.Parameter(logits)
+        else:
+            weights = layer_map(config.layers, source.num_layers, target.num_layers).weights
+            self.mix_logits = None
+            self.register_buffer("mix_weights", weights, persistent=False)
+        self.head_down = Stacked(target.num_layers, hidden, config.rank)
+        self.head_up = Stacked(target.num_layers, config.rank, 2 * target.width, zero=True)
+        self.head_weight = Stacked(
+            target.num_layers, config.rank, 2 * target.num_key_value_heads, zero=True
+        )
+
+    def mix(self) -> Tensor:
+        """`(target_layers, source_layers)`: how much of each source layer a target layer takes."""
+        return self.mix_weights if self.mix_logits is None else self.mix_logits.softmax(1)
+
+    def forward(self, source: Tensor, target: Tensor) -> Projected:
+        """See `Projection`."""
+        hidden = self.source_in(_normalise(source).flatten(2))
+        hidden = hidden + self.down(F.gelu(self.up(_normalise(hidden))))
+        mixed = torch.einsum("ts,snh->tnh", self.mix(), hidden)
+        mixed = mixed + self.target_in(_normalise(target).flatten(2))
+        inner = F.gelu(self.head_down(_normalise(mixed)))
+        return Projected(
+            self.head_up(inner).unflatten(-1, (2, -1)),
+            self.head_weight(inner).unflatten(-1, (2, -1)),
+        )
+
+
+class LayerwiseProjection(nn.Module):
+    """`c2c`: the paper's block for each target layer, once for K and once for V.
+
+    x = [source; target];  u = W_in x;  v = FFN(u), pre-norm, residual;  P = W_out v;
+    weight = W_w FFN_w(u). The 2 x layers blocks are stacked, K's first.
+    """
+
+    def __init__(self, config: FuserConfig) -> None:
+        super().__init__()
+        source, target, hidden = config.source, config.target, config.hidden_size
+        blocks = 2 * target.num_layers
+        kind = "proportional" if config.layers == "mix" else config.layers
+        self.mix_weights: Tensor
+        self.register_buffer(
+            "mix_weights",
+            layer_map(kind, source.num_layers, target.num_layers).weights,
+            persistent=False,
+        )
+        self.enter = Stacked(blocks, source.width + target.width, hidden)
+        self.block = nn.Sequential(
+            Stacked(blocks, hidden, hidden), nn.GELU(), Stacked(blocks, hidden, hidden)
+        )
+        self.leave = Stacked(blocks, hidden, target.width, zero=True)
+        self.weight_block = nn.Sequential(
+            Stacked(blocks, hidden, hidden // 4),
+            nn.GELU(),
+            Stacked(blocks, hidden // 4, target.num_key_value_heads),
+        )
+
+    def forward(self, source: Tensor, target: Tensor) -> Projected:
+        """See `Projection`."""
+        chosen = torch.einsum("ts,snkw->tnkw", self.mix_weights, source)
+        joined = torch.cat([chosen, target], dim=-1)
+        states = self.enter(torch.cat([joined[:, :, 0], joined[:, :, 1]]))
+        projected = states + self.block(_normalise(states))
+        return Projected(
+            torch.stack(self.leave(projected).chunk(2), dim=2),
+            torch.stack(self.weight_block(_normalise(states)).chunk(2), dim=2),
+        )
+
+
+def _normalise(states: Tensor) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:])

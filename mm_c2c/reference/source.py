@@ -1,0 +1,123 @@
+"""The reference source: a small LLaVA that sees sticker scenes, of transformers' own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
+
+from mm_c2c.reference.concepts import CONCEPTS, GROUPS
+from mm_c2c.reference.scene_data import PIXEL_MEAN, PIXEL_STD
+from mm_c2c.reference.scenes import SCENE_PIXELS
+from mm_c2c.reference.tower import STRIDE, GridTowerConfig, register
+
+IMAGE_TOKEN = "<image>"
+USER_TOKEN = "<|user|>"
+ASSISTANT_TOKEN = "<|assistant|>"
+VOCAB_SIZE = 768
+
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{% if message['content'] is string %}<|user|>{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}<|user|>"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{% else %}<|assistant|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the questions and captions of sticker scenes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN, USER_TOKEN, ASSISTANT_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = [concept.name for concept in CONCEPTS] + list(GROUPS)
+    tokenizer.train_from_iterator([*corpus, *(f" {word}" for word in words * 200)], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        additional_special_tokens=[USER_TOKEN, ASSISTANT_TOKEN],
+        padding_side="left",
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """The processor that goes with the model: pictures to 256 x 256, one token a 32-pixel patch."""
+    image_processor = SiglipImageProcessorPil(
+        size={"height": SCENE_PIXELS, "width": SCENE_PIXELS},
+        image_mean=[PIXEL_MEAN / 255] * 3,
+        image_std=[PIXEL_STD / 255] * 3,
+    )
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=STRIDE,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int, tower_layers: int
+) -> LlavaForConditionalGeneration:
+    """An untrained model; the tower's convolutions still want their published weights."""
+    register()
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size * 8 // 3,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": hidden_size // 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    tower = GridTowerConfig(hidden_size=hidden_size, num_hidden_layers=tower_layers)
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=tokenizer.vocab[IMAGE_TOKEN],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=(SCENE_PIXELS // STRIDE) ** 2,
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def load_source(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The trained source, frozen, and its processor."""
+    register()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    return model.float().eval().requires_grad_(requires_grad=False), processor

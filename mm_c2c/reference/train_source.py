@@ -1,0 +1,351 @@
+"""Train the reference source on sticker scenes; saves as it goes, and resumes.
+
+python -m mm_c2c.reference.train_source configs/reference_source.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from mm_c2c.config import load_config
+from mm_c2c.errors import ConfigError
+from mm_c2c.reference.scene_data import SPLITS, read_shard
+from mm_c2c.reference.scenes import (
+    CAPTION_REQUEST,
+    KINDS,
+    Question,
+    Scene,
+    caption,
+    questions,
+    sample_scene,
+)
+from mm_c2c.reference.source import (
+    ASSISTANT_TOKEN,
+    USER_TOKEN,
+    build_model,
+    build_processor,
+    build_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTrainingConfig:
+    """Settings of one training.
+
+    Attributes:
+        data: folder of shards written by `scene_data`.
+        tower: the convolutions' weights, safetensors.
+        out: where checkpoints, the log and the finished model go.
+        hidden_size: width of the attention layers and of the decoder.
+        num_layers: decoder layers.
+        tower_layers: attention layers over the grid.
+        steps: optimiser steps.
+        batch_size: pictures a step.
+        learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
+        warmup: steps of the warm-up.
+        easy_steps: steps in which only scenes of one and two stickers are shown.
+        patch_loss: weight of naming what lies on each patch, a training aid.
+        questions: questions a picture a step.
+        caption_rate: share of pictures whose caption is asked for too.
+        save_every: steps between checkpoints.
+        seed: of weights, data order and questions.
+    """
+
+    data: Path
+    tower: Path
+    out: Path
+    hidden_size: int = 192
+    num_layers: int = 4
+    tower_layers: int = 2
+    steps: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
+    warmup: int = 60
+    easy_steps: int = 150
+    patch_loss: float = 1.0
+    questions: int = 8
+    caption_rate: float = 0.4
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps <= self.warmup:
+            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+
+
+class Packed(NamedTuple):
+    """Several questions about one picture in one sequence; each sees the picture and itself only.
+
+    Attributes:
+        input_ids: `(batch, text_len)`, after the picture.
+        segments: `(batch, text_len)`: which question a token belongs to; -1 pads.
+        position_ids: `(batch, text_len)`, as if each question came right after the picture.
+        labels: `(batch, text_len)`: the next token where it is part of an answer, else -100.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+
+def pack(
+    tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]], num_patches: int
+) -> Packed:
+    """Tokenise and pack the questions of a batch of pictures."""
+    user = tokenizer.convert_tokens_to_ids(USER_TOKEN)
+    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT_TOKEN)
+    rows = []
+    for picture in asked:
+        ids: list[int] = []
+        segments: list[int] = []
+        positions: list[int] = []
+        labels: list[int] = []
+        texts = [text for q in picture for text in (q.question, q.answer)]
+        encoded = tokenizer(texts, add_special_tokens=False).input_ids
+        for index, (question, answer) in enumerate(zip(encoded[::2], encoded[1::2], strict=True)):
+            prompt = [user, *question, assistant]
+            ending = [*answer, tokenizer.eos_token_id]
+            ids += prompt + ending[:-1]
+            labels += [-100] * (len(prompt) - 1) + ending
+            length = len(prompt) + len(ending) - 1
+            segments += [index] * length
+            positions += range(num_patches + 1, num_patches + 1 + length)
+        rows.append((ids, segments, positions, labels))
+    width = max(len(row[0]) for row in rows)
+    fill = (tokenizer.pad_token_id, -1, 0, -100)
+    columns = [
+        torch.tensor([row[i] + [fill[i]] * (width - len(row[i])) for row in rows]) for i in range(4)
+    ]
+    return Packed(*columns)
+
+
+def block_mask(segments: Tensor, num_prefix: int) -> Tensor:
+    """Attention mask `(batch, 1, length, length)`: the prefix is causal, segments are apart."""
+    batch = segments.shape[0]
+    owner = torch.cat([segments.new_full((batch, num_prefix), -2), segments], dim=1)
+    length = owner.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = owner[:, :, None] == owner[:, None, :]
+    shared = (owner == -2)[:, None, :]
+    allowed = (same | shared) & causal
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+
+
+def hidden_states(
+    model: LlavaForConditionalGeneration, features: Tensor, packed: Packed, bos: int
+) -> tuple[Tensor, Tensor]:
+    """The tower's patches, and the decoder's states at the questions' tokens."""
+    tower = model.model.vision_tower
+    patches = tower.encode(features)
+    image = model.model.multi_modal_projector(patches)
+    embed = model.get_input_embeddings()
+    batch, num_patches = image.shape[:2]
+    start = embed(torch.full((batch, 1), bos))
+    states = torch.cat([start, image, embed(packed.input_ids)], dim=1)
+    prefix = torch.arange(num_patches + 1).expand(batch, -1)
+    out = model.model.language_model(
+        inputs_embeds=states,
+        attention_mask=block_mask(packed.segments, num_patches + 1),
+        position_ids=torch.cat([prefix, packed.position_ids], dim=1),
+        use_cache=False,
+    )
+    return patches, out.last_hidden_state[:, num_patches + 1 :]
+
+
+def patch_labels(scenes: list[Scene], names: list[str], side: int) -> Tensor:
+    """`(batch, side * side)`: the concept whose sticker covers a patch's centre; 0 is none."""
+    labels = torch.zeros(len(scenes), side, side, dtype=torch.long)
+    centres = (torch.arange(side) + 0.5) / side
+    for row, scene in enumerate(scenes):
+        for sticker in scene.stickers:
+            reach = 0.45 * sticker.size
+            inside = ((centres[:, None] - sticker.y).abs() < reach) & (
+                (centres[None] - sticker.x).abs() < reach
+            )
+            labels[row][inside] = names.index(sticker.name) + 1
+    return labels.flatten(1)
+
+
+def draw_questions(
+    scene: Scene, rng: random.Random, config: SourceTrainingConfig
+) -> list[Question]:
+    """A mixed handful about one scene; relations, the hardest kind, may come twice."""
+    names = SPLITS["train"].names
+    found = dict.fromkeys(questions(scene, rng, names) + questions(scene, rng, names))
+    asked = rng.sample(list(found), min(config.questions, len(found)))
+    if rng.random() < config.caption_rate:
+        asked.append(Question("caption", CAPTION_REQUEST, caption(scene)))
+    return asked
+
+
+def corpus(seed: int, count: int = 3000) -> list[str]:
+    """Sentences to train the tokenizer on; held-out names are in its vocabulary too."""
+    rng = random.Random(seed)
+    names = SPLITS["train"].names + SPLITS["unseen_concept"].names
+    lines = []
+    for _ in range(count):
+        scene = sample_scene(rng, names, {name: ["any"] for name in names})
+        lines += [f"{q.question} {q.answer}" for q in questions(scene, rng, names)]
+        lines.append(caption(scene))
+    return lines
+
+
+@torch.no_grad()
+def accuracy_by_kind(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    features: Tensor,
+    scenes: list[Scene],
+    seed: int = 1,
+) -> dict[str, float]:
+    """Share of answers all of whose tokens are the likeliest (equals greedy exact match)."""
+    rng = random.Random(seed)
+    right: dict[str, list[bool]] = {kind: [] for kind in (*KINDS, "caption")}
+    for first in range(0, len(scenes), 64):
+        batch = scenes[first : first + 64]
+        asked = [
+            [
+                *questions(s, rng, SPLITS["train"].names),
+                Question("caption", CAPTION_REQUEST, caption(s)),
+            ]
+            for s in batch
+        ]
+        packed = pack(tokenizer, asked, features.shape[1])
+        states = hidden_states(
+            model, features[first : first + 64].float(), packed, tokenizer.bos_token_id
+        )[1]
+        hit = (model.lm_head(states).argmax(-1) == packed.labels) | (packed.labels == -100)
+        for row, picture in enumerate(asked):
+            for index, question in enumerate(picture):
+                inside = packed.segments[row] == index
+                right[question.kind].append(bool(hit[row][inside].all()))
+    return {kind: sum(hits) / len(hits) for kind, hits in right.items() if hits}
+
+
+def train(config: SourceTrainingConfig) -> None:
+    """Run, or go on with, one training."""
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    tokenizer = build_tokenizer(corpus(config.seed))
+    model = build_model(
+        tokenizer,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        tower_layers=config.tower_layers,
+    )
+    model.model.vision_tower.convolutions.load_state_dict(load_file(config.tower))
+    names = SPLITS["train"].names
+    aid = nn.Linear(config.hidden_size, len(names) + 1)
+    trained = [p for p in model.parameters() if p.requires_grad] + list(aid.parameters())
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+
+    shards = [read_shard(path) for path in sorted(config.data.glob("train-*.safetensors"))]
+    if not shards:
+        raise ConfigError(f"no train-*.safetensors in {config.data}; run scene_data first")
+    where = [(s, i) for s, (_, scenes) in enumerate(shards) for i in range(len(scenes))]
+    easy = [(s, i) for s, i in where if len(shards[s][1][i].stickers) <= 2]
+    dev_features, dev_scenes = read_shard(config.data / "dev-0000.safetensors")
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = config.out / "last.pt"
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(saved["model"])
+        aid.load_state_dict(saved["aid"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        rng.setstate(saved["rng"])
+        first = saved["step"]
+        logger.info("resumed at step %d", first)
+
+    model.train()
+    started = time.monotonic()
+    for step in range(first, config.steps):
+        picked = rng.sample(easy if step < config.easy_steps else where, config.batch_size)
+        scenes = [shards[s][1][i] for s, i in picked]
+        features = torch.stack([shards[s][0][i] for s, i in picked]).float()
+        packed = pack(
+            tokenizer, [draw_questions(s, rng, config) for s in scenes], features.shape[1]
+        )
+        patches, states = hidden_states(model, features, packed, tokenizer.bos_token_id)
+        answers = packed.labels != -100
+        answer_loss = F.cross_entropy(model.lm_head(states[answers]), packed.labels[answers])
+        side = math.isqrt(features.shape[1])
+        patch_loss = F.cross_entropy(
+            aid(patches).flatten(0, 1), patch_labels(scenes, names, side).flatten()
+        )
+        optimizer.zero_grad()
+        (answer_loss + config.patch_loss * patch_loss).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        done = step + 1
+        if done % 20 == 0:
+            _log(config.out / "log.csv", done, time.monotonic() - started, answer_loss, patch_loss)
+        if done % config.save_every == 0 or done == config.steps:
+            model.eval()
+            scores = accuracy_by_kind(model, tokenizer, dev_features, dev_scenes)
+            model.train()
+            logger.info("step %d dev %s", done, {k: round(v, 3) for k, v in scores.items()})
+            scratch = checkpoint.with_suffix(".part")
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "aid": aid.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "rng": rng.getstate(),
+                    "step": done,
+                },
+                scratch,
+            )
+            scratch.replace(checkpoint)
+    model.eval().half().save_pretrained(config.out / "model")
+    build_processor(tokenizer).save_pretrained(config.out / "model")
+
+
+def _rate(step: int, config: SourceTrainingConfig) -> float:
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / (config.steps - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _log(path: Path, step: int, seconds: float, answer_loss: Tensor, patch_loss: Tensor) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", "seconds", "answer_loss", "patch_loss"])
+        writer.writerow([step, f"{seconds:.0f}", f"{answer_loss:.4f}", f"{patch_loss:.4f}"])
+
+
+def main() -> None:
+    """Read the config named on the command line and train."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    train(load_config(SourceTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

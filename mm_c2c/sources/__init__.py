@@ -1,0 +1,38 @@
+"""Frozen models that can be read: each turns its own natural inputs into a `SourceCache`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from mm_c2c.errors import UnsupportedError
+from mm_c2c.sources.base import Source, SourceInput
+
+SOURCES: dict[str, str] = {
+    "llava": "mm_c2c.sources.vlm:VLMSource",
+    "paligemma": "mm_c2c.sources.vlm:PaliGemmaSource",
+}
+"""`model_type` of the Hub to `module:Class`. Any other causal LM is read as text."""
+
+__all__ = ["SOURCES", "Source", "SourceInput", "source_class"]
+
+
+def source_class(model_type: str, *, has_vision: bool) -> type:
+    """The class that reads models of a type.
+
+    Args:
+        model_type: as in the model's config.
+        has_vision: whether the model takes pictures.
+
+    Raises:
+        UnsupportedError: a vision-language family that this library does not know yet.
+    """
+    if model_type not in SOURCES and has_vision:
+        close = difflib.get_close_matches(model_type, SOURCES, n=1)
+        hint = f"; closest: {close[0]}" if close else ""
+        raise UnsupportedError(
+            f"no source for vision-language models of type {model_type!r}; "
+            f"known: {', '.join(SOURCES)}{hint}"
+        )
+    module, _, name = SOURCES.get(model_type, "mm_c2c.sources.text:TextSource").partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,340 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from mm_c2c.align import Alignment
+from mm_c2c.align.patches import (
+    NUM_FREQUENCIES,
+    PatchResampler,
+    ResamplerConfig,
+    align_all,
+    align_pooled,
+    patch_coordinates,
+)
+from mm_c2c.cache import (
+    CacheOrigin,
+    LayerKV,
+    PatchGrid,
+    PositionKind,
+    SourceCache,
+    empty_spans,
+)
+from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
+
+# The first call of a torch operation may take longer than hypothesis allows an example.
+unhurried = settings(max_examples=60, deadline=None)
+sides = st.integers(1, 7)
+grids = st.builds(PatchGrid, sides, sides)
+TWO_ROWS = [[PatchGrid(2, 3)], [PatchGrid(4, 5), PatchGrid(3, 3)]]
+
+
+def row_patches(images: list[PatchGrid]) -> list[tuple[int, int, int]]:
+    """A prompt: two template tokens before each image, three text tokens at the end."""
+    row = []
+    for image, grid in enumerate(images):
+        row += [(-1, -1, -1)] * 2
+        row += [(image, r, c) for r in range(grid.rows) for c in range(grid.cols)]
+    return row + [(-1, -1, -1)] * 3
+
+
+def make_cache(images: list[list[PatchGrid]]) -> SourceCache:
+    """A left-padded batch; each row has its own images."""
+    rows = [row_patches(row) for row in images]
+    seq_len = max(map(len, rows))
+    patches = torch.tensor([[(-1, -1, -1)] * (seq_len - len(row)) + row for row in rows])
+    batch = len(rows)
+    states = torch.zeros(batch, 1, seq_len, 2)
+    return SourceCache(
+        layers=(LayerKV(states, states),),
+        layer_indices=(0,),
+        position_ids=torch.arange(seq_len).expand(batch, -1),
+        kinds=torch.where(patches[..., 0] >= 0, PositionKind.IMAGE, PositionKind.TEXT),
+        patches=patches,
+        grids=tuple(map(tuple, images)),
+        spans=empty_spans(batch, seq_len),
+        texts=("",) * batch,
+        rope=(None,),
+        origin=CacheOrigin("tiny", None, "tiny"),
+    )
+
+
+def slots_of(cache: SourceCache, num_slots: int) -> Tensor:
+    return torch.arange(4, 4 + num_slots).expand(cache.batch_size, -1)
+
+
+def image_states(cache: SourceCache, states: Tensor, row: int, image: int) -> Tensor:
+    """`(1, channels, rows, cols)`: the states of one image as a picture."""
+    grid = cache.grids[row][image]
+    return states[row, cache.patches[row, :, 0] == image].T.reshape(1, -1, *grid)
+
+
+@unhurried
+@given(st.lists(grids, min_size=1, max_size=3), grids)
+def test_pooled_windows_are_those_of_adaptive_average_pooling(images, slots):
+    cache = make_cache([[grid] for grid in images])
+    alignment = align_pooled(cache, slots, slots_of(cache, math.prod(slots)))
+    assert alignment.mask.all()
+    assert (alignment.source_index[alignment.weights == 0] == 0).all()
+    torch.testing.assert_close(alignment.weights.sum(2), torch.ones(alignment.mask.shape))
+    states = torch.randn(cache.batch_size, cache.seq_len, 3)
+    for row in range(cache.batch_size):
+        expected = F.adaptive_avg_pool2d(image_states(cache, states, row, 0), tuple(slots))
+        torch.testing.assert_close(alignment.gather(states)[row], expected.flatten(2)[0].T)
+
+
+def test_a_named_image_is_pooled_from_its_own_patches():
+    cache = make_cache([[PatchGrid(2, 3), PatchGrid(3, 3)], [PatchGrid(4, 5), PatchGrid(2, 2)]])
+    slots = PatchGrid(2, 2)
+    states = torch.randn(2, cache.seq_len, 3)
+    found = align_pooled(cache, slots, slots_of(cache, 4), image=1).gather(states)
+    for row in range(2):
+        expected = F.adaptive_avg_pool2d(image_states(cache, states, row, 1), (2, 2))
+        torch.testing.assert_close(found[row], expected.flatten(2)[0].T)
+
+
+def test_the_slots_of_several_images_follow_each_other():
+    cache = make_cache([[PatchGrid(2, 3), PatchGrid(3, 3)], [PatchGrid(4, 5), PatchGrid(2, 2)]])
+    slots = PatchGrid(2, 2)
+    states = torch.randn(2, cache.seq_len, 3)
+    together = align_pooled(cache, slots, slots_of(cache, 8), image=None).gather(states)
+    for image in range(2):
+        alone = align_pooled(cache, slots, slots_of(cache, 4), image=image).gather(states)
+        torch.testing.assert_close(together[:, 4 * image : 4 * image + 4], alone)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_row_in_a_padded_batch_is_the_row_alone(row):
+    together, alone = make_cache(TWO_ROWS), make_cache([TWO_ROWS[row]])
+    states = torch.randn(2, together.seq_len, 3)
+    own = states[row : row + 1, together.seq_len - alone.seq_len :]
+    for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
+        expected = align(alone, size, slots_of(alone, 4)).gather(own)
+        found = align(together, size, slots_of(together, 4)).gather(states)
+        torch.testing.assert_close(found[row], expected[0])
+
+
+def test_patches_need_not_lie_in_reading_order():
+    cache = make_cache([[PatchGrid(3, 4)]])
+    shuffled = torch.randperm(cache.seq_len)
+    cache.patches.copy_(cache.patches[:, shuffled])
+    states = torch.randn(1, cache.seq_len, 3)
+    found = align_pooled(cache, PatchGrid(3, 4), slots_of(cache, 12)).gather(states)
+    for slot in range(12):
+        here = (cache.patches[0] == torch.tensor([0, slot // 4, slot % 4])).all(1)
+        torch.testing.assert_close(found[0, slot], states[0, here][0])
+
+
+def test_every_slot_may_read_every_patch_and_nothing_else():
+    cache = make_cache(TWO_ROWS)
+    alignment = align_all(cache, 3, slots_of(cache, 3))
+    assert alignment.source_index.shape == (2, 3, 29)
+    assert alignment.mask.all()
+    weights = torch.zeros(2, 3, cache.seq_len).scatter_add(
+        2, alignment.source_index, alignment.weights
+    )
+    is_patch = (cache.patches[..., 0] >= 0).float()
+    expected = (is_patch / is_patch.sum(1, keepdim=True)).unsqueeze(1).expand(-1, 3, -1)
+    torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("image", [1, -1])
+def test_an_image_out_of_range_is_named(image):
+    cache = make_cache(TWO_ROWS)
+    with pytest.raises(AlignmentError, match=f"row 0 has no image {image}: it has 1 patch grids"):
+        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=image)
+
+
+def test_a_row_without_image_is_named():
+    cache = make_cache([[PatchGrid(2, 2)], []])
+    with pytest.raises(AlignmentError, match="row 1 has no image 0"):
+        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4))
+    with pytest.raises(AlignmentError, match="row 1 has no image with a patch grid"):
+        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=None)
+    with pytest.raises(AlignmentError, match="row 1 has no image with a patch grid"):
+        align_all(cache, 4, slots_of(cache, 4))
+
+
+def test_an_empty_grid_is_refused():
+    cache = make_cache([[PatchGrid(0, 3)]])
+    with pytest.raises(AlignmentError, match="its patch grid is empty"):
+        align_pooled(cache, PatchGrid(1, 1), slots_of(cache, 1))
+
+
+def test_patches_that_do_not_fill_their_grid_are_refused():
+    cache = make_cache([[PatchGrid(2, 3)]])
+    cache.patches[0, 2:8, 1] = 0
+    cache.patches[0, 2:8, 2] = torch.arange(6)  # one row of six: as many cells, another grid
+    with pytest.raises(AlignmentError, match="2 x 3 grid, got 6 that do not fill it"):
+        align_pooled(cache, PatchGrid(1, 1), slots_of(cache, 1))
+
+
+@pytest.mark.parametrize("num_slots", [3, 5])
+def test_target_positions_must_be_as_many_as_the_slots(num_slots):
+    cache = make_cache([[PatchGrid(2, 3)]])
+    with pytest.raises(AlignmentError, match=rf"4 slots, but target_index is \(1, {num_slots}\)"):
+        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, num_slots))
+    with pytest.raises(AlignmentError, match=rf"4 slots, but target_index is \(1, {num_slots}\)"):
+        align_all(cache, 4, slots_of(cache, num_slots))
+
+
+def test_rows_with_differing_numbers_of_images_are_refused_when_all_are_asked_for():
+    cache = make_cache(TWO_ROWS)
+    with pytest.raises(AlignmentError, match="row 1 gets 8 slots"):
+        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=None)
+
+
+def test_no_slots_are_refused():
+    cache = make_cache([[PatchGrid(2, 3)]])
+    with pytest.raises(AlignmentError, match="at least one row and column of slots"):
+        align_pooled(cache, PatchGrid(0, 2), slots_of(cache, 0))
+    with pytest.raises(AlignmentError, match="at least one slot, got 0"):
+        align_all(cache, 0, slots_of(cache, 0))
+
+
+def test_coordinates_are_patch_centres_whatever_the_grid():
+    cache = make_cache([[PatchGrid(1, 2)], [PatchGrid(2, 4)]])
+    found = patch_coordinates(cache)
+    is_patch = cache.patches[..., 0] >= 0
+    assert found[0, is_patch[0]].tolist() == [[0.5, 0.25], [0.5, 0.75]]
+    assert found[1, is_patch[1]][:5].tolist() == [
+        [0.25, 0.125],
+        [0.25, 0.375],
+        [0.25, 0.625],
+        [0.25, 0.875],
+        [0.75, 0.125],
+    ]
+    assert (found[~is_patch] == 0).all()
+
+
+@pytest.fixture
+def resampler() -> PatchResampler:
+    torch.manual_seed(0)
+    return PatchResampler(ResamplerConfig(width=12, num_slots=4, num_heads=3, source_width=5))
+
+
+def read_slowly(
+    resampler: PatchResampler, states: Tensor, coordinates: Tensor, alignment: Alignment, row: int
+) -> Tensor:
+    """One row of the resampler, slot by slot, head by head, over its readable patches only."""
+    width, heads = resampler.config.width, resampler.config.num_heads
+    size = width // heads
+    slots = []
+    for slot in range(resampler.config.num_slots):
+        readable = alignment.source_index[row, slot][alignment.weights[row, slot] > 0].tolist()
+        keys, values = [], []
+        for position in readable:
+            y, x = coordinates[row, position].tolist()
+            waves = [[axis * math.pi * 2**i for i in range(NUM_FREQUENCIES)] for axis in (y, x)]
+            angles = torch.tensor(waves[0] + waves[1])
+            place = torch.cat([angles.sin(), angles.cos()])
+            patch = resampler.source_in(states[row, position]) + resampler.place_in(place)
+            key, value = resampler.key_value(resampler.norm(patch)).split(width)
+            keys.append(key)
+            values.append(value)
+        query = resampler.query(resampler.slots[slot])
+        read = torch.zeros(width)
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = torch.stack([query[part] @ key[part] / math.sqrt(size) for key in keys])
+            for share, value in zip(scores.softmax(0), values, strict=True):
+                read[part] += share * value[part]
+        slots.append(resampler.out(read))
+    return torch.stack(slots)
+
+
+@torch.no_grad()
+def test_the_resampler_equals_a_plain_loop(resampler):
+    cache = make_cache(TWO_ROWS)
+    states, coordinates = torch.randn(2, cache.seq_len, 5), patch_coordinates(cache)
+    for alignment in (
+        align_all(cache, 4, slots_of(cache, 4)),
+        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4)),
+    ):
+        found = resampler(states, coordinates, alignment)
+        assert found.shape == (2, 4, 12)
+        for row in range(2):
+            expected = read_slowly(resampler, states, coordinates, alignment, row)
+            torch.testing.assert_close(found[row], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", [0, 1])
+def test_the_resampler_reads_a_padded_row_as_the_row_alone(resampler, row):
+    together, alone = make_cache(TWO_ROWS), make_cache([TWO_ROWS[row]])
+    states = torch.randn(2, together.seq_len, 5)
+    own = states[row : row + 1, together.seq_len - alone.seq_len :]
+    expected = resampler(own, patch_coordinates(alone), align_all(alone, 4, slots_of(alone, 4)))
+    found = resampler(
+        states, patch_coordinates(together), align_all(together, 4, slots_of(together, 4))
+    )
+    torch.testing.assert_close(found[row], expected[0])
+
+
+@torch.no_grad()
+def test_the_resampler_reads_a_patch_at_position_0_beside_unused_entries(resampler):
+    padded = Alignment(
+        source_index=torch.tensor([0, 1, 0]).expand(1, 4, -1),
+        weights=torch.tensor([0.5, 0.5, 0.0]).expand(1, 4, -1),
+        target_index=torch.arange(4).unsqueeze(0),
+        mask=torch.ones(1, 4, dtype=torch.bool),
+    )
+    states, coordinates = torch.randn(1, 3, 5), torch.rand(1, 3, 2)
+    expected = read_slowly(resampler, states, coordinates, padded, 0)
+    torch.testing.assert_close(resampler(states, coordinates, padded)[0], expected)
+
+
+def test_the_resampler_reads_patches_only_and_tells_places_apart(resampler):
+    cache = make_cache([[PatchGrid(2, 3)]])
+    alignment, coordinates = align_all(cache, 4, slots_of(cache, 4)), patch_coordinates(cache)
+    states = torch.randn(1, cache.seq_len, 5, requires_grad=True)
+    resampler(states, coordinates, alignment).square().sum().backward()
+    read = (states.grad != 0).any(2)
+    assert read.tolist() == (cache.patches[..., 0] >= 0).tolist()
+
+    with torch.no_grad():
+        flipped = states.clone()
+        flipped[0, 2:8] = flipped[0, 2:8].flip(0)
+        same_place = resampler(flipped, coordinates.clone(), alignment)
+        assert (same_place - resampler(states, coordinates, alignment)).abs().max() > 1e-3
+        coordinates[0, 2:8] = coordinates[0, 2:8].flip(0)
+        moved_along = resampler(flipped, coordinates, alignment)
+        coordinates[0, 2:8] = coordinates[0, 2:8].flip(0)
+        torch.testing.assert_close(moved_along, resampler(states, coordinates, alignment))
+
+
+def test_a_masked_slot_is_zero_and_its_gradients_are_finite(resampler):
+    cache = make_cache([[PatchGrid(2, 3)]])
+    alignment = align_all(cache, 4, slots_of(cache, 4))
+    keep = torch.tensor([[True, False, True, True]])
+    alignment = Alignment(
+        source_index=alignment.source_index * keep.unsqueeze(2),
+        weights=alignment.weights * keep.unsqueeze(2),
+        target_index=alignment.target_index,
+        mask=keep,
+    )
+    found = resampler(torch.randn(1, cache.seq_len, 5), patch_coordinates(cache), alignment)
+    assert ((found != 0).any(2) == keep).all()
+    found.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in resampler.parameters())
+
+
+def test_the_resampler_refuses_another_number_of_slots(resampler):
+    cache = make_cache([[PatchGrid(2, 3)]])
+    alignment = align_all(cache, 3, slots_of(cache, 3))
+    with pytest.raises(ShapeError, match=r"num_slots=4\), got \(1, 3\)"):
+        resampler(torch.randn(1, cache.seq_len, 5), patch_coordinates(cache), alignment)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_heads": 5}, "num_heads 5 does not divide width 12"), ({"num_slots": 0}, "num_slots")],
+)
+def test_a_resampler_that_cannot_be_built_is_refused(change, message):
+    sizes = {"width": 12, "num_slots": 4, "num_heads": 3, "source_width": 5}
+    with pytest.raises(ConfigError, match=message):
+        ResamplerConfig(**(sizes | change))
