@@ -81,6 +81,8 @@ class LinkConfig:
             raise ConfigError(
                 f"geometry must be one of {', '.join(GEOMETRIES)}, got {self.geometry!r}"
             )
+        if min(self.rows, self.cols) < 1:
+            raise ConfigError(f"rows and cols must be at least 1, got {self.rows} and {self.cols}")
 
     @property
     def name(self) -> str:
@@ -213,7 +215,10 @@ class Bridge(nn.Module):
         Args:
             caches: by source name; the slots of a source that is absent are left out.
         """
+        self._check_names(caches)
         links = [link for link in self.config.links if link.num_slots and link.source in caches]
+        for link in links:
+            _check_one_picture(link.source, caches[link.source])
         sizes = {caches[link.source].batch_size for link in links} or {1}
         if len(sizes) > 1:
             raise ShapeError(f"the sources' caches differ in batch size: {sorted(sizes)}")
@@ -245,41 +250,51 @@ class Bridge(nn.Module):
         """Add a question to each row, and fuse the words that sources have read too.
 
         Args:
-            perception: from `perceive`; one row serves all questions. None asks without slots.
-            questions: one a row.
+            perception: from `perceive`; a row serves as many questions as the others, which
+                follow each other. None asks without slots.
+            questions: one, or several, for each perceived row.
             caches: for `aligned` links, the sources' caches of the same questions.
 
         Returns:
             What `target.generate` takes. Hand it a copy of the cache to use it twice: generating
             grows it.
         """
+        if isinstance(questions, str) or not questions:
+            raise InputError(
+                f"expected a list of questions, got the text {questions!r}"
+                if questions
+                else "expected at least one question, got none"
+            )
         for question in questions:
             if not question.strip():
                 raise InputError("the question is empty; ask something")
         perception = perception or self.fuse_slots({})
-        if perception.batch_size not in (1, len(questions)):
+        if not questions or len(questions) % perception.batch_size:
             raise ShapeError(
                 f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
-                "give as many, or one"
+                "give as many for each row"
             )
         prefix_len = perception.input_ids.shape[1]
         repeats = len(questions) // perception.batch_size
         cache = repeat_rows(perception.past_key_values, repeats)
         ids, mask, spans = self._question_ids(questions)
-        prefix = perception.input_ids.expand(len(questions), -1)
+        prefix = perception.input_ids[:1].expand(len(questions), -1)
         input_ids = torch.cat([prefix, ids], dim=1)
         attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
+        caches = caches or {}
+        self._check_names(caches)
         links = [
             link
             for link in self.config.links
-            if link.geometry == "aligned" and link.source in (caches or {})
+            if link.geometry == "aligned" and link.source in caches
         ]
         if links:
             cache = self._prefill_rest(cache, input_ids, attention_mask)
             positions = count_positions(attention_mask)[:, :-1]
             spans = torch.cat([spans.new_full((len(questions), prefix_len, 2), -1), spans], dim=1)
             for link in links:
-                source = caches[link.source]  # type: ignore[index]  # a link is only here with one
+                source = caches[link.source]
+                _check_texts(link.source, source.texts, questions)
                 alignment = align_tokens(
                     source.spans,
                     spans[:, :-1],
@@ -382,11 +397,18 @@ class Bridge(nn.Module):
             if name not in sources:
                 raise MismatchError(f"{folder} needs a source named {name!r} ({origin['model']})")
             _check_origin(f"source {name!r}", origin, sources[name].origin)
-        bridge = cls(target, sources, _bridge_config(header["bridge"]))
+        bridge = cls(target, sources, from_dict(BridgeConfig, header["bridge"]))
         bridge.fusers.load_state_dict(_read_weights(folder / WEIGHTS_NAME, bridge.fusers))
         return bridge.eval()
 
     # --- inside ---------------------------------------------------------------------------
+
+    def _check_names(self, caches: Mapping[str, SourceCache]) -> None:
+        unknown = sorted(set(caches) - set(self.sources))
+        if unknown:
+            raise ConfigError(
+                f"no source named {unknown}; known: {', '.join(sorted(self.sources))}"
+            )
 
     def _template(self) -> tuple[list[int], str]:
         """Tokens before the slots, and the text after the question."""
@@ -489,13 +511,18 @@ class Bridge(nn.Module):
         return with_layers(cache, written)
 
     def _generate(self, fused: FusedInputs, **kwargs: Any) -> Tensor:
+        settings = kwargs.get("generation_config") or self.target.model.generation_config
+
+        def setting(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(settings, name, None)
+
         for name in _REFUSED:
-            if kwargs.get(name) is not None:
+            if setting(name) is not None:
                 raise UnsupportedError(
                     f"{name}: assisted decoding over a prefilled cache gives wrong output in "
                     "transformers 5.23; leave it out"
                 )
-        rows = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         cache = repeat_rows(fused["past_key_values"], rows)
         return self.target.model.generate(
             input_ids=fused["input_ids"],
@@ -516,12 +543,10 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise MismatchError(f"{path} is damaged: {error}") from error
     if not isinstance(header, dict) or header.get("format") != 1:
         raise MismatchError(f"{path} is not a saved bridge of format 1")
+    lacking = [key for key in ("bridge", "target", "sources") if key not in header]
+    if lacking:
+        raise MismatchError(f"{path} lacks {', '.join(lacking)}")
     return header
-
-
-def _bridge_config(data: Mapping[str, Any]) -> BridgeConfig:
-    links = tuple(from_dict(LinkConfig, link) for link in data["links"])
-    return from_dict(BridgeConfig, {**data, "links": links})
 
 
 def _read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
@@ -552,12 +577,34 @@ def _check_shape(what: str, expected: CacheShape, found: CacheShape) -> None:
 
 
 def _check_origin(what: str, expected: Mapping[str, Any], found: CacheOrigin) -> None:
+    if set(expected) != set(CacheOrigin._fields):
+        raise MismatchError(
+            f"{what}: expected {', '.join(CacheOrigin._fields)}, got {', '.join(expected)}"
+        )
     wanted = CacheOrigin(**expected)
     if wanted != found:
         raise MismatchError(
             f"{what}: the fuser was trained with {wanted.model!r} at revision {wanted.revision!r} "
             f"({wanted.model_type}), got {found.model!r} at {found.revision!r} ({found.model_type})"
         )
+
+
+def _check_one_picture(name: str, source: SourceCache) -> None:
+    """A row's slots hold one picture; a second one would be dropped without a word."""
+    for row, grids in enumerate(source.grids):
+        if len(grids) > 1:
+            raise ShapeError(
+                f"row {row} of source {name!r} has {len(grids)} pictures, its slots hold 1"
+            )
+
+
+def _check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:
+    """Spans of two different texts would overlap all the same."""
+    if len(texts) != len(questions):
+        raise ShapeError(f"source {name!r} has {len(texts)} rows for {len(questions)} questions")
+    for text, question in zip(texts, questions, strict=True):
+        if text != question.strip():
+            raise InputError(f"source {name!r} read {text!r}, not {question!r}")
 
 
 def _stack(layers: Sequence[LayerKV]) -> Tensor:

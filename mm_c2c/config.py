@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ import yaml
 from mm_c2c.errors import ConfigError
 
 T = TypeVar("T")
+# YAML 1.1 reads 1e-3 as a word: it wants 1.0e-3.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def load_config(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
@@ -28,11 +32,14 @@ def load_config(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         ConfigError: an unknown key, a wrong type, or a value the dataclass refuses.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping, got {data!r}")
     for override in overrides:
         _set(data, override)
     return from_dict(kind, data)
@@ -42,7 +49,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass, and those inside it, from plain values; unknown keys are errors."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or kind.__name__}: expected a mapping, got {data!r}")
-    types = typing.get_type_hints(kind)
+    kinds = typing.get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     values = {}
     for key, value in data.items():
@@ -51,7 +58,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"unknown key {name!r}{hint} (known: {', '.join(known)})")
-        values[key] = _convert(types[key], value, name)
+        values[key] = _convert(kinds[key], value, name)
     try:
         return kind(**values)
     except TypeError as error:
@@ -59,27 +66,54 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values of a config, ready for JSON; the inverse of `from_dict`."""
-    return {
-        key: (str(value) if isinstance(value, Path) else value)
-        for key, value in dataclasses.asdict(config).items()
-    }
+    """Plain values of a config, ready for JSON; `from_dict` reads them back."""
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        if value is None and len(options) < len(typing.get_args(kind)):
+            return None
+        if len(options) == 1:
+            return _convert(options[0], value, name)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return from_dict(kind, value, f"{name}.")
-    if kind is Path:
+        return value if isinstance(value, kind) else from_dict(kind, value, f"{name}.")
+    if kind is Path and isinstance(value, str | Path):
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(value)
-    if kind in (int, float, str, bool) and (
-        not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return _convert_items(typing.get_args(kind), value, name)
+    expected = typing.get_origin(kind) or kind
+    if expected in (int, float, str, bool, tuple, Path) and (
+        not isinstance(value, expected) or (expected is int and isinstance(value, bool))
     ):
-        raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+        raise ConfigError(f"{name}: expected {expected.__name__}, got {value!r}")
     return value
+
+
+def _convert_items(kinds: Sequence[Any], values: Sequence[Any], name: str) -> tuple[Any, ...]:
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = [kinds[0]] * len(values)
+    if len(kinds) != len(values):
+        raise ConfigError(f"{name}: expected {len(kinds)} values, got {values!r}")
+    return tuple(
+        _convert(kind, value, f"{name}[{index}]")
+        for index, (kind, value) in enumerate(zip(kinds, values, strict=True))
+    )
 
 
 def _set(data: dict[str, Any], override: str) -> None:
@@ -91,4 +125,7 @@ def _set(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ConfigError(f"{key}: {parent!r} is not a mapping")
-    data[last] = yaml.safe_load(text)
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error

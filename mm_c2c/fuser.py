@@ -128,7 +128,8 @@ class CacheFuser(nn.Module):
         """How open each layer is: `(target_layers, 2)` in [0, 1]; column 0 is K, 1 is V."""
         soft = torch.sigmoid(self.gate_logits)
         if self.config.gate == "straight_through":
-            soft = (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+            # The difference first: it is exactly 0, and the gate exactly 0 or 1.
+            soft = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
         return soft * self.fed.unsqueeze(1)
 
     @torch.no_grad()

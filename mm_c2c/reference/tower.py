@@ -49,6 +49,7 @@ class GridTowerConfig(PreTrainedConfig):
         hidden_size: channels of the output.
         num_hidden_layers: attention layers over the grid.
         num_attention_heads: heads of those layers.
+        initializer_range: standard deviation of new weights.
     """
 
     model_type = "mm_c2c_grid_tower"
@@ -58,6 +59,7 @@ class GridTowerConfig(PreTrainedConfig):
     hidden_size: int = 192
     num_hidden_layers: int = 2
     num_attention_heads: int = 6
+    initializer_range: float = 0.02
 
 
 class _SameConv(nn.Conv2d):

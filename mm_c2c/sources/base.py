@@ -18,6 +18,8 @@ from mm_c2c.rope import RopeSpec, rope_specs
 
 # Only these kinds of RoPE turn by other angles in a longer prompt.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+# Stands for the user's words while a template is rendered, to see where they go.
+TEXT_MARK = "\ufffc"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mm_c2c.align.tokens import locate_text, token_spans
 from mm_c2c.cache import PositionKind, SourceCache
 from mm_c2c.errors import InputError
-from mm_c2c.sources.base import FrozenReader, SourceInput, count_positions
+from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 
 
 class TextSource(FrozenReader):
@@ -46,10 +46,10 @@ class TextSource(FrozenReader):
             layer_indices=indices,
             position_ids=position_ids,
             kinds=kinds,
-            patches=torch.full((*mask.shape, 3), -1),
+            patches=torch.full((*mask.shape, 3), -1, device=mask.device),
             grids=((),) * len(inputs),
             spans=spans,
-            texts=tuple(item.text for item in inputs),
+            texts=tuple(item.text.strip() for item in inputs),
             rope=rope,
             origin=self.origin,
         )
@@ -81,8 +81,9 @@ def encode_chats(
 
     Returns:
         `input_ids` and `attention_mask`, `(batch, seq_len)`; and spans `(batch, seq_len, 2)` in
-        characters of each text.
+        characters of each text, stripped.
     """
+    begin = render_chat(tokenizer, TEXT_MARK, system).index(TEXT_MARK)
     rendered = [render_chat(tokenizer, text, system) for text in texts]
     rows = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in rendered]
     width = max(map(len, rows))
@@ -94,7 +95,7 @@ def encode_chats(
         start = width - len(ids)
         input_ids[row, start:] = torch.tensor(ids)
         mask[row, start:] = 1
-        spans[row, start:] = locate_text(token_spans(tokenizer, line), line, text.strip())
+        spans[row, start:] = locate_text(token_spans(tokenizer, line), line, text.strip(), begin)
     encoded = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
     return encoded, spans.to(device)
 

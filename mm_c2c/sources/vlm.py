@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mm_c2c.align.tokens import locate_text
 from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import InputError, ShapeError
-from mm_c2c.sources.base import FrozenReader, SourceInput, count_positions
+from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 
 
 class VLMSource(FrozenReader):
@@ -22,6 +23,8 @@ class VLMSource(FrozenReader):
     """
 
     first_position = 0
+    # What the processor appends to the rendered prompt.
+    prompt_end = ""
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class VLMSource(FrozenReader):
         is_image = encoded["input_ids"] == self.model.config.image_token_id
         spans = torch.stack(
             [
-                self._spans(offsets[row], is_image[row], rendered[row], item.text.strip())
+                self._spans(offsets[row], is_image[row], rendered[row], item)
                 for row, item in enumerate(inputs)
             ]
         )
@@ -65,7 +68,7 @@ class VLMSource(FrozenReader):
             patches=_patches(is_image, grids),
             grids=grids,
             spans=spans,
-            texts=tuple(item.text for item in inputs),
+            texts=tuple(item.text.strip() for item in inputs),
             rope=rope,
             origin=self.origin,
         )
@@ -108,25 +111,27 @@ class VLMSource(FrozenReader):
     def _known(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in encoded.items() if key in self._known_arguments}
 
-    @staticmethod
-    def _spans(offsets: Tensor, is_image: Tensor, rendered: str, text: str) -> Tensor:
+    def _spans(self, offsets: Tensor, is_image: Tensor, rendered: str, item: SourceInput) -> Tensor:
         """Characters of the question that each position covers.
 
         Offsets count in the prompt with expanded image placeholders, which stand before the text:
         from the end, both prompts agree.
         """
+        text = item.text.strip()
         if not text:
             return torch.full_like(offsets, -1)
-        shift = int(offsets.max()) - len(rendered)
+        start = self.render(replace(item, text=TEXT_MARK)).index(TEXT_MARK)
+        shift = int(offsets.max()) - len(rendered) - len(self.prompt_end)
         moved = (offsets - shift).masked_fill(is_image.unsqueeze(1), -1)
         moved = moved.masked_fill((offsets[:, 1] <= offsets[:, 0]).unsqueeze(1), -1)
-        return locate_text(trim_spans(moved, rendered), rendered, text)
+        return locate_text(trim_spans(moved, rendered), rendered, text, start)
 
 
 class PaliGemmaSource(VLMSource):
     """PaliGemma: no chat template, positions from 1, attention both ways over the prompt."""
 
     first_position = 1
+    prompt_end = "\n"
 
     def render(self, item: SourceInput) -> str:
         """Image placeholders, then the question; the processor adds the rest."""

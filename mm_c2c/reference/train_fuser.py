@@ -1,0 +1,266 @@
+"""Train the reference fuser: sticker scenes in the source's cache, answers from SmolLM2.
+
+python -m mm_c2c.reference.train_fuser configs/reference_fuser.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Perception
+from mm_c2c.cache import SourceCache, read_layers
+from mm_c2c.config import load_config
+from mm_c2c.errors import ConfigError
+from mm_c2c.fuser import FuserConfig
+from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
+from mm_c2c.reference.scene_data import SPLITS, read_shard
+from mm_c2c.reference.scenes import SCENE_PIXELS, Question, Scene, questions
+from mm_c2c.sources.base import SourceInput, count_positions
+from mm_c2c.sources.vlm import VLMSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuserTrainingConfig:
+    """Settings of one training.
+
+    Attributes:
+        data: folder of shards written by `scene_data`.
+        source: folder of the trained source.
+        out: where checkpoints, the log and the finished bridge go.
+        preset: the fuser's preset.
+        layers: which source layers feed a target layer.
+        hidden_size: width of the fuser's projection.
+        rank: inner width of its heads.
+        rows: rows of slots.
+        cols: columns of slots.
+        steps: optimiser steps.
+        scenes: pictures a step.
+        questions: questions a picture.
+        learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
+        warmup: steps of the warm-up.
+        easy_steps: steps in which only scenes of one and two stickers are shown.
+        save_every: steps between checkpoints.
+        seed: of weights, data order and questions.
+    """
+
+    data: Path
+    source: Path
+    out: Path
+    preset: str = "small"
+    layers: str = "mix"
+    hidden_size: int = 256
+    rank: int = 96
+    rows: int = 8
+    cols: int = 8
+    steps: int = 400
+    scenes: int = 8
+    questions: int = 4
+    learning_rate: float = 2e-3
+    warmup: int = 20
+    easy_steps: int = 60
+    save_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps <= self.warmup:
+            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+
+
+class FeatureReader:
+    """Source caches from stored tower features: the same as `prefill` of the pictures gives."""
+
+    def __init__(self, source: VLMSource) -> None:
+        self.source = source
+        blank = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS))
+        self.layout = source.prefill([SourceInput(images=(blank,))])
+        ids = source.processor(images=[blank], text=[source.render(SourceInput(images=(blank,)))])
+        self.input_ids = torch.tensor(ids["input_ids"])
+
+    @torch.no_grad()
+    def read(self, features: Tensor) -> SourceCache:
+        """Caches of a batch.
+
+        Args:
+            features: `(batch, patches, 1280)`.
+        """
+        model = self.source.model
+        image = model.model.multi_modal_projector(model.model.vision_tower.encode(features))
+        input_ids = self.input_ids.expand(len(features), -1)
+        embeds = model.get_input_embeddings()(input_ids)
+        is_image = (input_ids == model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(is_image, image)
+        cache = DynamicCache(config=model.config.get_text_config())
+        model.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        rows = torch.zeros(len(features), dtype=torch.long)
+        return replace(self.layout.select(rows), layers=read_layers(cache)[0])
+
+
+class Batch(NamedTuple):
+    """Questions after the slots, and the answers to be given."""
+
+    questions: list[str]
+    answers: list[str]
+
+
+def answer_loss(bridge: Bridge, perception: Perception, batch: Batch) -> Tensor:
+    """Cross-entropy of the answers and their end, mean over tokens; gradients reach the fusers."""
+    fused = bridge.fuse(perception, batch.questions)
+    model, tokenizer = bridge.target.model, bridge.target.tokenizer
+    ids, labels, mask = _with_answers(
+        fused["input_ids"], fused["attention_mask"], batch.answers, tokenizer
+    )
+    done = perception.input_ids.shape[1]
+    states = model.model(
+        ids[:, done:],
+        attention_mask=mask,
+        position_ids=count_positions(mask)[:, done:],
+        past_key_values=fused["past_key_values"],
+        use_cache=True,
+    ).last_hidden_state
+    shifted = labels[:, done + 1 :]
+    wanted = shifted != -100
+    logits = model.lm_head(states[:, :-1][wanted])
+    return F.cross_entropy(logits.float(), shifted[wanted])
+
+
+def _with_answers(
+    input_ids: Tensor, attention_mask: Tensor, answers: Sequence[str], tokenizer: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with right-padded answers: ids, labels and mask."""
+    encode = tokenizer  # a transformers tokenizer
+    rows = [
+        [*encode(answer, add_special_tokens=False)["input_ids"], encode.eos_token_id]  # type: ignore[operator, attr-defined]
+        for answer in answers
+    ]
+    width = max(map(len, rows))
+    tail = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+    ids = torch.cat([input_ids, tail.clamp(min=0)], dim=1)
+    labels = torch.cat([torch.full_like(input_ids, -100), tail], dim=1)
+    mask = torch.cat([attention_mask, (tail != -100).long()], dim=1)
+    return ids, labels, mask
+
+
+def train(config: FuserTrainingConfig) -> None:
+    """Run, or go on with, one training."""
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    target, source = load_target(), load_source(config.source)
+    link = LinkConfig(
+        source=SOURCE_NAME,
+        geometry="slots",
+        rows=config.rows,
+        cols=config.cols,
+        fuser=FuserConfig(
+            source=source.shape,
+            target=target.shape,
+            preset=config.preset,
+            layers=config.layers,
+            hidden_size=config.hidden_size,
+            rank=config.rank,
+        ),
+    )
+    bridge = Bridge(target, {SOURCE_NAME: source}, BridgeConfig(links=(link,), system=SYSTEM))
+    reader = FeatureReader(source)
+    trained = list(bridge.fusers.parameters())
+    logger.info("%d trained parameters", sum(p.numel() for p in trained))
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    shards = [read_shard(path) for path in sorted(config.data.glob("train-*.safetensors"))]
+    if not shards:
+        raise ConfigError(f"no train-*.safetensors in {config.data}; run scene_data first")
+    where = [(s, i) for s, (_, scenes) in enumerate(shards) for i in range(len(scenes))]
+    easy = [(s, i) for s, i in where if len(shards[s][1][i].stickers) <= 2]
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = config.out / "last.pt"
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=False)
+        bridge.fusers.load_state_dict(saved["fusers"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        rng.setstate(saved["rng"])
+        first = saved["step"]
+        logger.info("resumed at step %d", first)
+    started = time.monotonic()
+    losses: list[float] = []
+    for step in range(first, config.steps):
+        picked = rng.sample(easy if step < config.easy_steps else where, config.scenes)
+        features = torch.stack([shards[s][0][i] for s, i in picked]).float()
+        batch = _draw([shards[s][1][i] for s, i in picked], rng, config.questions)
+        perception = bridge.fuse_slots({SOURCE_NAME: reader.read(features)})
+        loss = answer_loss(bridge, perception, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        done = step + 1
+        if done % 5 == 0:
+            _log(config.out / "log.csv", done, time.monotonic() - started, losses)
+            losses.clear()
+        if done % config.save_every == 0 or done == config.steps:
+            state = {
+                "fusers": bridge.fusers.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "rng": rng.getstate(),
+                "step": done,
+            }
+            scratch = checkpoint.with_suffix(".part")
+            torch.save(state, scratch)
+            scratch.replace(checkpoint)
+            bridge.save_pretrained(config.out / "bridge", dtype=torch.float16)
+
+
+def _draw(scenes: list[Scene], rng: random.Random, count: int) -> Batch:
+    """As many questions about each scene; `odd` and `relation` come where a scene has them."""
+    asked: list[Question] = []
+    for scene in scenes:
+        found = questions(scene, rng, SPLITS["train"].names)
+        asked += rng.sample(found, count)
+    return Batch([q.question for q in asked], [q.answer for q in asked])
+
+
+def _rate(step: int, config: FuserTrainingConfig) -> float:
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / (config.steps - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _log(path: Path, step: int, seconds: float, losses: list[float]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", "seconds", "loss"])
+        writer.writerow([step, f"{seconds:.0f}", f"{sum(losses) / len(losses):.4f}"])
+
+
+def main() -> None:
+    """Read the config named on the command line and train."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    train(load_config(FuserTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

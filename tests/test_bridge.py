@@ -1,0 +1,966 @@
+"""The bridge: closed it is the target alone, open it is a plain loop, and files only fit their models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from mm_c2c.align import Alignment
+from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs, LinkConfig, Target
+from mm_c2c.cache import LayerKV, PatchGrid, SourceCache
+from mm_c2c.errors import (
+    AlignmentError,
+    ConfigError,
+    InputError,
+    MismatchError,
+    ShapeError,
+    UnsupportedError,
+)
+from mm_c2c.fuser import FuserConfig
+from mm_c2c.rope import RopeSpec, derotate, rotate
+from mm_c2c.sources import SourceInput
+from mm_c2c.sources.text import TextSource
+from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
+
+QUESTIONS = ("is it red ?", "Which sticker is above the apple ? answer with one word :")
+EYES = ("eyes", "slots")
+GEOMETRIES = {
+    "slots": [EYES],
+    "aligned": [("eyes", "aligned")],
+    "both": [EYES, ("reader", "aligned")],
+}
+SLOT = "a"  # one token in any byte-level vocabulary
+EACH_GEOMETRY = pytest.mark.parametrize("geometry", list(GEOMETRIES))
+
+
+class Rig:
+    """A target, its sources and the bridges between them, over one pair of pictures."""
+
+    def __init__(self, target: Target, sources: dict[str, Any], pictures: list[Image.Image]):
+        self.target = target
+        self.sources = sources
+        self.pictures = pictures
+
+    def link(self, source: str, geometry: str, **fuser: Any) -> LinkConfig:
+        shapes = {"source": self.sources[source].shape, "target": self.target.shape}
+        return LinkConfig(
+            source=source,
+            geometry=geometry,
+            fuser=FuserConfig(**{**shapes, "hidden_size": 16, "rank": 8, **fuser}),
+            rows=2,
+            cols=3,
+        )
+
+    def bridge(
+        self, links: Sequence[tuple[str, str]], *, fresh: bool = False, **fuser: Any
+    ) -> Bridge:
+        """A bridge with random weights; the same links get the same weights."""
+        config = BridgeConfig(
+            links=tuple(self.link(*link, **fuser) for link in links), slot_token=SLOT
+        )
+        bridge = Bridge(self.target, self.sources, config)
+        if not fresh:
+            for module in bridge.fusers.values():
+                generator = torch.Generator().manual_seed(3)
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        return bridge.eval()
+
+    def caches(
+        self, bridge: Bridge, questions: Sequence[str] = QUESTIONS, rows: Sequence[int] = (0, 1)
+    ) -> dict[str, SourceCache]:
+        """The sources' caches of the same questions (and pictures) for the aligned links."""
+        named = {link.source for link in bridge.config.links if link.geometry == "aligned"}
+        inputs = [
+            SourceInput(text=question, images=(self.pictures[row],))
+            for question, row in zip(questions, rows, strict=True)
+        ]
+        texts = [SourceInput(text=question) for question in questions]
+        return {
+            name: self.sources[name].prefill(texts if name == "reader" else inputs)
+            for name in named
+        }
+
+    @torch.no_grad()
+    def fuse(
+        self, bridge: Bridge, questions: Sequence[str] = QUESTIONS, rows: Sequence[int] = (0, 1)
+    ) -> FusedInputs:
+        """All that a bridge has to say about the pictures of some rows."""
+        perception = None
+        if any(link.num_slots for link in bridge.config.links):
+            perception = bridge.perceive([self.pictures[row] for row in rows])
+        return bridge.fuse(perception, questions, self.caches(bridge, questions, rows))
+
+
+class LazySources(dict[str, Any]):
+    """Sources that are built when first asked for: a test pays for those it uses."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        super().__init__()
+        self.request = request
+
+    def __missing__(self, name: str) -> Any:
+        get = self.request.getfixturevalue
+        if name == "eyes":
+            vlm = get("tiny_llava")
+            self[name] = VLMSource(vlm.model, vlm.processor, "tiny/llava", "e1")
+        elif name == "second":
+            vlm = get("tiny_paligemma")
+            self[name] = PaliGemmaSource(vlm.model, vlm.processor, "tiny/pali")
+        else:
+            tokenizer = get("tiny_text_source_tokenizer")
+            self[name] = TextSource(get("tiny_text_source"), tokenizer, "tiny/text")
+        return self[name]
+
+
+@pytest.fixture
+def rig(
+    request: pytest.FixtureRequest,
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    pictures: list[Image.Image],
+) -> Rig:
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny/target", "t1")
+    return Rig(target, LazySources(request), pictures)
+
+
+def close(bridge: Bridge) -> Bridge:
+    for fuser in bridge.fusers.values():
+        fuser.close()
+    return bridge
+
+
+def repeated(cache: Cache, times: int) -> DynamicCache:
+    """A cache of its own, each row `times` times, made without the library."""
+    new = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        keys, values = (
+            torch.stack([x[row] for row in range(x.shape[0]) for _ in range(times)])
+            for x in (layer.keys, layer.values)
+        )
+        new.update(keys, values, index)
+    return new
+
+
+def positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def read_on(model: Any, fused: FusedInputs) -> Tensor:
+    """Logits of the positions that the cache does not cover; the cache is not grown."""
+    cache = repeated(fused["past_key_values"], 1)
+    done = cache.get_seq_length()
+    return model(
+        fused["input_ids"][:, done:],
+        attention_mask=fused["attention_mask"],
+        position_ids=positions(fused["attention_mask"])[:, done:],
+        past_key_values=cache,
+    ).logits
+
+
+@torch.no_grad()
+def target_alone(model: Any, fused: FusedInputs, prefix_len: int) -> FusedInputs:
+    """The same inputs with the target's own cache, prefilled in the same pieces.
+
+    Pieces of another length would round differently, and bit for bit could not be asked.
+    """
+    ids, mask = fused["input_ids"], fused["attention_mask"]
+    first = DynamicCache()
+    model(ids[:1, :prefix_len], past_key_values=first)
+    cache = repeated(first, len(ids))
+    done = fused["past_key_values"].get_seq_length()
+    if done > prefix_len:
+        model(
+            ids[:, prefix_len:done],
+            attention_mask=mask[:, :done],
+            position_ids=positions(mask)[:, prefix_len:done],
+            past_key_values=cache,
+        )
+    return FusedInputs(input_ids=ids, attention_mask=mask, past_key_values=cache)
+
+
+def prefix_len(bridge: Bridge, fused: FusedInputs) -> int:
+    question_len = bridge._question_ids(QUESTIONS)[0].shape[1]
+    return fused["input_ids"].shape[1] - question_len
+
+
+def assert_same_cache(got: Cache, expected: Cache, **tolerance: float) -> None:
+    assert len(got.layers) == len(expected.layers)
+    for one, other in zip(got.layers, expected.layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, **tolerance)
+        torch.testing.assert_close(one.values, other.values, **tolerance)
+
+
+EXACT = {"rtol": 0.0, "atol": 0.0}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+# --- identity ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["fresh", "closed"])
+@pytest.mark.parametrize("training", [True, False])
+@EACH_GEOMETRY
+def test_a_bridge_that_says_nothing_leaves_the_target_untouched(
+    rig: Rig, geometry: str, training: bool, state: str
+) -> None:
+    bridge = rig.bridge(GEOMETRIES[geometry], fresh=state == "fresh").train(training)
+    if state == "closed":
+        close(bridge)
+    fused = rig.fuse(bridge)
+    own = target_alone(rig.target.model, fused, prefix_len(bridge, fused))
+    assert_same_cache(fused["past_key_values"], own["past_key_values"], **EXACT)
+    torch.testing.assert_close(
+        read_on(rig.target.model, fused), read_on(rig.target.model, own), **EXACT
+    )
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "straight_through"])
+@EACH_GEOMETRY
+def test_a_closed_bridge_answers_what_the_target_answers_from_the_bare_tokens(
+    rig: Rig, geometry: str, gate: str
+) -> None:
+    bridge = close(rig.bridge(GEOMETRIES[geometry], gate=gate))
+    fused = rig.fuse(bridge)
+    perception = None if geometry == "aligned" else bridge.perceive(rig.pictures)
+    got = bridge.generate(perception, QUESTIONS, rig.caches(bridge), max_new_tokens=6)
+    ids, mask = fused["input_ids"], fused["attention_mask"]
+    with torch.no_grad():
+        plain = rig.target.model(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    logits = read_on(rig.target.model, fused)
+    torch.testing.assert_close(logits[:, -1], plain[:, -1], **CLOSE)
+    out = rig.target.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6)
+    expected = rig.target.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    assert got == expected
+    assert any(got)
+
+
+@EACH_GEOMETRY
+def test_an_open_bridge_is_heard(rig: Rig, geometry: str) -> None:
+    bridge = rig.bridge(GEOMETRIES[geometry])
+    opened = read_on(rig.target.model, rig.fuse(bridge))
+    closed = read_on(rig.target.model, rig.fuse(close(bridge)))
+    assert ((opened - closed)[:, -1].abs().amax(1) > 0.01).all()
+
+
+def test_the_prompt_is_the_chat_template_around_slots_and_question(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    fused = rig.fuse(bridge)
+    tokenizer = rig.target.tokenizer
+    for row, question in enumerate(QUESTIONS):
+        real = fused["input_ids"][row][fused["attention_mask"][row] == 1]
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": SLOT * 6 + "\n" + question}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert tokenizer.decode(real) == expected
+
+
+# --- fast path and slow path ------------------------------------------------------------------
+
+
+def turn(vector: Tensor, position: int, spec: RopeSpec | None, sign: int) -> Tensor:
+    """Rotate one head's vector pair by pair."""
+    if spec is None:
+        return vector
+    out, half = vector.clone(), len(spec.inv_freq)
+    for pair, frequency in enumerate(spec.inv_freq):
+        angle = torch.tensor(sign * position * frequency)
+        first, second = vector[pair], vector[pair + half]
+        out[pair] = first * angle.cos() - second * angle.sin()
+        out[pair + half] = second * angle.cos() + first * angle.sin()
+    return out
+
+
+def slow_write(
+    bridge: Bridge,
+    link: LinkConfig,
+    source: SourceCache,
+    alignment: Alignment,
+    cache: Cache,
+    target_positions: Tensor,
+) -> list[LayerKV]:
+    """`Bridge._write`, one row, one target position and one head at a time."""
+    raw, shapes = link.fuser.raw_keys, link.fuser
+    own_rope = [None] * shapes.target.num_layers if raw else bridge.target.rope(64)
+    source_rope = [None] * shapes.source.num_layers if raw else source.rope
+    new = [LayerKV(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    for row in range(len(alignment.mask)):
+        for slot in range(alignment.mask.shape[1]):
+            if not alignment.mask[row, slot]:
+                continue
+            place = int(alignment.target_index[row, slot])
+            here = int(target_positions[row, place])
+            heard = torch.zeros(shapes.source.num_layers, 1, 1, 2, shapes.source.width)
+            for index, weight in zip(
+                alignment.source_index[row, slot].tolist(),
+                alignment.weights[row, slot].tolist(),
+                strict=True,
+            ):
+                there = int(source.position_ids[row, index])
+                for layer, (keys, values) in enumerate(source.layers):
+                    bare = [turn(k, there, source_rope[layer], -1) for k in keys[row, :, index]]
+                    heard[layer, 0, 0, 0] += weight * torch.cat(bare)
+                    heard[layer, 0, 0, 1] += weight * values[row, :, index].flatten()
+            own = torch.zeros(shapes.target.num_layers, 1, 1, 2, shapes.target.width)
+            for layer, kv in enumerate(cache.layers):
+                bare = [turn(k, here, own_rope[layer], -1) for k in kv.keys[row, :, place]]
+                own[layer, 0, 0, 0] = torch.cat(bare)
+                own[layer, 0, 0, 1] = kv.values[row, :, place].flatten()
+            difference = bridge.fusers[link.name](heard, own)[:, 0, 0]
+            for layer, (keys, values) in enumerate(new):
+                for head in range(shapes.target.num_key_value_heads):
+                    begin = head * shapes.target.head_dim
+                    part = difference[layer, :, begin : begin + shapes.target.head_dim]
+                    keys[row, head, place] += turn(part[0], here, own_rope[layer], 1)
+                    values[row, head, place] += part[1]
+    return new
+
+
+@pytest.mark.parametrize("preset", ["small", "c2c"])
+@pytest.mark.parametrize("raw_keys", [True, False])
+@pytest.mark.parametrize(
+    "links", [[EYES], [("second", "slots"), ("eyes", "aligned")], [("reader", "aligned")]]
+)
+def test_writing_equals_a_plain_loop_over_rows_layers_slots_and_heads(
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    links: list[tuple[str, str]],
+    raw_keys: bool,
+    preset: str,
+) -> None:
+    bridge = rig.bridge(links, raw_keys=raw_keys, preset=preset, layers="proportional")
+    fast, calls = bridge._write, []
+
+    def spy(*args: Any) -> Cache:
+        calls.append((args, fast(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(bridge, "_write", spy)
+    rig.fuse(bridge)
+    assert [args[0].name for args, _ in calls] == [link.name for link in bridge.config.links]
+    for args, got in calls:
+        with torch.no_grad():
+            expected = slow_write(bridge, *args)
+        for layer, own, (keys, values) in zip(got.layers, args[3].layers, expected, strict=True):
+            assert (keys - own.keys).abs().max() > 0.01
+            torch.testing.assert_close(layer.keys, keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.values, values, rtol=1e-4, atol=1e-5)
+
+
+def test_slots_average_the_windows_of_the_grid(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    cache = rig.sources["eyes"].prefill([SourceInput(images=(p,)) for p in rig.pictures])
+    grid = PatchGrid(4, 4)
+    is_patch = cache.patches[..., 0] >= 0
+    pooled = []
+    for keys, values in cache.layers:
+        bare = derotate(keys, cache.position_ids, cache.rope[0])
+        windows = []
+        for states in (bare, values):
+            rows = [states[row][:, is_patch[row]] for row in range(2)]
+            image = torch.stack(rows).transpose(2, 3).flatten(1, 2).unflatten(2, grid)
+            windows.append(torch.nn.functional.adaptive_avg_pool2d(image, (2, 3)))
+        pooled.append(torch.stack([w.flatten(2).transpose(1, 2) for w in windows], dim=2))
+    seen: list[Tensor] = []
+    handle = bridge.fusers["eyes_slots"].register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0])
+    )
+    bridge.fuse_slots({"eyes": cache})
+    handle.remove()
+    torch.testing.assert_close(seen[0], torch.stack(pooled), rtol=1e-4, atol=1e-5)
+
+
+# --- positions --------------------------------------------------------------------------------
+
+
+def moved(cache: SourceCache, by: int) -> SourceCache:
+    """The same understanding, read at later positions."""
+    later = cache.position_ids + by
+    layers = tuple(
+        LayerKV(rotate(derotate(kv.keys, cache.position_ids, spec), later, spec), kv.values)
+        for kv, spec in zip(cache.layers, cache.rope, strict=True)
+    )
+    return replace(cache, layers=layers, position_ids=later)
+
+
+@pytest.mark.parametrize("raw_keys", [True, False])
+def test_only_raw_keys_depend_on_where_the_image_stood(rig: Rig, raw_keys: bool) -> None:
+    bridge = rig.bridge([EYES], raw_keys=raw_keys)
+    cache = rig.sources["eyes"].prefill([SourceInput(images=(p,)) for p in rig.pictures])
+    with torch.no_grad():
+        here = bridge.fuse_slots({"eyes": cache}).past_key_values
+        there = bridge.fuse_slots({"eyes": moved(cache, 7)}).past_key_values
+    if raw_keys:
+        assert (here.layers[1].values - there.layers[1].values).abs().max() > 1e-3
+    else:
+        assert_same_cache(here, there, **CLOSE)
+
+
+@EACH_GEOMETRY
+def test_decoding_step_by_step_equals_one_forward_over_the_fused_cache(
+    rig: Rig, geometry: str
+) -> None:
+    fused = rig.fuse(rig.bridge(GEOMETRIES[geometry]))
+    more = torch.randint(5, 100, (2, 4), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([fused["input_ids"], more], dim=1)
+    mask = torch.cat([fused["attention_mask"], torch.ones_like(more)], dim=1)
+    longer = FusedInputs(
+        input_ids=ids, attention_mask=mask, past_key_values=fused["past_key_values"]
+    )
+    at_once = read_on(rig.target.model, longer)
+    cache = repeated(fused["past_key_values"], 1)
+    steps = []
+    with torch.no_grad():
+        for end in range(cache.get_seq_length() + 1, ids.shape[1] + 1):
+            out = rig.target.model(
+                ids[:, end - 1 : end],
+                attention_mask=mask[:, :end],
+                position_ids=positions(mask)[:, end - 1 : end],
+                past_key_values=cache,
+            )
+            steps.append(out.logits)
+    real = mask[:, -at_once.shape[1] :] == 1
+    torch.testing.assert_close(torch.cat(steps, dim=1)[real], at_once[real], **CLOSE)
+
+
+@EACH_GEOMETRY
+def test_a_padded_row_gives_what_the_row_alone_gives(rig: Rig, geometry: str) -> None:
+    bridge = rig.bridge(GEOMETRIES[geometry])
+    both = rig.fuse(bridge)
+    assert (both["attention_mask"] == 0).any()
+    logits = read_on(rig.target.model, both)
+    for row, question in enumerate(QUESTIONS):
+        alone = rig.fuse(bridge, [question], [row])
+        assert (alone["attention_mask"] == 1).all()
+        expected = read_on(rig.target.model, alone)[0, -1]
+        torch.testing.assert_close(logits[row, -1], expected, **CLOSE)
+
+
+@EACH_GEOMETRY
+def test_the_order_of_the_batch_does_not_matter(rig: Rig, geometry: str) -> None:
+    bridge = rig.bridge(GEOMETRIES[geometry])
+    forward = read_on(rig.target.model, rig.fuse(bridge))
+    backward = read_on(rig.target.model, rig.fuse(bridge, QUESTIONS[::-1], [1, 0]))
+    torch.testing.assert_close(backward.flip(0)[:, -1], forward[:, -1], **CLOSE)
+
+
+def test_another_pictures_cache_changes_the_answer(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    cache = rig.sources["eyes"].prefill([SourceInput(images=(p,)) for p in rig.pictures])
+    own, shuffled = (
+        read_on(rig.target.model, bridge.fuse(bridge.fuse_slots({"eyes": c}), QUESTIONS))
+        for c in (cache, cache.select(torch.tensor([1, 0])))
+    )
+    assert ((own - shuffled)[:, -1].abs().amax(1) > 1e-4).all()
+
+
+# --- perceive once, ask often; several sources ------------------------------------------------
+
+
+def test_one_look_serves_many_questions(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    calls: list[int] = []
+    for module in (rig.sources["eyes"].model, rig.sources["eyes"].model.get_decoder()):
+        module.register_forward_hook(lambda *_: calls.append(1))
+    perception = bridge.perceive(rig.pictures[0])
+    assert calls
+    before = repeated(perception.past_key_values, 1)
+    calls.clear()
+    together = bridge.generate(perception, QUESTIONS, max_new_tokens=5)
+    apart = [bridge.generate(perception, [q], max_new_tokens=5)[0] for q in QUESTIONS]
+    assert not calls  # the source was not asked again
+    assert together == apart
+    assert_same_cache(perception.past_key_values, before, **EXACT)
+
+
+def test_a_question_does_not_spoil_the_cache_for_the_next(rig: Rig) -> None:
+    bridge = rig.bridge([EYES, ("reader", "aligned")])
+    perception = bridge.perceive(rig.pictures)
+    first = bridge.generate(perception, QUESTIONS, rig.caches(bridge), max_new_tokens=5)
+    bridge.generate(perception, ["something else ?"] * 2, max_new_tokens=5, num_beams=2)
+    assert bridge.generate(perception, QUESTIONS, rig.caches(bridge), max_new_tokens=5) == first
+
+
+def test_two_sources_stand_side_by_side_and_a_missing_one_is_left_out(rig: Rig) -> None:
+    links = [EYES, ("second", "slots")]
+    bridge = rig.bridge(links)
+    inputs = [SourceInput(images=(p,)) for p in rig.pictures]
+    caches = {name: rig.sources[name].prefill(inputs) for name, _ in links}
+    both = bridge.fuse_slots(caches)
+    for name, geometry in links:
+        alone = bridge.fuse_slots({name: caches[name]})
+        assert alone.input_ids.shape[1] == both.input_ids.shape[1] - 6
+        single = rig.bridge([(name, geometry)]).fuse_slots({name: caches[name]})
+        torch.testing.assert_close(alone.input_ids, single.input_ids)
+        assert_same_cache(alone.past_key_values, single.past_key_values, **CLOSE)
+    closed = close(rig.bridge(links)).fuse_slots(caches)
+    changed = (
+        both.past_key_values.layers[2].values - closed.past_key_values.layers[2].values
+    ).abs()
+    assert (changed.amax((0, 1, 3))[-12:] > 0).all()
+    assert (changed.amax((0, 1, 3))[:-12] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["eyes", "second", "reader"])
+def test_aligned_links_change_the_words_and_nothing_before_them(rig: Rig, name: str) -> None:
+    bridge = rig.bridge([(name, "aligned")])
+    fused = rig.fuse(bridge)
+    own = target_alone(rig.target.model, fused, prefix_len(bridge, fused))["past_key_values"]
+    assert fused["past_key_values"].get_seq_length() == fused["input_ids"].shape[1] - 1
+    for row, question in enumerate(QUESTIONS):
+        change = fused["past_key_values"].layers[1].values[row] - own.layers[1].values[row]
+        places = (change.abs().amax((0, 2)) > 0).nonzero().flatten().tolist()
+        words = rig.target.tokenizer.decode(fused["input_ids"][row, places[:-1]])
+        assert words.strip() == question
+        assert places[-1] == own.get_seq_length() - 1  # where the answer starts
+
+
+def test_slots_and_words_add_up(rig: Rig) -> None:
+    bridge = rig.bridge(GEOMETRIES["both"])
+    perception = bridge.perceive(rig.pictures)
+    with_words = read_on(rig.target.model, bridge.fuse(perception, QUESTIONS, rig.caches(bridge)))[
+        :, -1
+    ]
+    slots_only = read_on(rig.target.model, bridge.fuse(perception, QUESTIONS))[:, -1]
+    words_only = read_on(rig.target.model, bridge.fuse(None, QUESTIONS, rig.caches(bridge)))[:, -1]
+    single = rig.bridge([EYES])
+    torch.testing.assert_close(slots_only, read_on(rig.target.model, rig.fuse(single))[:, -1])
+    for one, other in [(with_words, slots_only), (with_words, words_only)]:
+        assert ((one - other).abs().amax(1) > 1e-3).all()
+
+
+# --- decoding is the target's own -------------------------------------------------------------
+
+
+class Recorder(BaseStreamer):
+    """Keeps every token that a generation hands out."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+DECODING: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "short": {"do_sample": False, "max_new_tokens": 1},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "beam sequences": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "stopping": {
+        "stopping_criteria": StoppingCriteriaList(
+            [lambda ids, _scores: torch.full((len(ids),), bool((ids[:, -3:] >= 0).all()))]
+        )
+    },
+    "penalty": {"do_sample": False, "repetition_penalty": 1.3},
+}
+
+
+def decode_plainly(rig: Rig, fused: FusedInputs, rows: int, **kwargs: Any) -> list[str]:
+    out = rig.target.model.generate(
+        input_ids=fused["input_ids"],
+        attention_mask=fused["attention_mask"],
+        past_key_values=repeated(fused["past_key_values"], rows),
+        **kwargs,
+    )
+    new = out[:, fused["input_ids"].shape[1] :]
+    return rig.target.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("mode", list(DECODING))
+@EACH_GEOMETRY
+def test_every_way_of_decoding_is_that_of_transformers(rig: Rig, geometry: str, mode: str) -> None:
+    bridge = rig.bridge(GEOMETRIES[geometry])
+    kwargs = {"max_new_tokens": 6, **DECODING[mode]}
+    rows = max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
+    perception = None if geometry == "aligned" else bridge.perceive(rig.pictures)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        got = bridge.generate(perception, QUESTIONS, rig.caches(bridge), **kwargs)
+        torch.manual_seed(0)
+        expected = decode_plainly(rig, rig.fuse(bridge), rows, **kwargs)
+    assert got == expected
+    assert len(got) == 2 * kwargs.get("num_return_sequences", 1)
+    assert any(got)
+
+
+def test_beams_of_a_closed_bridge_are_the_targets_own(rig: Rig) -> None:
+    bridge = close(rig.bridge([EYES]))
+    fused = rig.fuse(bridge)
+    kwargs = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "do_sample": False}
+    got = bridge.generate(bridge.perceive(rig.pictures), QUESTIONS, **kwargs)
+    ids = fused["input_ids"]
+    out = rig.target.model.generate(input_ids=ids, attention_mask=fused["attention_mask"], **kwargs)
+    assert got == rig.target.tokenizer.batch_decode(
+        out[:, ids.shape[1] :], skip_special_tokens=True
+    )
+
+
+def test_a_generation_config_counts_like_its_settings(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5}
+    config = GenerationConfig(pad_token_id=2, eos_token_id=2, **settings)
+    by_config = bridge.generate(perception, QUESTIONS, generation_config=config)
+    assert by_config == bridge.generate(perception, QUESTIONS, **settings)
+    rig.target.model.generation_config.num_beams = 3
+    rig.target.model.generation_config.num_return_sequences = 2
+    assert bridge.generate(perception, QUESTIONS, max_new_tokens=5) == by_config
+
+
+def test_a_streamer_gets_every_token(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    recorder = Recorder()
+    perception = bridge.perceive(rig.pictures[0])
+    got = bridge.generate(perception, QUESTIONS[:1], streamer=recorder, max_new_tokens=5)
+    prompt = rig.fuse(bridge, QUESTIONS[:1], [0])["input_ids"].flatten().tolist()
+    assert recorder.tokens[: len(prompt)] == prompt
+    assert recorder.tokens[-1] == -1
+    new = recorder.tokens[len(prompt) : -1]
+    assert got == [rig.target.tokenizer.decode(new, skip_special_tokens=True)]
+
+
+@EACH_GEOMETRY
+def test_streaming_says_the_same_as_generating(rig: Rig, geometry: str) -> None:
+    bridge = rig.bridge(GEOMETRIES[geometry])
+    perception = None if geometry == "aligned" else bridge.perceive(rig.pictures[0])
+    caches = rig.caches(bridge, QUESTIONS[1:], [0])
+    pieces = list(bridge.stream(perception, QUESTIONS[1], caches, max_new_tokens=12))
+    assert (
+        "".join(pieces) == bridge.generate(perception, QUESTIONS[1:], caches, max_new_tokens=12)[0]
+    )
+    assert "".join(pieces)
+
+
+def test_an_error_while_streaming_reaches_the_caller(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures[0])
+    with pytest.raises(ValueError, match="beam search"):
+        list(bridge.stream(perception, QUESTIONS[0], num_beams=2, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("how", ["keyword", "generation_config"])
+def test_assisted_decoding_is_refused(rig: Rig, how: str) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    refused: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    kwargs = refused if how == "keyword" else {"generation_config": GenerationConfig(**refused)}
+    with pytest.raises(UnsupportedError, match="prompt_lookup_num_tokens: assisted decoding"):
+        bridge.generate(perception, QUESTIONS, **kwargs)
+    with pytest.raises(UnsupportedError, match="assistant_model: assisted decoding"):
+        bridge.generate(perception, QUESTIONS, assistant_model=rig.target.model)
+
+
+# --- what cannot be asked ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question_is_refused(rig: Rig, question: str) -> None:
+    with pytest.raises(InputError, match="the question is empty"):
+        rig.bridge([EYES]).fuse(None, ["fine ?", question])
+
+
+def test_no_question_at_all_is_refused(rig: Rig) -> None:
+    with pytest.raises(InputError, match="at least one question"):
+        rig.bridge([EYES]).fuse(None, [])
+
+
+def test_a_question_that_is_not_in_a_list_is_refused(rig: Rig) -> None:
+    with pytest.raises(InputError, match="expected a list of questions, got the text 'is it red"):
+        rig.bridge([EYES]).fuse(None, QUESTIONS[0])
+
+
+def test_rows_and_questions_must_agree_in_number(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    with pytest.raises(ShapeError, match="2 perceived rows cannot answer 3 questions"):
+        bridge.fuse(perception, ["a ?", "b ?", "c ?"])
+
+
+def test_sources_must_agree_in_number_of_rows(rig: Rig) -> None:
+    bridge = rig.bridge([EYES, ("second", "slots")])
+    inputs = [SourceInput(images=(p,)) for p in rig.pictures]
+    caches = {
+        "eyes": rig.sources["eyes"].prefill(inputs),
+        "second": rig.sources["second"].prefill(inputs[:1]),
+    }
+    with pytest.raises(ShapeError, match=r"differ in batch size: \[1, 2\]"):
+        bridge.fuse_slots(caches)
+
+
+def test_several_pictures_in_one_row_are_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    cache = rig.sources["eyes"].prefill([SourceInput(images=tuple(rig.pictures))])
+    with pytest.raises(ShapeError, match="row 0 of source 'eyes' has 2 pictures, its slots hold 1"):
+        bridge.fuse_slots({"eyes": cache})
+
+
+def test_slots_of_a_row_without_a_picture_are_refused(rig: Rig) -> None:
+    bridge = rig.bridge([("reader", "slots")])
+    cache = rig.sources["reader"].prefill([SourceInput(text="words only")])
+    with pytest.raises(AlignmentError, match="row 0 has no image"):
+        bridge.fuse_slots({"reader": cache})
+
+
+def test_a_cache_of_another_question_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([("reader", "aligned")])
+    caches = rig.caches(bridge, ["something else ?", QUESTIONS[1]])
+    with pytest.raises(InputError, match=r"'reader' read 'something else \?', not 'is it red \?'"):
+        bridge.fuse(None, QUESTIONS, caches)
+
+
+def test_a_cache_of_fewer_questions_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([("reader", "aligned")])
+    caches = rig.caches(bridge, QUESTIONS[:1], [0])
+    with pytest.raises(ShapeError, match="source 'reader' has 1 rows for 2 questions"):
+        bridge.fuse(None, QUESTIONS, caches)
+
+
+def test_a_cache_under_an_unknown_name_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    cache = rig.sources["eyes"].prefill([SourceInput(images=(rig.pictures[0],))])
+    with pytest.raises(ConfigError, match=r"no source named \['eye'\]; known: eyes"):
+        bridge.fuse_slots({"eye": cache})
+    with pytest.raises(ConfigError, match=r"no source named \['eye'\]"):
+        bridge.fuse(None, QUESTIONS, {"eye": cache})
+
+
+def test_a_cache_of_another_geometry_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    other = rig.sources["second"].prefill([SourceInput(images=(rig.pictures[0],))])
+    with pytest.raises(MismatchError, match="the cache of source 'eyes': the fuser was made for"):
+        bridge.fuse_slots({"eyes": other})
+
+
+def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
+    link = rig.link(*EYES)
+    with pytest.raises(ConfigError, match="geometry must be one of slots, aligned, got 'slot'"):
+        replace(link, geometry="slot")
+    for links in ((), (link, link)):
+        with pytest.raises(ConfigError, match="expected one link or more, no two alike"):
+            BridgeConfig(links=links)
+    config = BridgeConfig(links=(link,), slot_token=SLOT)
+    with pytest.raises(ConfigError, match=r"names source 'eyes'; sources given: \['reader'\]"):
+        Bridge(rig.target, {"reader": rig.sources["reader"]}, config)
+    with pytest.raises(ConfigError, match=r"slot_token ' xylophone' is [0-9]+ tokens"):
+        Bridge(rig.target, rig.sources, replace(config, slot_token=" xylophone"))
+    with pytest.raises(MismatchError, match="source 'eyes': the fuser was made for"):
+        Bridge(rig.target, {"eyes": rig.sources["second"]}, config)
+
+
+def test_a_picture_gets_a_row_and_a_column_at_least(rig: Rig) -> None:
+    with pytest.raises(ConfigError, match="rows and cols must be at least 1, got 0 and 3"):
+        replace(rig.link(*EYES), rows=0)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def test_training_moves_fuser_weights_only(rig: Rig) -> None:
+    bridge = rig.bridge(GEOMETRIES["both"]).train()
+    frozen = {"target": rig.target.model, **{k: s.model for k, s in rig.sources.items()}}
+    before = {
+        name: {key: value.clone() for key, value in model.state_dict().items()}
+        for name, model in frozen.items()
+    }
+    fusers = {key: value.clone() for key, value in bridge.state_dict().items()}
+    assert all(key.startswith("fusers.") for key in fusers)
+    assert {id(p) for p in bridge.parameters()} == {id(p) for p in bridge.fusers.parameters()}
+    assert not any(model.training for name, model in frozen.items() if name == "target")
+
+    optimiser = torch.optim.SGD(bridge.parameters(), lr=0.1)
+    eyes = rig.sources["eyes"].prefill([SourceInput(images=(p,)) for p in rig.pictures])
+    fused = bridge.fuse(bridge.fuse_slots({"eyes": eyes}), QUESTIONS, rig.caches(bridge))
+    done = fused["past_key_values"].get_seq_length()
+    logits = rig.target.model(
+        fused["input_ids"][:, done:],
+        attention_mask=fused["attention_mask"],
+        position_ids=positions(fused["attention_mask"])[:, done:],
+        past_key_values=fused["past_key_values"],
+    ).logits
+    logits[:, -1].log_softmax(-1)[:, 7].sum().neg().backward()
+    optimiser.step()
+
+    for name, model in frozen.items():
+        assert all(p.grad is None for p in model.parameters()), name
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, before[name][key], **EXACT)
+    for name, parameter in bridge.named_parameters():
+        assert parameter.grad is not None, name
+        assert not torch.equal(parameter, fusers[name]), name
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_saved_bridge_comes_back_bit_for_bit(
+    rig: Rig, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    bridge = rig.bridge(GEOMETRIES["both"])
+    bridge.save_pretrained(tmp_path / "new" / "saved", dtype)
+    loaded = Bridge.from_pretrained(tmp_path / "new" / "saved", rig.target, rig.sources)
+    assert loaded.config == bridge.config
+    assert not loaded.training
+    stored = load_file(tmp_path / "new" / "saved" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype}
+    for key, value in bridge.state_dict().items():
+        found = loaded.state_dict()[key]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, value.to(dtype).float(), **EXACT)
+    if dtype == torch.float32:
+        answers = [
+            b.generate(b.perceive(rig.pictures), QUESTIONS, rig.caches(b), max_new_tokens=6)
+            for b in (bridge, loaded)
+        ]
+        assert answers[0] == answers[1]
+    loaded.save_pretrained(tmp_path / "again", dtype)
+    for key, value in load_file(tmp_path / "again" / "model.safetensors").items():
+        torch.testing.assert_close(value, stored[key], **EXACT)
+
+
+def test_nothing_but_fusers_and_references_is_saved(rig: Rig, tmp_path: Path) -> None:
+    rig.bridge([EYES]).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert all(key.startswith("eyes_slots.") for key in load_file(tmp_path / "model.safetensors"))
+    header = json.loads((tmp_path / "config.json").read_text())
+    assert header["target"] == {"model": "tiny/target", "revision": "t1", "model_type": "llama"}
+    assert header["sources"]["eyes"]["revision"] == "e1"
+
+
+def test_a_closed_bridge_stays_closed_on_disk(rig: Rig, tmp_path: Path) -> None:
+    close(rig.bridge([EYES])).save_pretrained(tmp_path, torch.float16)
+    loaded = Bridge.from_pretrained(tmp_path, rig.target, rig.sources)
+    assert (loaded.fusers["eyes_slots"].gates() == 0).all()
+
+
+@pytest.fixture
+def saved(rig: Rig, tmp_path: Path) -> Path:
+    rig.bridge([EYES]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_header(folder: Path, *keys: str, value: Any) -> None:
+    header = json.loads((folder / "config.json").read_text())
+    place = header
+    for key in keys[:-1]:
+        place = place[int(key) if isinstance(place, list) else key]
+    place[keys[-1]] = value
+    (folder / "config.json").write_text(json.dumps(header))
+
+
+def load(rig: Rig, folder: Path) -> Bridge:
+    return Bridge.from_pretrained(folder, rig.target, rig.sources)
+
+
+def test_a_folder_without_a_bridge_is_refused(rig: Rig, saved: Path) -> None:
+    with pytest.raises(MismatchError, match=r"is not a saved bridge: config\.json is missing"):
+        load(rig, saved / "elsewhere")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(MismatchError, match=r"model\.safetensors is missing or unreadable"):
+        load(rig, saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_cut_off_weights_are_refused(rig: Rig, saved: Path, keep: int) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(MismatchError, match=r"model\.safetensors is damaged or cut off"):
+        load(rig, saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config\.json is damaged"),
+        ("[]", "not a saved bridge of format 1"),
+        ('{"format": 2}', "not a saved bridge of format 1"),
+        ('{"format": 1}', r"config\.json lacks bridge, target, sources"),
+    ],
+)
+def test_a_damaged_header_is_refused(rig: Rig, saved: Path, text: str, message: str) -> None:
+    (saved / "config.json").write_text(text)
+    with pytest.raises(MismatchError, match=message):
+        load(rig, saved)
+
+
+def test_another_target_is_refused(rig: Rig, saved: Path) -> None:
+    model, tokenizer = rig.target.model, rig.target.tokenizer
+    for name, revision in (("tiny/other", "t1"), ("tiny/target", "t2"), ("tiny/target", None)):
+        rig.target = Target(model, tokenizer, name, revision)
+        with pytest.raises(
+            MismatchError,
+            match=f"target: .* trained with 'tiny/target' at revision 't1' .*got '{name}' at "
+            f"{revision!r}",
+        ):
+            load(rig, saved)
+
+
+def test_another_source_is_refused(rig: Rig, saved: Path) -> None:
+    eyes = rig.sources["eyes"]
+    rig.sources["eyes"] = VLMSource(eyes.model, eyes.processor, "tiny/llava", "e2")
+    with pytest.raises(MismatchError, match=r"source 'eyes': .* at revision 'e1' .* at 'e2'"):
+        load(rig, saved)
+    del rig.sources["eyes"]
+    with pytest.raises(MismatchError, match=r"needs a source named 'eyes' \(tiny/llava\)"):
+        load(rig, saved)
+
+
+def test_models_of_the_same_name_but_another_geometry_are_refused(rig: Rig, saved: Path) -> None:
+    second = rig.sources["second"]
+    second.origin = rig.sources["eyes"].origin
+    rig.sources["eyes"] = second
+    with pytest.raises(MismatchError, match="source 'eyes': the fuser was made for CacheShape"):
+        load(rig, saved)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (("bridge", "colour"), "unknown key 'colour'"),
+        (("bridge", "links", "0", "row"), r"unknown key '.*row'; did you mean 'rows'"),
+        (("bridge", "links", "0", "fuser", "ranks"), r"unknown key '.*fuser\.ranks'"),
+    ],
+)
+def test_unknown_settings_are_refused(
+    rig: Rig, saved: Path, keys: tuple[str, ...], message: str
+) -> None:
+    edit_header(saved, *keys, value=1)
+    with pytest.raises(ConfigError, match=message):
+        load(rig, saved)
+
+
+def test_an_unknown_word_about_a_model_is_refused(rig: Rig, saved: Path) -> None:
+    edit_header(saved, "target", "colour", value="red")
+    with pytest.raises(MismatchError, match="target: expected model, revision, model_type"):
+        load(rig, saved)
+
+
+def test_weights_of_another_fuser_are_refused(rig: Rig, saved: Path) -> None:
+    edit_header(saved, "bridge", "links", "0", "fuser", "rank", value=9)
+    with pytest.raises(MismatchError, match=r"eyes_slots\..* is \(.*\), expected \("):
+        load(rig, saved)
+    edit_header(saved, "bridge", "links", "0", "fuser", "preset", value="c2c")
+    with pytest.raises(MismatchError, match=r"missing weights \['eyes_slots\..*unknown ones"):
+        load(rig, saved)
