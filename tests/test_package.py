@@ -10,11 +10,15 @@ import pytest
 
 import mm_c2c
 from mm_c2c.config import load_config
+from mm_c2c.reference.train_fuser import FuserTrainingConfig
 from mm_c2c.reference.train_source import SourceTrainingConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # By the start of the file's name, the dataclass that the command in its first comment reads.
-CONFIG_KINDS = {"reference_source": SourceTrainingConfig}
+CONFIG_KINDS = {
+    "reference_source": SourceTrainingConfig,
+    "reference_fuser": FuserTrainingConfig,
+}
 
 IMPORT_CHECK = """
 import random

@@ -42,6 +42,8 @@ _PLURALS = {
     "plant": "plants",
     "tool": "tools",
 }
+# Share of a sticker's longer side that surely shows it, from the centre out.
+_COVERED = 0.45
 _PLURAL_NAMES = {"grapes", "cherries", "glasses", "jeans", "scissors"}
 _RELATIONS = {
     "left of": lambda a, b: a.col < b.col,
@@ -263,6 +265,24 @@ def questions(scene: Scene, rng: random.Random, names: Sequence[str]) -> list[Qu
     if odd is not None:
         asked.append(Question("odd", "Which is the odd one out?", odd))
     return asked
+
+
+def patch_contents(scene: Scene, side: int) -> list[tuple[str | None, str]]:
+    """What lies on each patch of a `side` x `side` grid, in reading order.
+
+    Returns:
+        The name of the sticker that covers the patch's centre, if one does, and the place.
+    """
+    contents = []
+    for row in range(side):
+        for col in range(side):
+            x, y = (col + 0.5) / side, (row + 0.5) / side
+            name = None
+            for sticker in scene.stickers:
+                if max(abs(x - sticker.x), abs(y - sticker.y)) < _COVERED * sticker.size:
+                    name = sticker.name
+            contents.append((name, PLACES[int(y * CELLS)][int(x * CELLS)]))
+    return contents
 
 
 def odd_one_out(scene: Scene) -> str | None:

@@ -23,17 +23,27 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Perception
-from mm_c2c.cache import SourceCache, read_layers
+from mm_c2c.cache import LayerKV, SourceCache, read_layers
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
 from mm_c2c.reference.scene_data import SPLITS, read_shard
-from mm_c2c.reference.scenes import SCENE_PIXELS, Question, Scene, questions
+from mm_c2c.reference.scenes import (
+    PLACES,
+    SCENE_PIXELS,
+    Question,
+    Scene,
+    patch_contents,
+    questions,
+)
+from mm_c2c.rope import RopeSpec, derotate
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.vlm import VLMSource
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +60,10 @@ class FuserTrainingConfig:
         rank: inner width of its heads.
         rows: rows of slots.
         cols: columns of slots.
-        steps: optimiser steps.
+        reconstruct_steps: steps of the first phase: each slot learns to hold what the target's
+            cache holds after reading what lies there; no pass through the target.
+        reconstruct_scenes: pictures a step of that phase.
+        steps: steps of the second phase: cross-entropy of the answers.
         scenes: pictures a step.
         questions: questions a picture.
         learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
@@ -69,6 +82,8 @@ class FuserTrainingConfig:
     rank: int = 96
     rows: int = 8
     cols: int = 8
+    reconstruct_steps: int = 300
+    reconstruct_scenes: int = 16
     steps: int = 400
     scenes: int = 8
     questions: int = 4
@@ -110,6 +125,75 @@ class FeatureReader:
         model.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         rows = torch.zeros(len(features), dtype=torch.long)
         return replace(self.layout.select(rows), layers=read_layers(cache)[0])
+
+
+class WordCache:
+    """The target's own K (without rotation) and V after reading what a patch may show.
+
+    A phrase ends with the name, `In the top left: cat`, so that its last token holds both.
+    """
+
+    def __init__(self, bridge: Bridge) -> None:
+        self.bridge = bridge
+        places = [place for row in PLACES for place in row]
+        names = [*SPLITS["train"].names, _NOTHING]
+        self.rows = {pair: i for i, pair in enumerate((n, p) for n in names for p in places)}
+        texts = [f"In the {place}: {name}" for name, place in self.rows]
+        states = torch.cat([self._read(texts[i : i + 64]) for i in range(0, len(texts), 64)])
+        # A layer's own scale, so that all layers weigh alike.
+        self.mean = states.mean(0)
+        self.scale = (states - self.mean).pow(2).mean((0, 3)).sqrt().unsqueeze(-1)
+        self.states = states
+
+    def wanted(self, scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:
+        """What the slots should hold, and which of them show a sticker.
+
+        Returns:
+            `(batch, slots, layers, 2, width)` and `(batch, slots)` bool.
+        """
+        contents = [patch_contents(scene, side) for scene in scenes]
+        rows = [[self.rows[name or _NOTHING, place] for name, place in row] for row in contents]
+        covered = [[name is not None for name, _ in row] for row in contents]
+        return self.states[torch.tensor(rows)], torch.tensor(covered)
+
+    @torch.no_grad()
+    def _read(self, texts: list[str]) -> Tensor:
+        target = self.bridge.target
+        encoded = target.tokenizer(
+            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+        )
+        positions = count_positions(encoded["attention_mask"])
+        layers, _, rope = target.read(encoded, positions)
+        return _last_states(layers, positions, rope)
+
+
+def _last_states(
+    layers: Sequence[LayerKV], positions: Tensor, rope: Sequence[RopeSpec | None], count: int = 1
+) -> Tensor:
+    """K without rotation and V of the last positions: `(batch * count, layers, 2, width)`."""
+    rows = []
+    for (keys, values), spec in zip(layers, rope, strict=True):
+        plain = derotate(keys[:, :, -count:], positions[:, -count:], spec)
+        both = torch.stack([plain, values[:, :, -count:]], dim=1)
+        rows.append(both.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1))
+    return torch.stack(rows, dim=1)
+
+
+def reconstruct_loss(
+    bridge: Bridge, words: WordCache, perception: Perception, scenes: Sequence[Scene], side: int
+) -> Tensor:
+    """Squared distance of the slots from what the target would hold, in units of its spread.
+
+    Slots that show a sticker weigh as much as all that show none.
+    """
+    layers, _ = read_layers(perception.past_key_values)
+    length = perception.input_ids.shape[1]
+    positions = torch.arange(length).expand(len(scenes), -1)
+    states = _last_states(layers, positions, bridge.target.rope(length), side * side)
+    wanted, covered = words.wanted(scenes, side)
+    error = ((states - wanted.flatten(0, 1)) / words.scale).pow(2).mean((1, 2, 3))
+    shown = covered.flatten()
+    return 0.5 * (error[shown].mean() + error[~shown].mean())
 
 
 class Batch(NamedTuple):
@@ -201,12 +285,19 @@ def train(config: FuserTrainingConfig) -> None:
         logger.info("resumed at step %d", first)
     started = time.monotonic()
     losses: list[float] = []
-    for step in range(first, config.steps):
-        picked = rng.sample(easy if step < config.easy_steps else where, config.scenes)
+    words = WordCache(bridge) if first < config.reconstruct_steps else None
+    for step in range(first, config.reconstruct_steps + config.steps):
+        reconstruct = step < config.reconstruct_steps
+        easily = not reconstruct and step < config.reconstruct_steps + config.easy_steps
+        count = config.reconstruct_scenes if reconstruct else config.scenes
+        picked = rng.sample(easy if easily else where, count)
         features = torch.stack([shards[s][0][i] for s, i in picked]).float()
-        batch = _draw([shards[s][1][i] for s, i in picked], rng, config.questions)
+        scenes = [shards[s][1][i] for s, i in picked]
         perception = bridge.fuse_slots({SOURCE_NAME: reader.read(features)})
-        loss = answer_loss(bridge, perception, batch)
+        if reconstruct and words is not None:
+            loss = reconstruct_loss(bridge, words, perception, scenes, config.rows)
+        else:
+            loss = answer_loss(bridge, perception, _draw(scenes, rng, config.questions))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -217,7 +308,7 @@ def train(config: FuserTrainingConfig) -> None:
         if done % 5 == 0:
             _log(config.out / "log.csv", done, time.monotonic() - started, losses)
             losses.clear()
-        if done % config.save_every == 0 or done == config.steps:
+        if done % config.save_every == 0 or done == config.reconstruct_steps + config.steps:
             state = {
                 "fusers": bridge.fusers.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -241,9 +332,13 @@ def _draw(scenes: list[Scene], rng: random.Random, count: int) -> Batch:
 
 
 def _rate(step: int, config: FuserTrainingConfig) -> float:
+    """A warm-up and a cosine to zero in each phase."""
+    length = config.reconstruct_steps
+    if step >= length:
+        step, length = step - length, config.steps
     if step < config.warmup:
         return (step + 1) / config.warmup
-    done = (step - config.warmup) / (config.steps - config.warmup)
+    done = (step - config.warmup) / max(1, length - config.warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -6,6 +6,7 @@ python -m mm_c2c.reference.train_source configs/reference_source.yaml [key=value
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import math
 import random
@@ -30,6 +31,7 @@ from mm_c2c.reference.scenes import (
     Question,
     Scene,
     caption,
+    patch_contents,
     questions,
     sample_scene,
 )
@@ -60,7 +62,7 @@ class SourceTrainingConfig:
         learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
         warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
-        patch_loss: weight of naming what lies on each patch, a training aid.
+        patch_loss: weight of `patch_words`, a training aid.
         questions: questions a picture a step.
         caption_rate: share of pictures whose caption is asked for too.
         save_every: steps between checkpoints.
@@ -151,10 +153,9 @@ def block_mask(segments: Tensor, num_prefix: int) -> Tensor:
 def hidden_states(
     model: LlavaForConditionalGeneration, features: Tensor, packed: Packed, bos: int
 ) -> tuple[Tensor, Tensor]:
-    """The tower's patches, and the decoder's states at the questions' tokens."""
+    """The patches as the decoder reads them, and its states at the questions' tokens."""
     tower = model.model.vision_tower
-    patches = tower.encode(features)
-    image = model.model.multi_modal_projector(patches)
+    image = model.model.multi_modal_projector(tower.encode(features))
     embed = model.get_input_embeddings()
     batch, num_patches = image.shape[:2]
     start = embed(torch.full((batch, 1), bos))
@@ -166,21 +167,34 @@ def hidden_states(
         position_ids=torch.cat([prefix, packed.position_ids], dim=1),
         use_cache=False,
     )
-    return patches, out.last_hidden_state[:, num_patches + 1 :]
+    return image, out.last_hidden_state[:, num_patches + 1 :]
 
 
-def patch_labels(scenes: list[Scene], names: list[str], side: int) -> Tensor:
-    """`(batch, side * side)`: the concept whose sticker covers a patch's centre; 0 is none."""
-    labels = torch.zeros(len(scenes), side, side, dtype=torch.long)
-    centres = (torch.arange(side) + 0.5) / side
+def patch_words(
+    scenes: list[Scene], tokenizer: PreTrainedTokenizerFast, num_patches: int
+) -> Tensor:
+    """What a patch should say in the decoder's own vocabulary: its sticker and its place.
+
+    With this aid a patch that shows a cat in the top left lies near the words, so that the
+    decoder's attention finds by one what belongs to the other.
+
+    Returns:
+        `(batch, num_patches, vocab_size)`, each a distribution: half on the name of the sticker
+        that covers the patch's centre (padding where none does), half on the words of its cell.
+    """
+    words = functools.cache(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+    size = len(tokenizer)
+    places: list[int] = []
+    shares: list[float] = []
     for row, scene in enumerate(scenes):
-        for sticker in scene.stickers:
-            reach = 0.45 * sticker.size
-            inside = ((centres[:, None] - sticker.y).abs() < reach) & (
-                (centres[None] - sticker.x).abs() < reach
-            )
-            labels[row][inside] = names.index(sticker.name) + 1
-    return labels.flatten(1)
+        for patch, (name, place) in enumerate(patch_contents(scene, math.isqrt(num_patches))):
+            first = size * (row * num_patches + patch)
+            named = words(name)[0] if name else tokenizer.pad_token_id
+            places += [first + named, *(first + word for word in words(place))]
+            shares += [0.5, *[0.5 / len(words(place))] * len(words(place))]
+    wanted = torch.zeros(len(scenes) * num_patches * size)
+    wanted.index_add_(0, torch.tensor(places), torch.tensor(shares))
+    return wanted.view(len(scenes), num_patches, size)
 
 
 def draw_questions(
@@ -251,9 +265,7 @@ def train(config: SourceTrainingConfig) -> None:
         tower_layers=config.tower_layers,
     )
     model.model.vision_tower.convolutions.load_state_dict(load_file(config.tower))
-    names = SPLITS["train"].names
-    aid = nn.Linear(config.hidden_size, len(names) + 1)
-    trained = [p for p in model.parameters() if p.requires_grad] + list(aid.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
     )
@@ -272,7 +284,6 @@ def train(config: SourceTrainingConfig) -> None:
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)
         model.load_state_dict(saved["model"])
-        aid.load_state_dict(saved["aid"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         rng.setstate(saved["rng"])
@@ -288,12 +299,12 @@ def train(config: SourceTrainingConfig) -> None:
         packed = pack(
             tokenizer, [draw_questions(s, rng, config) for s in scenes], features.shape[1]
         )
-        patches, states = hidden_states(model, features, packed, tokenizer.bos_token_id)
+        image, states = hidden_states(model, features, packed, tokenizer.bos_token_id)
         answers = packed.labels != -100
         answer_loss = F.cross_entropy(model.lm_head(states[answers]), packed.labels[answers])
-        side = math.isqrt(features.shape[1])
+        words = model.lm_head(F.rms_norm(image, image.shape[-1:]))
         patch_loss = F.cross_entropy(
-            aid(patches).flatten(0, 1), patch_labels(scenes, names, side).flatten()
+            words.flatten(0, 1), patch_words(scenes, tokenizer, features.shape[1]).flatten(0, 1)
         )
         optimizer.zero_grad()
         (answer_loss + config.patch_loss * patch_loss).backward()
@@ -312,7 +323,6 @@ def train(config: SourceTrainingConfig) -> None:
             torch.save(
                 {
                     "model": model.state_dict(),
-                    "aid": aid.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "schedule": schedule.state_dict(),
                     "rng": rng.getstate(),
