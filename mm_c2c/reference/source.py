@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlavaConfig,
@@ -120,7 +121,12 @@ def build_model(
         image_seq_length=(SCENE_PIXELS // STRIDE) ** 2,
         tie_word_embeddings=True,
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            # Attention then starts by likeness: a word finds the patches that show it.
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+    return model
 
 
 def load_model(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
