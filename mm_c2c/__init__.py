@@ -6,6 +6,7 @@ from mm_c2c.cache import CacheShape, PatchGrid, SourceCache
 from mm_c2c.errors import MMC2CError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.sources import Source, SourceInput, source_class
+from mm_c2c.transport import load_cache, save_cache
 
 __all__ = [
     "Alignment",
@@ -23,5 +24,7 @@ __all__ = [
     "SourceCache",
     "SourceInput",
     "Target",
+    "load_cache",
+    "save_cache",
     "source_class",
 ]

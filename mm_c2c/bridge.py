@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from mm_c2c.align import Alignment
-from mm_c2c.align.patches import align_pooled
+from mm_c2c.align.patches import (
+    PatchResampler,
+    ResamplerConfig,
+    align_all,
+    align_pooled,
+    patch_coordinates,
+)
 from mm_c2c.align.tokens import align_tokens, locate_text, token_spans
 from mm_c2c.cache import (
     CacheOrigin,
@@ -49,6 +55,7 @@ from mm_c2c.sources.base import FrozenReader, Source, SourceInput, count_positio
 from mm_c2c.sources.text import render_chat
 
 GEOMETRIES = ("slots", "aligned")
+POOLINGS = ("window", "resampler")
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
@@ -66,8 +73,11 @@ class LinkConfig:
         geometry: `slots` gives a picture places of its own in the target's prompt; `aligned` adds
             to the words that both models read.
         fuser: the fuser's shape.
-        rows: rows of slots a picture gets; its patches are pooled to them.
+        rows: rows of slots a picture gets.
         cols: columns of slots a picture gets.
+        pooling: what a slot takes of a picture's patches: `window` averages those that lie where
+            the slot lies; `resampler` learns, for each slot, what to look for in all of them.
+            For `slots` only.
     """
 
     source: str
@@ -75,11 +85,18 @@ class LinkConfig:
     fuser: FuserConfig
     rows: int = 4
     cols: int = 4
+    pooling: str = "window"
 
     def __post_init__(self) -> None:
-        if self.geometry not in GEOMETRIES:
+        for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.geometry == "aligned" and self.pooling == "resampler":
             raise ConfigError(
-                f"geometry must be one of {', '.join(GEOMETRIES)}, got {self.geometry!r}"
+                "pooling 'resampler' shares patches among slots, and geometry 'aligned' has none; "
+                "leave pooling at 'window' or set geometry to 'slots'"
             )
         if min(self.rows, self.cols) < 1:
             raise ConfigError(f"rows and cols must be at least 1, got {self.rows} and {self.cols}")
@@ -158,7 +175,7 @@ class Target(FrozenReader):
         name: str,
         revision: str | None = None,
     ) -> None:
-        super().__init__(model.eval().requires_grad_(requires_grad=False), name, revision)
+        super().__init__(model, name, revision)
         self.tokenizer = tokenizer
 
 
@@ -184,7 +201,9 @@ class Bridge(nn.Module):
                 )
             _check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
             _check_shape("the target", link.fuser.target, target.shape)
-        self.fusers = nn.ModuleDict({link.name: CacheFuser(link.fuser) for link in config.links})
+        self.fusers = nn.ModuleDict(
+            {link.name: CacheFuser(link.fuser, _build_resampler(link)) for link in config.links}
+        )
         ids = target.tokenizer(config.slot_token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise ConfigError(
@@ -235,7 +254,7 @@ class Bridge(nn.Module):
         for link in links:
             source = caches[link.source]
             index = torch.tensor(places[link.name], device=self.device).expand(batch, -1)
-            alignment = align_pooled(source, PatchGrid(link.rows, link.cols), index)
+            alignment = self._align_slots(link, source, index)
             cache = self._write(link, source, alignment, cache, positions)
         return Perception(input_ids, cache)
 
@@ -417,13 +436,21 @@ class Bridge(nn.Module):
         ids = self.target.tokenizer(before, add_special_tokens=False)["input_ids"]
         return ids, after[1:]
 
+    def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
+        """What follows the slots: each question, and what the chat template puts behind it."""
+        _, tail = self._template()
+        texts = [f"\n{question.strip()}{tail}" for question in questions]
+        return [
+            self.target.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+        ]
+
     def _question_ids(self, questions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded `input_ids` and mask after the slots, and spans in each question."""
         _, tail = self._template()
         tokenizer = self.target.tokenizer
         asked = [question.strip() for question in questions]
         texts = [f"\n{question}{tail}" for question in asked]
-        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = self.question_tokens(questions)
         width = max(map(len, rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -460,6 +487,15 @@ class Bridge(nn.Module):
         )
         return cache
 
+    def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
+        """What each slot takes of its row's patches; `index` as in `align_pooled`."""
+        if link.pooling == "window":
+            return align_pooled(source, PatchGrid(link.rows, link.cols), index)
+        resampler: Any = self.fusers[link.name].resampler
+        states = _source_states(link, source).flatten(2)
+        alignment = align_all(source, link.num_slots, index)
+        return resampler(states, patch_coordinates(source), alignment)
+
     def _write(
         self,
         link: LinkConfig,
@@ -469,7 +505,7 @@ class Bridge(nn.Module):
         positions: Tensor,
     ) -> Cache:
         """A cache in which one link's fuser has written its differences."""
-        _check_shape(f"the cache of source {link.source!r}", link.fuser.source, source.shape)
+        flat = _source_states(link, source)
         raw = link.fuser.raw_keys
         layers, indices = read_layers(cache)
         own_rope = [self.target.rope(int(positions.max()) + 1)[index] for index in indices]
@@ -484,11 +520,6 @@ class Bridge(nn.Module):
             picked_keys = _per_spec(derotate, picked_keys, where, own_rope)
         target_states = torch.stack([picked_keys, picked[..., 1, :]], dim=-2)
 
-        states = _stack(source.layers)
-        if not raw:
-            keys = _per_spec(derotate, states[..., 0, :], source.position_ids, source.rope)
-            states = torch.stack([keys, states[..., 1, :]], dim=-2)
-        flat = states.permute(1, 3, 0, 4, 2, 5)
         gathered = alignment.gather(flat.flatten(2)).unflatten(2, flat.shape[2:])
         aligned = gathered.permute(2, 0, 1, 3, 4, 5).flatten(4)
 
@@ -511,11 +542,20 @@ class Bridge(nn.Module):
         return with_layers(cache, written)
 
     def _generate(self, fused: FusedInputs, **kwargs: Any) -> Tensor:
-        settings = kwargs.get("generation_config") or self.target.model.generation_config
-
         def setting(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(settings, name, None)
+            if name in kwargs:
+                return kwargs[name]
+            # What a config leaves open, transformers takes from the model's own.
+            given = getattr(kwargs.get("generation_config"), name, None)
+            own = getattr(self.target.model.generation_config, name, None)
+            return own if given is None else given
 
+        if setting("return_dict_in_generate"):
+            raise UnsupportedError(
+                "return_dict_in_generate: a bridge answers with texts only; for scores and the "
+                "like, call bridge.target.model.generate(**bridge.fuse(...), "
+                "return_dict_in_generate=True)"
+            )
         for name in _REFUSED:
             if setting(name) is not None:
                 raise UnsupportedError(
@@ -587,6 +627,25 @@ def _check_origin(what: str, expected: Mapping[str, Any], found: CacheOrigin) ->
             f"{what}: the fuser was trained with {wanted.model!r} at revision {wanted.revision!r} "
             f"({wanted.model_type}), got {found.model!r} at {found.revision!r} ({found.model_type})"
         )
+
+
+def _build_resampler(link: LinkConfig) -> PatchResampler | None:
+    """The part of a link that learns what each slot looks for, where it has one."""
+    if link.pooling == "window":
+        return None
+    shape = link.fuser.source
+    width = shape.num_layers * 2 * shape.width
+    return PatchResampler(ResamplerConfig(num_slots=link.num_slots, source_width=width))
+
+
+def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
+    """`(batch, source_len, layers, 2, heads, head_dim)`: K as the fuser wants it, and V."""
+    _check_shape(f"the cache of source {link.source!r}", link.fuser.source, source.shape)
+    states = _stack(source.layers)
+    if not link.fuser.raw_keys:
+        keys = _per_spec(derotate, states[..., 0, :], source.position_ids, source.rope)
+        states = torch.stack([keys, states[..., 1, :]], dim=-2)
+    return states.permute(1, 3, 0, 4, 2, 5)
 
 
 def _check_one_picture(name: str, source: SourceCache) -> None:

@@ -157,6 +157,12 @@ class SourceCache:
         )
 
 
+def zeroed(cache: SourceCache) -> SourceCache:
+    """The same positions with nothing in them: what a fuser gets when a source is dropped."""
+    blank = tuple(LayerKV(torch.zeros_like(k), torch.zeros_like(v)) for k, v in cache.layers)
+    return replace(cache, layers=blank)
+
+
 def read_layers(cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
     """K and V of each layer that has them, and those layers' indices.
 

@@ -9,9 +9,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_c2c.errors import InputError, MMC2CError
+
+if TYPE_CHECKING:
+    from transformers import TextStreamer
+
+    from mm_c2c.bridge import Bridge
 
 ARM_NAMES = ("fused", "blind", "caption_relay", "source")
 QUICK_ITEMS = 140
@@ -48,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download the target's weights, once")
     fetch.set_defaults(run=_fetch)
 
-    inspect = commands.add_parser("inspect", help="describe a fuser folder or a model")
-    inspect.add_argument("what", help="a folder of a saved bridge, or a model's folder or Hub id")
+    inspect = commands.add_parser("inspect", help="describe a fuser folder, a cache or a model")
+    inspect.add_argument("what", help="a saved bridge, a cache file, or a model's folder or Hub id")
     inspect.set_defaults(run=_inspect)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of every arm and control")
@@ -57,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items only")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of tables")
     evaluate.add_argument("--out", type=Path, help="also write the JSON, with all answers, here")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as items=FILE")
     evaluate.set_defaults(run=_evaluate)
     return parser
 
@@ -78,9 +83,8 @@ def _ask(args: argparse.Namespace) -> None:
     if args.only:
         named = {args.only: named[args.only]}
     if args.stream:
-        for piece in named[args.only].pieces(picture, args.question):
-            print(piece, end="", flush=True)
-        print()
+        printer = _printer(bridge, args.only)
+        named[args.only].answer(picture, args.question, printer)
         return
     for arm in named.values():
         timed(arm, bridge, picture, args.question)  # a warm-up, so that times compare
@@ -101,6 +105,17 @@ def _ask(args: argparse.Namespace) -> None:
             print(f"{'':<14} caption: {answer.relayed}")
 
 
+def _printer(bridge: Bridge, arm: str) -> TextStreamer:
+    """Prints an answer as it is made; the source has a tokenizer of its own."""
+    from transformers import TextStreamer
+
+    from mm_c2c.reference.models import SOURCE_NAME
+
+    source: Any = bridge.sources[SOURCE_NAME]
+    tokenizer = source.processor.tokenizer if arm == "source" else bridge.target.tokenizer
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
 def _fetch(args: argparse.Namespace) -> None:
     from mm_c2c.reference.fetch import target_path
 
@@ -114,16 +129,16 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from mm_c2c.config import from_dict, load_config, to_dict
+    from mm_c2c.config import load_config, override, to_dict
     from mm_c2c.evaluation.run import EvaluationConfig, evaluate, table
     from mm_c2c.reference.models import HERE, load_bridge
 
     if args.config:
-        config = load_config(EvaluationConfig, args.config, args.overrides)
+        config = load_config(EvaluationConfig, args.config)
     else:
         config = EvaluationConfig(items=HERE / "unseen_style" / "items.jsonl")
-    if args.quick:
-        config = from_dict(EvaluationConfig, {**to_dict(config), "limit": QUICK_ITEMS})
+    quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
+    config = override(config, [*quick, *args.overrides])
     result = evaluate(load_bridge(), config)
     result["config"] = to_dict(config)
     if args.out:

@@ -40,9 +40,17 @@ def load_config(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping, got {data!r}")
-    for override in overrides:
-        _set(data, override)
+    for text in overrides:
+        _set(data, text)
     return from_dict(kind, data)
+
+
+def override(config: T, overrides: Sequence[str]) -> T:
+    """A config with some values changed by `key=value` or `key.sub=value`, values in YAML."""
+    data = to_dict(config)
+    for text in overrides:
+        _set(data, text)
+    return from_dict(type(config), data)
 
 
 def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
@@ -116,10 +124,10 @@ def _convert_items(kinds: Sequence[Any], values: Sequence[Any], name: str) -> tu
     )
 
 
-def _set(data: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
+def _set(data: dict[str, Any], assignment: str) -> None:
+    key, sign, text = assignment.partition("=")
     if not sign or not key:
-        raise ConfigError(f"expected key=value, got {override!r}")
+        raise ConfigError(f"expected key=value, got {assignment!r}")
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
@@ -128,4 +136,4 @@ def _set(data: dict[str, Any], override: str) -> None:
     try:
         data[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
+        raise ConfigError(f"{assignment!r}: the value is not valid YAML: {error}") from error

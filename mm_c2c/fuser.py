@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_c2c.align.layers import KINDS, layer_map, mix_init
+from mm_c2c.align.layers import KINDS, LayerMap, layer_map, mix_init
+from mm_c2c.align.patches import PatchResampler
 from mm_c2c.cache import CacheShape
 from mm_c2c.errors import ConfigError, ShapeError
 
@@ -36,8 +37,11 @@ class FuserConfig:
         target: geometry of the target's cache.
         preset: `small` shares one projection of the source among all target layers and ends in
             low-rank heads; `c2c` has the paper's shape, one wide block a layer for K and for V.
-        layers: which source layer feeds which target layer: `proportional`, `terminal`, or `mix`,
-            a learned mix of all of them.
+        layers: which source layer feeds which target layer: `proportional`, `terminal`,
+            `explicit` (then `pairs` says it), or `mix`, a learned mix of all of them, which
+            `c2c` does not have.
+        pairs: for `explicit` only: (target layer, source layer), counted among the layers that
+            hold keys and values; target layers not named stay as they are.
         hidden_size: width of the projection; the paper's is 1024.
         rank: inner width of `small`'s heads.
         gate: `sigmoid` is open by degrees, `straight_through` open or closed. Either is one
@@ -49,6 +53,7 @@ class FuserConfig:
     target: CacheShape
     preset: str = "small"
     layers: str = "mix"
+    pairs: tuple[tuple[int, int], ...] | None = None
     hidden_size: int = 256
     rank: int = 96
     gate: str = "sigmoid"
@@ -60,8 +65,16 @@ class FuserConfig:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        if self.layers == "explicit":
-            raise ConfigError("layers: an explicit map cannot be written in a FuserConfig")
+        if (self.pairs is not None) != (self.layers == "explicit"):
+            raise ConfigError(
+                "pairs and layers='explicit' belong together, got "
+                f"layers={self.layers!r} and pairs={self.pairs!r}"
+            )
+        if self.preset == "c2c" and self.layers == "mix":
+            raise ConfigError(
+                "preset 'c2c' takes one source layer for each target layer and cannot mix them; "
+                "set layers to proportional, terminal (the paper's) or explicit"
+            )
         for name in ("hidden_size", "rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -104,18 +117,21 @@ class CacheFuser(nn.Module):
 
     Args:
         config: shape and choices.
+        resampler: how a picture's patches are shared among slots, where that is learned. It is
+            trained and saved with the fuser, but used before it, by whoever aligns.
     """
 
-    def __init__(self, config: FuserConfig) -> None:
+    def __init__(self, config: FuserConfig, resampler: PatchResampler | None = None) -> None:
         super().__init__()
         self.config = config
+        self.resampler = resampler
         self.projection = (
             SharedProjection(config) if config.preset == "small" else LayerwiseProjection(config)
         )
         self.gate_logits = nn.Parameter(torch.full((config.target.num_layers, 2), 2.0))
         fed = torch.ones(config.target.num_layers, dtype=torch.bool)
         if config.layers != "mix":
-            fed = layer_map(config.layers, config.source.num_layers, config.target.num_layers).mask
+            fed = _layer_map(config).mask
         self.fed: Tensor
         self.register_buffer("fed", fed, persistent=False)
 
@@ -202,9 +218,8 @@ class SharedProjection(nn.Module):
             logits = mix_init(source.num_layers, target.num_layers, source.num_layers).logits
             self.mix_logits: nn.Parameter | None = nn.Parameter(logits)
         else:
-            weights = layer_map(config.layers, source.num_layers, target.num_layers).weights
             self.mix_logits = None
-            self.register_buffer("mix_weights", weights, persistent=False)
+            self.register_buffer("mix_weights", _layer_map(config).weights, persistent=False)
         self.head_down = Stacked(target.num_layers, hidden, config.rank)
         self.head_up = Stacked(target.num_layers, config.rank, 2 * target.width, zero=True)
         self.head_weight = Stacked(
@@ -239,13 +254,8 @@ class LayerwiseProjection(nn.Module):
         super().__init__()
         source, target, hidden = config.source, config.target, config.hidden_size
         blocks = 2 * target.num_layers
-        kind = "proportional" if config.layers == "mix" else config.layers
         self.mix_weights: Tensor
-        self.register_buffer(
-            "mix_weights",
-            layer_map(kind, source.num_layers, target.num_layers).weights,
-            persistent=False,
-        )
+        self.register_buffer("mix_weights", _layer_map(config).weights, persistent=False)
         self.enter = Stacked(blocks, source.width + target.width, hidden)
         self.block = nn.Sequential(
             Stacked(blocks, hidden, hidden), nn.GELU(), Stacked(blocks, hidden, hidden)
@@ -267,6 +277,12 @@ class LayerwiseProjection(nn.Module):
             torch.stack(self.leave(projected).chunk(2), dim=2),
             torch.stack(self.weight_block(_normalise(states)).chunk(2), dim=2),
         )
+
+
+def _layer_map(config: FuserConfig) -> LayerMap:
+    return layer_map(
+        config.layers, config.source.num_layers, config.target.num_layers, config.pairs
+    )
 
 
 def _normalise(states: Tensor) -> Tensor:

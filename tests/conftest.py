@@ -33,6 +33,10 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
+from mm_c2c.reference.models import SOURCE_NAME
+from mm_c2c.sources.vlm import VLMSource
+
 torch.set_num_threads(1)
 
 CORPUS = [
@@ -320,3 +324,18 @@ def pictures() -> list[Image.Image]:
     generator = np.random.default_rng(0)
     shapes = [(40, 56, 3), (48, 36, 3)]
     return [Image.fromarray(generator.integers(0, 256, s, dtype=np.uint8)) for s in shapes]
+
+
+@pytest.fixture
+def bridge(
+    tiny_target: LlamaForCausalLM,
+    tiny_target_tokenizer: PreTrainedTokenizerFast,
+    tiny_llava: TinyVLM,
+) -> Bridge:
+    """A question-blind LLaVA into the tiny target, under the reference pair's name."""
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
+    source = VLMSource(tiny_llava.model, tiny_llava.processor, "tiny-llava")
+    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)
+    link = LinkConfig(source=SOURCE_NAME, geometry="slots", rows=2, cols=2, fuser=fuser)
+    config = BridgeConfig(links=(link,), slot_token="a")
+    return Bridge(target, {SOURCE_NAME: source}, config).eval()

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,27 @@ def image_states(cache: SourceCache, states: Tensor, row: int, image: int) -> Te
     """`(1, channels, rows, cols)`: the states of one image as a picture."""
     grid = cache.grids[row][image]
     return states[row, cache.patches[row, :, 0] == image].T.reshape(1, -1, *grid)
+
+
+def test_gathering_is_the_weighted_sum_of_the_named_positions():
+    index = torch.randint(0, 7, (2, 3, 4))
+    weights = torch.rand(2, 3, 4)
+    weights[0, 1] = 0
+    index[0, 1] = 0
+    alignment = Alignment(
+        source_index=index,
+        weights=weights,
+        target_index=torch.arange(3).expand(2, -1),
+        mask=weights.sum(2) > 0,
+    )
+    states = torch.randn(2, 7, 5)
+    found = alignment.gather(states)
+    for row in range(2):
+        for slot in range(3):
+            expected = sum(
+                weights[row, slot, i] * states[row, index[row, slot, i]] for i in range(4)
+            )
+            torch.testing.assert_close(found[row, slot], expected)
 
 
 @unhurried
@@ -211,55 +233,72 @@ def test_coordinates_are_patch_centres_whatever_the_grid():
     assert (found[~is_patch] == 0).all()
 
 
+# --- the resampler ----------------------------------------------------------------------------
+
+
 @pytest.fixture
 def resampler() -> PatchResampler:
     torch.manual_seed(0)
-    return PatchResampler(ResamplerConfig(width=12, num_slots=4, num_heads=3, source_width=5))
+    return PatchResampler(ResamplerConfig(num_slots=4, source_width=5, width=12))
 
 
-def read_slowly(
+def rms(x: Tensor) -> Tensor:
+    return x / (x.pow(2).mean() + torch.finfo(x.dtype).eps).sqrt()
+
+
+def weigh_slowly(
     resampler: PatchResampler, states: Tensor, coordinates: Tensor, alignment: Alignment, row: int
 ) -> Tensor:
-    """One row of the resampler, slot by slot, head by head, over its readable patches only."""
-    width, heads = resampler.config.width, resampler.config.num_heads
-    size = width // heads
-    slots = []
+    """`(num_slots, source_len)` of one row, slot by slot, over its readable positions only."""
+    weights = torch.zeros(resampler.config.num_slots, states.shape[1])
     for slot in range(resampler.config.num_slots):
         readable = alignment.source_index[row, slot][alignment.weights[row, slot] > 0].tolist()
-        keys, values = [], []
+        scores = []
         for position in readable:
             y, x = coordinates[row, position].tolist()
             waves = [[axis * math.pi * 2**i for i in range(NUM_FREQUENCIES)] for axis in (y, x)]
             angles = torch.tensor(waves[0] + waves[1])
-            place = torch.cat([angles.sin(), angles.cos()])
-            patch = resampler.source_in(states[row, position]) + resampler.place_in(place)
-            key, value = resampler.key_value(resampler.norm(patch)).split(width)
-            keys.append(key)
-            values.append(value)
-        query = resampler.query(resampler.slots[slot])
-        read = torch.zeros(width)
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            scores = torch.stack([query[part] @ key[part] / math.sqrt(size) for key in keys])
-            for share, value in zip(scores.softmax(0), values, strict=True):
-                read[part] += share * value[part]
-        slots.append(resampler.out(read))
-    return torch.stack(slots)
+            place = resampler.place_in(torch.cat([angles.sin(), angles.cos()]))
+            key = rms(resampler.source_in(rms(states[row, position])) + place)
+            scores.append(float(resampler.queries[slot] @ key) / math.sqrt(12))
+        total = sum(math.exp(score) for score in scores)
+        for position, score in zip(readable, scores, strict=True):
+            weights[slot, position] = math.exp(score) / total
+    return weights
+
+
+def by_position(alignment: Alignment, source_len: int) -> Tensor:
+    """The weights of an alignment as `(batch, target_len, source_len)`."""
+    weights = torch.zeros(*alignment.mask.shape, source_len)
+    return weights.scatter_add(2, alignment.source_index, alignment.weights)
 
 
 @torch.no_grad()
 def test_the_resampler_equals_a_plain_loop(resampler):
     cache = make_cache(TWO_ROWS)
     states, coordinates = torch.randn(2, cache.seq_len, 5), patch_coordinates(cache)
-    for alignment in (
+    for readable in (
         align_all(cache, 4, slots_of(cache, 4)),
         align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4)),
     ):
-        found = resampler(states, coordinates, alignment)
-        assert found.shape == (2, 4, 12)
+        found = resampler(states, coordinates, readable)
         for row in range(2):
-            expected = read_slowly(resampler, states, coordinates, alignment, row)
-            torch.testing.assert_close(found[row], expected)
+            expected = weigh_slowly(resampler, states, coordinates, readable, row)
+            torch.testing.assert_close(by_position(found, cache.seq_len)[row], expected)
+
+
+@torch.no_grad()
+def test_the_resampler_weighs_every_patch_and_nothing_else(resampler):
+    cache = make_cache(TWO_ROWS)
+    readable = align_all(cache, 4, slots_of(cache, 4))
+    found = resampler(torch.randn(2, cache.seq_len, 5), patch_coordinates(cache), readable)
+    assert found.weights.shape == (2, 4, 29)
+    assert found.weights.dtype == torch.float32
+    torch.testing.assert_close(found.weights.sum(2), torch.ones(2, 4))
+    is_patch = (cache.patches[..., 0] >= 0).unsqueeze(1).expand(-1, 4, -1)
+    assert ((by_position(found, cache.seq_len) > 0) == is_patch).all()
+    for name in ("source_index", "target_index", "mask"):
+        assert torch.equal(getattr(found, name), getattr(readable, name))
 
 
 @torch.no_grad()
@@ -268,9 +307,9 @@ def test_the_resampler_reads_a_padded_row_as_the_row_alone(resampler, row):
     together, alone = make_cache(TWO_ROWS), make_cache([TWO_ROWS[row]])
     states = torch.randn(2, together.seq_len, 5)
     own = states[row : row + 1, together.seq_len - alone.seq_len :]
-    expected = resampler(own, patch_coordinates(alone), align_all(alone, 4, slots_of(alone, 4)))
-    found = resampler(
-        states, patch_coordinates(together), align_all(together, 4, slots_of(together, 4))
+    found, expected = (
+        resampler(s, patch_coordinates(c), align_all(c, 4, slots_of(c, 4))).gather(s)
+        for s, c in ((states, together), (own, alone))
     )
     torch.testing.assert_close(found[row], expected[0])
 
@@ -284,43 +323,63 @@ def test_the_resampler_reads_a_patch_at_position_0_beside_unused_entries(resampl
         mask=torch.ones(1, 4, dtype=torch.bool),
     )
     states, coordinates = torch.randn(1, 3, 5), torch.rand(1, 3, 2)
-    expected = read_slowly(resampler, states, coordinates, padded, 0)
-    torch.testing.assert_close(resampler(states, coordinates, padded)[0], expected)
+    found = resampler(states, coordinates, padded)
+    assert (found.weights[..., 2] == 0).all()
+    expected = weigh_slowly(resampler, states, coordinates, padded, 0)
+    torch.testing.assert_close(by_position(found, 3)[0], expected)
 
 
-def test_the_resampler_reads_patches_only_and_tells_places_apart(resampler):
+def test_the_resamplers_weights_pass_gradients_to_all_it_is_made_of(resampler):
+    cache = make_cache(TWO_ROWS)
+    states = torch.randn(2, cache.seq_len, 5, requires_grad=True)
+    alignment = align_all(cache, 4, slots_of(cache, 4))
+    found = resampler(states, patch_coordinates(cache), alignment)
+    found.gather(torch.randn(2, cache.seq_len, 3)).square().sum().backward()
+    for name, parameter in resampler.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad.abs().amax(-1) > 1e-6).all(), name
+    assert (states.grad != 0).any(2).tolist() == (cache.patches[..., 0] >= 0).tolist()
+
+
+@torch.no_grad()
+def test_the_resampler_tells_places_apart(resampler):
     cache = make_cache([[PatchGrid(2, 3)]])
     alignment, coordinates = align_all(cache, 4, slots_of(cache, 4)), patch_coordinates(cache)
-    states = torch.randn(1, cache.seq_len, 5, requires_grad=True)
-    resampler(states, coordinates, alignment).square().sum().backward()
-    read = (states.grad != 0).any(2)
-    assert read.tolist() == (cache.patches[..., 0] >= 0).tolist()
-
-    with torch.no_grad():
-        flipped = states.clone()
-        flipped[0, 2:8] = flipped[0, 2:8].flip(0)
-        same_place = resampler(flipped, coordinates.clone(), alignment)
-        assert (same_place - resampler(states, coordinates, alignment)).abs().max() > 1e-3
-        coordinates[0, 2:8] = coordinates[0, 2:8].flip(0)
-        moved_along = resampler(flipped, coordinates, alignment)
-        coordinates[0, 2:8] = coordinates[0, 2:8].flip(0)
-        torch.testing.assert_close(moved_along, resampler(states, coordinates, alignment))
+    states = torch.randn(1, cache.seq_len, 5)
+    flipped, moved = states.clone(), coordinates.clone()
+    flipped[0, 2:8] = states[0, 2:8].flip(0)
+    moved[0, 2:8] = coordinates[0, 2:8].flip(0)
+    read = resampler(states, coordinates, alignment).gather(states)
+    same_place = resampler(flipped, coordinates, alignment).gather(flipped)
+    assert (same_place - read).abs().max() > 1e-3
+    moved_along = resampler(flipped, moved, alignment).gather(flipped)
+    torch.testing.assert_close(moved_along, read)
 
 
-def test_a_masked_slot_is_zero_and_its_gradients_are_finite(resampler):
+def test_a_masked_slot_reads_nothing_and_its_gradients_are_finite(resampler):
     cache = make_cache([[PatchGrid(2, 3)]])
     alignment = align_all(cache, 4, slots_of(cache, 4))
     keep = torch.tensor([[True, False, True, True]])
-    alignment = Alignment(
+    alignment = replace(
+        alignment,
         source_index=alignment.source_index * keep.unsqueeze(2),
         weights=alignment.weights * keep.unsqueeze(2),
-        target_index=alignment.target_index,
         mask=keep,
     )
-    found = resampler(torch.randn(1, cache.seq_len, 5), patch_coordinates(cache), alignment)
-    assert ((found != 0).any(2) == keep).all()
-    found.sum().backward()
+    states = torch.randn(1, cache.seq_len, 5)
+    found = resampler(states, patch_coordinates(cache), alignment)
+    assert ((found.weights != 0).any(2) == keep).all()
+    found.gather(states).square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in resampler.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_resampler_takes_the_states_of_a_half_precision_model(resampler, dtype):
+    cache = make_cache([[PatchGrid(2, 3)]])
+    states = torch.randn(1, cache.seq_len, 5).to(dtype)
+    inputs = patch_coordinates(cache), align_all(cache, 4, slots_of(cache, 4))
+    found = resampler(states, *inputs)
+    torch.testing.assert_close(found.weights, resampler(states.float(), *inputs).weights)
 
 
 def test_the_resampler_refuses_another_number_of_slots(resampler):
@@ -330,11 +389,8 @@ def test_the_resampler_refuses_another_number_of_slots(resampler):
         resampler(torch.randn(1, cache.seq_len, 5), patch_coordinates(cache), alignment)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"num_heads": 5}, "num_heads 5 does not divide width 12"), ({"num_slots": 0}, "num_slots")],
-)
-def test_a_resampler_that_cannot_be_built_is_refused(change, message):
-    sizes = {"width": 12, "num_slots": 4, "num_heads": 3, "source_width": 5}
-    with pytest.raises(ConfigError, match=message):
-        ResamplerConfig(**(sizes | change))
+@pytest.mark.parametrize("name", ["num_slots", "source_width", "width"])
+def test_a_resampler_that_cannot_be_built_is_refused(name):
+    sizes = {"num_slots": 4, "source_width": 5, "width": 12, name: 0}
+    with pytest.raises(ConfigError, match=f"^{name} must be at least 1, got 0"):
+        ResamplerConfig(**sizes)

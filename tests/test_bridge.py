@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.align import Alignment
+from mm_c2c.align.patches import align_all, patch_coordinates
 from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs, LinkConfig, Target
 from mm_c2c.cache import LayerKV, PatchGrid, SourceCache
 from mm_c2c.errors import (
@@ -35,13 +36,18 @@ from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
 
 QUESTIONS = ("is it red ?", "Which sticker is above the apple ? answer with one word :")
 EYES = ("eyes", "slots")
-GEOMETRIES = {
+ATTENTIVE_EYES = (*EYES, "resampler")
+GEOMETRIES: dict[str, list[tuple[str, ...]]] = {
     "slots": [EYES],
+    "resampled slots": [ATTENTIVE_EYES],
     "aligned": [("eyes", "aligned")],
     "both": [EYES, ("reader", "aligned")],
 }
 SLOT = "a"  # one token in any byte-level vocabulary
 EACH_GEOMETRY = pytest.mark.parametrize("geometry", list(GEOMETRIES))
+EACH_POOLING = pytest.mark.parametrize(
+    "eyes_link", [EYES, ATTENTIVE_EYES], ids=["window", "resampler"]
+)
 
 
 class Rig:
@@ -52,7 +58,7 @@ class Rig:
         self.sources = sources
         self.pictures = pictures
 
-    def link(self, source: str, geometry: str, **fuser: Any) -> LinkConfig:
+    def link(self, source: str, geometry: str, pooling: str = "window", **fuser: Any) -> LinkConfig:
         shapes = {"source": self.sources[source].shape, "target": self.target.shape}
         return LinkConfig(
             source=source,
@@ -60,10 +66,11 @@ class Rig:
             fuser=FuserConfig(**{**shapes, "hidden_size": 16, "rank": 8, **fuser}),
             rows=2,
             cols=3,
+            pooling=pooling,
         )
 
     def bridge(
-        self, links: Sequence[tuple[str, str]], *, fresh: bool = False, **fuser: Any
+        self, links: Sequence[tuple[str, ...]], *, fresh: bool = False, **fuser: Any
     ) -> Bridge:
         """A bridge with random weights; the same links get the same weights."""
         config = BridgeConfig(
@@ -334,12 +341,18 @@ def slow_write(
 @pytest.mark.parametrize("preset", ["small", "c2c"])
 @pytest.mark.parametrize("raw_keys", [True, False])
 @pytest.mark.parametrize(
-    "links", [[EYES], [("second", "slots"), ("eyes", "aligned")], [("reader", "aligned")]]
+    "links",
+    [
+        [EYES],
+        [ATTENTIVE_EYES],
+        [("second", "slots"), ("eyes", "aligned")],
+        [("reader", "aligned")],
+    ],
 )
 def test_writing_equals_a_plain_loop_over_rows_layers_slots_and_heads(
     rig: Rig,
     monkeypatch: pytest.MonkeyPatch,
-    links: list[tuple[str, str]],
+    links: list[tuple[str, ...]],
     raw_keys: bool,
     preset: str,
 ) -> None:
@@ -385,6 +398,41 @@ def test_slots_average_the_windows_of_the_grid(rig: Rig) -> None:
     torch.testing.assert_close(seen[0], torch.stack(pooled), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("raw_keys", [True, False])
+def test_a_resampler_reads_keys_and_values_of_every_layer(rig: Rig, raw_keys: bool) -> None:
+    bridge = rig.bridge([ATTENTIVE_EYES], raw_keys=raw_keys)
+    cache = rig.sources["eyes"].prefill([SourceInput(images=(p,)) for p in rig.pictures])
+    states = torch.zeros(2, cache.seq_len, 4, 2, 4, 6)
+    for layer, (keys, values) in enumerate(cache.layers):
+        bare = keys if raw_keys else derotate(keys, cache.position_ids, cache.rope[layer])
+        states[:, :, layer, 0] = bare.transpose(1, 2)
+        states[:, :, layer, 1] = values.transpose(1, 2)
+    resampler = bridge.fusers["eyes_slots"].resampler
+    slots = torch.arange(6).expand(2, -1)
+    expected = resampler(states.flatten(2), patch_coordinates(cache), align_all(cache, 6, slots))
+    seen: list[Tensor] = []
+    handle = bridge.fusers["eyes_slots"].register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0])
+    )
+    bridge.fuse_slots({"eyes": cache})
+    handle.remove()
+    heard = expected.gather(states.flatten(2)).unflatten(2, (4, 2, -1)).permute(2, 0, 1, 3, 4)
+    torch.testing.assert_close(seen[0], heard, rtol=1e-4, atol=1e-5)
+    assert expected.weights.amax(2).min() > 1.05 / 16  # no slot merely averages
+
+
+def test_target_layers_that_are_not_fed_stay_as_they_are(rig: Rig) -> None:
+    bridge = rig.bridge([EYES], layers="explicit", pairs=((1, 3),))
+    fused = rig.fuse(bridge)
+    own = target_alone(rig.target.model, fused, prefix_len(bridge, fused))["past_key_values"]
+    for index, (layer, alone) in enumerate(
+        zip(fused["past_key_values"].layers, own.layers, strict=True)
+    ):
+        same = torch.equal(layer.keys, alone.keys) and torch.equal(layer.values, alone.values)
+        assert same == (index != 1)
+
+
 # --- positions --------------------------------------------------------------------------------
 
 
@@ -398,9 +446,12 @@ def moved(cache: SourceCache, by: int) -> SourceCache:
     return replace(cache, layers=layers, position_ids=later)
 
 
+@EACH_POOLING
 @pytest.mark.parametrize("raw_keys", [True, False])
-def test_only_raw_keys_depend_on_where_the_image_stood(rig: Rig, raw_keys: bool) -> None:
-    bridge = rig.bridge([EYES], raw_keys=raw_keys)
+def test_only_raw_keys_depend_on_where_the_image_stood(
+    rig: Rig, raw_keys: bool, eyes_link: tuple[str, ...]
+) -> None:
+    bridge = rig.bridge([eyes_link], raw_keys=raw_keys)
     cache = rig.sources["eyes"].prefill([SourceInput(images=(p,)) for p in rig.pictures])
     with torch.no_grad():
         here = bridge.fuse_slots({"eyes": cache}).past_key_values
@@ -627,6 +678,8 @@ def test_a_generation_config_counts_like_its_settings(rig: Rig) -> None:
     rig.target.model.generation_config.num_beams = 3
     rig.target.model.generation_config.num_return_sequences = 2
     assert bridge.generate(perception, QUESTIONS, max_new_tokens=5) == by_config
+    silent = GenerationConfig(pad_token_id=2, eos_token_id=2, max_new_tokens=5)
+    assert bridge.generate(perception, QUESTIONS, generation_config=silent) == by_config
 
 
 def test_a_streamer_gets_every_token(rig: Rig) -> None:
@@ -670,6 +723,32 @@ def test_assisted_decoding_is_refused(rig: Rig, how: str) -> None:
         bridge.generate(perception, QUESTIONS, **kwargs)
     with pytest.raises(UnsupportedError, match="assistant_model: assisted decoding"):
         bridge.generate(perception, QUESTIONS, assistant_model=rig.target.model)
+
+
+@pytest.mark.parametrize("how", ["keyword", "generation_config", "model"])
+def test_a_dict_instead_of_texts_is_refused(rig: Rig, how: str) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    kwargs: dict[str, Any] = {"return_dict_in_generate": True}
+    if how == "generation_config":
+        kwargs = {"generation_config": GenerationConfig(**kwargs)}
+    elif how == "model":
+        rig.target.model.generation_config.update(**kwargs)
+        kwargs = {}
+    message = r"answers with texts only; .* bridge\.target\.model\.generate\(\*\*bridge\.fuse"
+    with pytest.raises(UnsupportedError, match=message):
+        bridge.generate(perception, QUESTIONS, max_new_tokens=3, **kwargs)
+    rig.target.model.generation_config.return_dict_in_generate = None
+    with torch.no_grad():  # what the message advises
+        out = bridge.target.model.generate(
+            **bridge.fuse(perception, QUESTIONS),
+            max_new_tokens=3,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    new = rig.target.tokenizer.batch_decode(out.sequences[:, -3:], skip_special_tokens=True)
+    assert new == bridge.generate(perception, QUESTIONS, max_new_tokens=3)
+    assert len(out.scores) == 3
 
 
 # --- what cannot be asked ---------------------------------------------------------------------
@@ -757,6 +836,10 @@ def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
     link = rig.link(*EYES)
     with pytest.raises(ConfigError, match="geometry must be one of slots, aligned, got 'slot'"):
         replace(link, geometry="slot")
+    with pytest.raises(ConfigError, match="pooling must be one of window, resampler, got 'mean'"):
+        replace(link, pooling="mean")
+    with pytest.raises(ConfigError, match="'aligned' has none; leave pooling at 'window'"):
+        replace(link, geometry="aligned", pooling="resampler")
     for links in ((), (link, link)):
         with pytest.raises(ConfigError, match="expected one link or more, no two alike"):
             BridgeConfig(links=links)
@@ -777,8 +860,11 @@ def test_a_picture_gets_a_row_and_a_column_at_least(rig: Rig) -> None:
 # --- training ---------------------------------------------------------------------------------
 
 
-def test_training_moves_fuser_weights_only(rig: Rig) -> None:
-    bridge = rig.bridge(GEOMETRIES["both"]).train()
+@EACH_POOLING
+def test_training_moves_fuser_weights_only(rig: Rig, eyes_link: tuple[str, ...]) -> None:
+    bridge = rig.bridge([eyes_link, ("reader", "aligned")]).train()
+    resampled = [name for name, _ in bridge.named_parameters() if ".resampler." in name]
+    assert bool(resampled) == (eyes_link == ATTENTIVE_EYES)
     frozen = {"target": rig.target.model, **{k: s.model for k, s in rig.sources.items()}}
     before = {
         name: {key: value.clone() for key, value in model.state_dict().items()}
@@ -787,7 +873,7 @@ def test_training_moves_fuser_weights_only(rig: Rig) -> None:
     fusers = {key: value.clone() for key, value in bridge.state_dict().items()}
     assert all(key.startswith("fusers.") for key in fusers)
     assert {id(p) for p in bridge.parameters()} == {id(p) for p in bridge.fusers.parameters()}
-    assert not any(model.training for name, model in frozen.items() if name == "target")
+    assert not any(model.training for model in frozen.values())
 
     optimiser = torch.optim.SGD(bridge.parameters(), lr=0.1)
     eyes = rig.sources["eyes"].prefill([SourceInput(images=(p,)) for p in rig.pictures])
@@ -811,14 +897,26 @@ def test_training_moves_fuser_weights_only(rig: Rig) -> None:
         assert not torch.equal(parameter, fusers[name]), name
 
 
+@pytest.mark.parametrize("role", ["target", "eyes", "second", "reader"])
+def test_a_model_that_is_read_is_frozen(rig: Rig, role: str) -> None:
+    wrapper = rig.target if role == "target" else rig.sources[role]
+    model, origin = wrapper.model, wrapper.origin
+    model.train().requires_grad_(True)
+    tool = wrapper.processor if hasattr(wrapper, "processor") else wrapper.tokenizer
+    type(wrapper)(model, tool, origin.model, origin.revision)
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
+@EACH_POOLING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_saved_bridge_comes_back_bit_for_bit(
-    rig: Rig, tmp_path: Path, dtype: torch.dtype
+    rig: Rig, tmp_path: Path, dtype: torch.dtype, eyes_link: tuple[str, ...]
 ) -> None:
-    bridge = rig.bridge(GEOMETRIES["both"])
+    bridge = rig.bridge([eyes_link, ("reader", "aligned")])
     bridge.save_pretrained(tmp_path / "new" / "saved", dtype)
     loaded = Bridge.from_pretrained(tmp_path / "new" / "saved", rig.target, rig.sources)
     assert loaded.config == bridge.config
@@ -835,6 +933,8 @@ def test_a_saved_bridge_comes_back_bit_for_bit(
             for b in (bridge, loaded)
         ]
         assert answers[0] == answers[1]
+        caches = [rig.fuse(b)["past_key_values"] for b in (bridge, loaded)]
+        assert_same_cache(*caches, **EXACT)
     loaded.save_pretrained(tmp_path / "again", dtype)
     for key, value in load_file(tmp_path / "again" / "model.safetensors").items():
         torch.testing.assert_close(value, stored[key], **EXACT)
@@ -847,6 +947,42 @@ def test_nothing_but_fusers_and_references_is_saved(rig: Rig, tmp_path: Path) ->
     header = json.loads((tmp_path / "config.json").read_text())
     assert header["target"] == {"model": "tiny/target", "revision": "t1", "model_type": "llama"}
     assert header["sources"]["eyes"]["revision"] == "e1"
+
+
+def test_a_bridge_with_explicit_layers_comes_back_bit_for_bit(rig: Rig, tmp_path: Path) -> None:
+    bridge = rig.bridge([EYES], layers="explicit", pairs=((2, 0), (1, 3)))
+    bridge.save_pretrained(tmp_path)
+    loaded = Bridge.from_pretrained(tmp_path, rig.target, rig.sources)
+    assert loaded.config == bridge.config  # tuples again, not JSON's lists
+    caches = [rig.fuse(b)["past_key_values"] for b in (bridge, loaded)]
+    assert_same_cache(*caches, **EXACT)
+
+
+def test_a_bridge_saved_before_there_were_resamplers_and_pairs_still_loads(
+    rig: Rig, saved: Path
+) -> None:
+    header = json.loads((saved / "config.json").read_text())
+    link = header["bridge"]["links"][0]
+    del link["pooling"], link["fuser"]["pairs"]
+    (saved / "config.json").write_text(json.dumps(header))
+    assert not any("resampler" in key for key in load_file(saved / "model.safetensors"))
+    assert load(rig, saved).config == rig.bridge([EYES]).config
+
+
+def test_a_resampler_is_saved_under_its_link_and_missed_when_it_is_not_there(
+    rig: Rig, saved: Path, tmp_path: Path
+) -> None:
+    window = set(load_file(saved / "model.safetensors"))
+    rig.bridge([ATTENTIVE_EYES]).save_pretrained(tmp_path / "attentive")
+    more = set(load_file(tmp_path / "attentive" / "model.safetensors")) - window
+    assert more
+    assert all(key.startswith("eyes_slots.resampler.") for key in more)
+    edit_header(saved, "bridge", "links", "0", "pooling", value="resampler")
+    with pytest.raises(MismatchError, match=r"missing weights \['eyes_slots\.resampler\."):
+        load(rig, saved)
+    edit_header(tmp_path / "attentive", "bridge", "links", "0", "pooling", value="window")
+    with pytest.raises(MismatchError, match=r"unknown ones \['eyes_slots\.resampler\."):
+        load(rig, tmp_path / "attentive")
 
 
 def test_a_closed_bridge_stays_closed_on_disk(rig: Rig, tmp_path: Path) -> None:
@@ -961,6 +1097,7 @@ def test_weights_of_another_fuser_are_refused(rig: Rig, saved: Path) -> None:
     edit_header(saved, "bridge", "links", "0", "fuser", "rank", value=9)
     with pytest.raises(MismatchError, match=r"eyes_slots\..* is \(.*\), expected \("):
         load(rig, saved)
+    edit_header(saved, "bridge", "links", "0", "fuser", "layers", value="terminal")
     edit_header(saved, "bridge", "links", "0", "fuser", "preset", value="c2c")
     with pytest.raises(MismatchError, match=r"missing weights \['eyes_slots\..*unknown ones"):
         load(rig, saved)

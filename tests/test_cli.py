@@ -2,28 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
+from mm_c2c import Bridge
 from mm_c2c.cli import main
-from mm_c2c.evaluation.baselines import Fused, SourceAlone, arms, shuffled, timed, zeroed
-from mm_c2c.evaluation.run import EvaluationConfig, evaluate, table
 from mm_c2c.reference import models
-from mm_c2c.sources import SourceInput
-from mm_c2c.sources.vlm import VLMSource
-
-
-@pytest.fixture
-def bridge(tiny_target: Any, tiny_target_tokenizer: Any, tiny_llava: Any) -> Bridge:
-    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
-    source = VLMSource(tiny_llava.model, tiny_llava.processor, "tiny-llava")
-    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)
-    link = LinkConfig(source=models.SOURCE_NAME, geometry="slots", rows=2, cols=2, fuser=fuser)
-    config = BridgeConfig(links=(link,), slot_token="a")
-    return Bridge(target, {models.SOURCE_NAME: source}, config).eval()
 
 
 @pytest.fixture
@@ -99,66 +84,17 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(
     assert not printed.out
 
 
-def test_inspect_describes_a_saved_bridge(
-    bridge: Bridge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("tiny_reference")
+def test_evaluate_takes_its_settings_from_the_command_line(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bridge.save_pretrained(tmp_path)
-    assert main(["inspect", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    count = sum(p.numel() for p in bridge.fusers.parameters())
-    assert f"{count:,} parameters" in printed
-    assert "3 layers, 2 KV heads of 8" in printed
-    assert "slots   2 x 2" in printed
-
-
-def test_inspect_describes_a_model_folder(
-    tiny_target: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_target.save_pretrained(tmp_path)
-    assert main(["inspect", str(tmp_path)]) == 0
-    assert "3 layers, 2 KV heads of 8, 192 bytes" in capsys.readouterr().out
-
-
-def test_a_timed_answer_is_the_arms_own(bridge: Bridge, pictures: list[Image.Image]) -> None:
-    source = bridge.sources[models.SOURCE_NAME]
-    answer = timed(SourceAlone(source), bridge, pictures[0], "What?")
-    item = SourceInput(text="What?", images=(pictures[0],))
-    expected = source.generate([item], max_new_tokens=12, do_sample=False)[0]
-    assert answer.answer == expected.strip()
-    assert answer.relayed is None
-    relay = timed(arms(bridge, source, "Say.")["caption_relay"], bridge, pictures[0], "What?")
-    assert relay.relayed is not None
-    fused = timed(Fused(bridge), bridge, pictures[0], "What?")
-    assert fused.total_ms >= fused.ttft_ms > 0
-
-
-def test_controls_move_or_empty_every_row(bridge: Bridge, pictures: list[Image.Image]) -> None:
-    source = bridge.sources[models.SOURCE_NAME]
-    cache = source.prefill([SourceInput(images=(picture,)) for picture in pictures])
-    moved = shuffled(cache)
-    for before, after in zip(cache.layers, moved.layers, strict=True):
-        assert before.keys[1].equal(after.keys[0])
-        assert not before.keys[0].equal(after.keys[0])
-    assert all(not kv.keys.any() and not kv.values.any() for kv in zeroed(cache).layers)
-
-
-def test_an_evaluation_counts_every_item_once(
-    bridge: Bridge, tmp_path: Path, pictures: list[Image.Image]
-) -> None:
-    rows = []
-    for index in range(5):
-        pictures[index % 2].save(tmp_path / f"{index}.png")
-        question = {"image": f"{index}.png", "kind": "what", "question": f"What {index}?"}
-        rows.append(json.dumps({**question, "answer": "cat"}))
-    (tmp_path / "items.jsonl").write_text("\n".join(rows))
-    config = EvaluationConfig(items=tmp_path / "items.jsonl", batch_size=2, timed=1, resamples=20)
-    result = evaluate(bridge, config, progress=False)
-    assert result["n"] == 5
-    assert {name: row["n"] for name, row in result["arms"].items()} == dict.fromkeys(
-        ("fused", "blind", "caption_relay", "source", "shuffled", "zeroed"), 5
-    )
-    # A fuser that was never trained changes nothing: whatever the cache, the answer is the same.
-    for item in result["items"]:
-        assert item["fused"] == item["shuffled"] == item["zeroed"]
-    assert result["time"]["fused"]["n"] == 1
-    assert "retention" in table(result)
+    row = {"image": picture.name, "kind": "what", "question": "What?", "answer": "cat"}
+    (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(row)] * 3))
+    out = tmp_path / "result.json"
+    settings = [f"items={tmp_path / 'mine.jsonl'}", "timed=1", "resamples=20", "limit=2"]
+    assert main(["evaluate", "--json", "--out", str(out), *settings]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["n"] == 2
+    assert printed["config"]["resamples"] == 20
+    assert "items" not in printed
+    assert len(json.loads(out.read_text())["items"]) == 2

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_c2c.config import from_dict, load_config, to_dict
+from mm_c2c.config import from_dict, load_config, override, to_dict
 from mm_c2c.errors import ConfigError
 
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("assignment", "message"),
     [
         ("steps", "expected key=value, got 'steps'"),
         ("=3", "expected key=value, got '=3'"),
@@ -137,10 +137,24 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str
     ],
 )
 def test_overrides_that_cannot_be_meant_are_refused(
-    tmp_path: Path, override: str, message: str
+    tmp_path: Path, assignment: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(Run, write(tmp_path, "out: a"), [override])
+        load_config(Run, write(tmp_path, "out: a"), [assignment])
+
+
+def test_a_config_is_changed_as_a_file_is_and_left_as_it_was() -> None:
+    config = Run(out=Path("a"), optimiser=Optimiser(warmup=7))
+    changed = override(config, ["steps=5", "optimiser.learning_rate=1", "cache=b"])
+    assert changed == Run(
+        out=Path("a"),
+        steps=5,
+        cache=Path("b"),
+        optimiser=Optimiser(warmup=7, learning_rate=1.0),
+    )
+    assert config.steps == 10
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        override(config, ["steps=0"])
 
 
 def test_an_override_of_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mm_c2c.cache import CacheShape
-from mm_c2c.errors import ConfigError, ShapeError
+from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 
 SHALLOW = CacheShape(num_layers=3, num_key_value_heads=3, head_dim=5)
@@ -19,6 +19,7 @@ TARGET = CacheShape(num_layers=4, num_key_value_heads=2, head_dim=6)
 DEEP = CacheShape(num_layers=6, num_key_value_heads=3, head_dim=5)
 BATCH, LENGTH = 2, 3
 PRESETS = ("small", "c2c")
+PAIRS = ((2, 0), (0, 2))  # (target, source); layers 1 and 3 of the target are left out
 
 
 def make_fuser(
@@ -68,6 +69,9 @@ def layer_weights(kind: str, fuser: CacheFuser, layer: int) -> dict[int, Tensor 
     if kind == "mix":
         powers = [logit.exp() for logit in fuser.projection.mix_logits[layer]]  # type: ignore[attr-defined]
         return {index: power / sum(powers) for index, power in enumerate(powers)}
+    if kind == "explicit":
+        pairs = dict(fuser.config.pairs or ())
+        return {pairs[layer]: 1.0} if layer in pairs else {}
     if kind == "terminal":
         chosen = layer - num_target + num_source
         return {chosen: 1.0} if chosen >= 0 else {}
@@ -140,14 +144,17 @@ def slow_forward(fuser: CacheFuser, source: Tensor, target: Tensor) -> Tensor:
         ("small", "mix"),
         ("small", "proportional"),
         ("small", "terminal"),
+        ("small", "explicit"),
         ("c2c", "proportional"),
         ("c2c", "terminal"),
+        ("c2c", "explicit"),
     ],
 )
 def test_the_batched_forward_equals_a_plain_loop(
     preset: str, layers: str, source: CacheShape, gate: str
 ) -> None:
-    fuser = randomise(make_fuser(preset, source=source, layers=layers, gate=gate))
+    pairs = PAIRS if layers == "explicit" else None
+    fuser = randomise(make_fuser(preset, source=source, layers=layers, pairs=pairs, gate=gate))
     inputs = states(source), states(TARGET, seed=1)
     with torch.no_grad():
         expected = slow_forward(fuser, *inputs)
@@ -194,6 +201,19 @@ def test_terminal_leaves_target_layers_below_a_shallow_source_alone(preset: str)
     assert_zero(difference[0])
     assert (difference[1:].abs().amax((1, 2, 4)) > 0).all()
     assert fuser.fed.tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_explicit_pairs_leave_the_other_target_layers_alone(preset: str) -> None:
+    fuser = randomise(make_fuser(preset, layers="explicit", pairs=PAIRS, gate="sigmoid"))
+    source = states(SHALLOW)
+    difference = fuser(source, states(TARGET, seed=1))
+    assert_zero(difference[[1, 3]])
+    assert (difference[[0, 2]].abs().amax((1, 2, 4)) > 0).all()
+    assert fuser.fed.tolist() == [True, False, True, False]
+    source[2] += 1.0  # feeds target layer 0 only
+    moved = (fuser(source, states(TARGET, seed=1)) != difference).flatten(1).any(1)
+    assert moved.tolist() == [True, False, False, False]
 
 
 # --- gates and gradients ----------------------------------------------------------------------
@@ -279,7 +299,10 @@ def test_another_geometry_is_refused_by_name(which: str, wrong: str) -> None:
     [
         ({"preset": "large"}, "preset must be one of small, c2c, got 'large'"),
         ({"layers": "nearest"}, "layers must be one of .*mix, got 'nearest'"),
-        ({"layers": "explicit"}, "explicit map cannot be written"),
+        ({"layers": "explicit"}, "belong together, got layers='explicit' and pairs=None"),
+        ({"pairs": PAIRS}, "belong together, got layers='mix' and pairs="),
+        ({"layers": "terminal", "pairs": ()}, r"got layers='terminal' and pairs=\(\)"),
+        ({"preset": "c2c"}, "cannot mix them; set layers to proportional, terminal .*or explicit"),
         ({"gate": "hard"}, "gate must be one of sigmoid, straight_through, got 'hard'"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"rank": -1}, "rank must be at least 1, got -1"),
@@ -290,6 +313,23 @@ def test_settings_that_cannot_be_built_from_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         FuserConfig(source=SHALLOW, target=TARGET, **changes)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (((4, 0),), "target layer 4 from source layer 0: the target has 4 layers"),
+        (((0, 3),), "source layer 3: the target has 4 layers, the source 3"),
+        (((1, 0), (1, 2)), "target layer 1 is fed by source layers 0 and 2"),
+        ((), "nothing would be fused"),
+    ],
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_pairs_that_do_not_fit_the_models_are_refused(
+    preset: str, pairs: tuple[tuple[int, int], ...], message: str
+) -> None:
+    with pytest.raises(AlignmentError, match=message):
+        make_fuser(preset, layers="explicit", pairs=pairs)
 
 
 def test_the_c2c_preset_has_the_papers_choices() -> None:

@@ -49,8 +49,8 @@ class Alignment:
         Returns:
             `(batch, target_len, channels)`; zero where `mask` is False.
         """
-        batch, target_len, k = self.source_index.shape
-        flat = self.source_index.reshape(batch, target_len * k, 1)
-        picked = states.gather(1, flat.expand(-1, -1, states.shape[-1]))
-        picked = picked.view(batch, target_len, k, -1)
-        return (picked * self.weights.to(states.dtype).unsqueeze(-1)).sum(2)
+        # As one product: picking k positions for each target position first would hold every
+        # channel k times, too much where a resampler's k is all patches.
+        shares = self.weights.new_zeros(*self.mask.shape, states.shape[1])
+        shares = shares.scatter_add(2, self.source_index, self.weights)
+        return shares.to(states.dtype) @ states

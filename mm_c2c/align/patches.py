@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -102,77 +102,65 @@ class ResamplerConfig:
     """Everything needed to rebuild a `PatchResampler` before its weights are loaded.
 
     Attributes:
-        width: channels inside and of the result.
         num_slots: slots a row gets.
-        num_heads: attention heads; they must divide `width`.
         source_width: channels of the source's states.
+        width: channels in which slots and patches are compared.
     """
 
-    width: int
     num_slots: int
-    num_heads: int
     source_width: int
+    width: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_slots", "num_heads", "source_width"):
+        for name in ("num_slots", "source_width", "width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.num_heads:
-            raise ConfigError(f"num_heads {self.num_heads} does not divide width {self.width}")
 
 
 class PatchResampler(nn.Module):
     """Learned slots that attend over an image's patches (as BLIP-2's and Perceiver's queries).
 
-    There is no residual around the attention: a slot holds nothing but what it read.
+    One head, and no projection of what is read: the fuser has its own.
     """
 
     def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()
         self.config = config
-        self.slots = nn.Parameter(torch.randn(config.num_slots, config.width))
-        self.source_in = nn.Linear(config.source_width, config.width)
+        self.queries = nn.Parameter(torch.randn(config.num_slots, config.width))
+        self.source_in = nn.Linear(config.source_width, config.width, bias=False)
         self.place_in = nn.Linear(4 * NUM_FREQUENCIES, config.width)
-        self.norm = nn.LayerNorm(config.width)
-        self.query = nn.Linear(config.width, config.width)
-        self.key_value = nn.Linear(config.width, 2 * config.width)
-        self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, states: Tensor, coordinates: Tensor, alignment: Alignment) -> Tensor:
-        """Read the patches into the slots.
+    def forward(self, states: Tensor, coordinates: Tensor, alignment: Alignment) -> Alignment:
+        """Find how much each slot takes of each patch.
 
         Args:
             states: `(batch, source_len, source_width)`.
             coordinates: `(batch, source_len, 2)` in [0, 1], from `patch_coordinates`.
             alignment: which positions each slot may read, such as `align_all` gives; a weight
-                says only yes (above 0) or no, for the attention finds its own.
+                says only yes (above 0) or no.
 
         Returns:
-            `(batch, num_slots, width)`; zero where the alignment's mask is False.
+            The alignment with the attention's weights, through which gradients flow.
         """
-        batch, source_len, _ = states.shape
-        num_slots, heads = self.config.num_slots, self.config.num_heads
-        if alignment.mask.shape != (batch, num_slots):
+        expected = (states.shape[0], self.config.num_slots)
+        if alignment.mask.shape != expected:
             raise ShapeError(
-                f"expected an alignment of (batch={batch}, num_slots={num_slots}), got "
+                f"expected an alignment of (batch={expected[0]}, num_slots={expected[1]}), got "
                 f"{tuple(alignment.mask.shape)}"
             )
-        # Added up rather than set: the entries of weight 0 all point at position 0.
-        readable = alignment.weights.new_zeros(batch, num_slots, source_len)
-        readable = readable.scatter_add(2, alignment.source_index, alignment.weights) > 0
+        places = self.place_in(_fourier(coordinates))
+        keys = _normalise(self.source_in(_normalise(states.float())) + places)
+        scores = self.queries @ keys.transpose(1, 2) / math.sqrt(self.config.width)
+        unreadable = alignment.weights == 0
+        # Finite, for a slot that may read nothing would else be 0 / 0.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.gather(2, alignment.source_index).masked_fill(unreadable, lowest)
+        weights = scores.softmax(2).masked_fill(unreadable, 0)
+        return replace(alignment, weights=weights)
 
-        places = self.place_in(_fourier(coordinates).to(states.dtype))
-        patches = self.norm(self.source_in(states) + places)
-        keys, values = self.key_value(patches).unflatten(2, (2 * heads, -1)).chunk(2, dim=2)
-        queries = self.query(self.slots).unflatten(1, (heads, -1)).expand(batch, -1, -1, -1)
-        read = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=readable.unsqueeze(1),
-        )
-        slots = self.out(read.transpose(1, 2).flatten(2))
-        return slots.masked_fill(~alignment.mask.unsqueeze(2), 0)
+
+def _normalise(states: Tensor) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:])
 
 
 def _fourier(coordinates: Tensor) -> Tensor:

@@ -6,17 +6,17 @@ All arms start from the raw picture and question, and end with the last token.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from threading import Thread
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
-from mm_c2c.bridge import Bridge, Perception
-from mm_c2c.cache import LayerKV, SourceCache
+from mm_c2c.bridge import Bridge
+from mm_c2c.cache import SourceCache
 from mm_c2c.sources.base import Source, SourceInput
 from mm_c2c.sources.text import encode_chats
 
@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 
     Attributes:
         answer: the text.
-        ttft_ms: from raw inputs to the first piece of the answer.
+        ttft_ms: from raw inputs to the first token of the answer.
         total_ms: from raw inputs to the end.
         tokens: tokens of the answer, and of texts that were written on the way.
         relayed: the text that the target had to go by, if there was one.
@@ -42,87 +42,114 @@ class Answer(NamedTuple):
     relayed: str | None = None
 
 
+class Reply(NamedTuple):
+    """What an arm returns: the answer, and the text that was relayed to the target, if any."""
+
+    answer: str
+    relayed: str | None = None
+
+
 class Arm(Protocol):
     """One way to answer."""
 
-    def pieces(self, picture: Image.Image, question: str) -> Iterator[str]:
-        """The answer, piece by piece."""
+    def answer(
+        self, picture: Image.Image, question: str, streamer: BaseStreamer | None = None
+    ) -> Reply:
+        """Answer one question; the streamer is given the answer's tokens as they are made."""
+
+
+class Stopwatch(BaseStreamer):
+    """Notes when the first token of an answer came; the prompt comes first and does not count."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate` with the prompt, then with each token."""
+        del value
+        if self._prompt_seen and self.first is None:
+            self.first = time.perf_counter()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Called by `generate` at the end."""
 
 
 def timed(arm: Arm, bridge: Bridge, picture: Image.Image, question: str) -> Answer:
     """Run one arm by the clock."""
+    watch = Stopwatch()
     started = time.perf_counter()
-    first = None
-    parts = []
-    for piece in arm.pieces(picture, question):
-        if first is None and piece:
-            first = time.perf_counter()
-        parts.append(piece)
+    reply = arm.answer(picture, question, watch)
     ended = time.perf_counter()
-    answer = "".join(parts).strip()
-    relayed = getattr(arm, "relayed", None)
-    text = answer if relayed is None else f"{relayed} {answer}"
+    text = reply.answer if reply.relayed is None else f"{reply.relayed} {reply.answer}"
     return Answer(
-        answer=answer,
-        ttft_ms=1000 * ((first or ended) - started),
+        answer=reply.answer,
+        ttft_ms=1000 * ((watch.first or ended) - started),
         total_ms=1000 * (ended - started),
         tokens=len(bridge.target.tokenizer(text)["input_ids"]),
-        relayed=relayed,
+        relayed=reply.relayed,
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fused:
     """The target answers from the source's cache."""
 
     bridge: Bridge
 
-    def pieces(self, picture: Image.Image, question: str) -> Iterator[str]:
-        """The answer, piece by piece."""
-        perception = self.bridge.perceive(picture)
-        yield from self.bridge.stream(
-            perception, question, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-        )
+    def answer(
+        self, picture: Image.Image, question: str, streamer: BaseStreamer | None = None
+    ) -> Reply:
+        """See `Arm`."""
+        seen = self.bridge.perceive(picture)
+        return Reply(self.bridge.generate(seen, [question], **_options(streamer))[0].strip())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Blind:
     """The target alone: the same prompt without slots."""
 
     bridge: Bridge
 
-    def pieces(self, picture: Image.Image, question: str) -> Iterator[str]:
-        """The answer, piece by piece."""
-        yield from _target_pieces(self.bridge, question)
+    def answer(
+        self, picture: Image.Image, question: str, streamer: BaseStreamer | None = None
+    ) -> Reply:
+        """See `Arm`; the picture is not looked at."""
+        del picture
+        return Reply(target_answers(self.bridge, [question], streamer)[0])
 
 
-@dataclass
+@dataclass(frozen=True)
 class CaptionRelay:
     """The source writes a caption, the target reads it and answers."""
 
     bridge: Bridge
     source: Source
     request: str
-    relayed: str | None = None
 
-    def pieces(self, picture: Image.Image, question: str) -> Iterator[str]:
-        """The answer, piece by piece."""
+    def answer(
+        self, picture: Image.Image, question: str, streamer: BaseStreamer | None = None
+    ) -> Reply:
+        """See `Arm`."""
         item = SourceInput(text=self.request, images=(picture,))
         caption = self.source.generate([item], max_new_tokens=CAPTION_TOKENS, do_sample=False)[0]
-        self.relayed = caption.strip()
-        yield from _target_pieces(self.bridge, relay_prompt(self.relayed, question))
+        prompt = relay_prompt(caption.strip(), question)
+        return Reply(target_answers(self.bridge, [prompt], streamer)[0], caption.strip())
 
 
-@dataclass
+@dataclass(frozen=True)
 class SourceAlone:
     """The source answers itself."""
 
     source: Source
 
-    def pieces(self, picture: Image.Image, question: str) -> Iterator[str]:
-        """The answer in one piece."""
+    def answer(
+        self, picture: Image.Image, question: str, streamer: BaseStreamer | None = None
+    ) -> Reply:
+        """See `Arm`."""
         item = SourceInput(text=question, images=(picture,))
-        yield self.source.generate([item], max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0]
+        return Reply(self.source.generate([item], **_options(streamer))[0].strip())
 
 
 def relay_prompt(caption: str, question: str) -> str:
@@ -141,13 +168,16 @@ def arms(bridge: Bridge, source: Source, request: str) -> dict[str, Arm]:
 
 
 @torch.no_grad()
-def target_answers(bridge: Bridge, prompts: list[str]) -> list[str]:
+def target_answers(
+    bridge: Bridge, prompts: list[str], streamer: BaseStreamer | None = None
+) -> list[str]:
     """The target's own answers to a batch of prompts, in its chat template."""
     encoded, _ = encode_chats(bridge.target.tokenizer, prompts, bridge.device, bridge.config.system)
-    out = bridge.target.model.generate(**encoded, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    return bridge.target.tokenizer.batch_decode(
+    out = bridge.target.model.generate(**encoded, **_options(streamer))
+    texts = bridge.target.tokenizer.batch_decode(
         out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
     )
+    return [text.strip() for text in texts]
 
 
 def shuffled(cache: SourceCache) -> SourceCache:
@@ -155,34 +185,14 @@ def shuffled(cache: SourceCache) -> SourceCache:
     return cache.select(torch.arange(cache.batch_size).roll(-1))
 
 
-def zeroed(cache: SourceCache) -> SourceCache:
-    """A control: the same positions, nothing in them."""
-    blank = tuple(LayerKV(torch.zeros_like(k), torch.zeros_like(v)) for k, v in cache.layers)
-    return replace(cache, layers=blank)
-
-
 def fused_answers(
     bridge: Bridge, caches: Mapping[str, SourceCache], questions: list[str]
 ) -> list[str]:
     """Answers to a batch, from the sources' caches."""
     with torch.no_grad():
-        perception: Perception = bridge.fuse_slots(caches)
-    return bridge.generate(perception, questions, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        perception = bridge.fuse_slots(caches)
+    return bridge.generate(perception, questions, **_options(None))
 
 
-def _target_pieces(bridge: Bridge, prompt: str) -> Iterator[str]:
-    encoded, _ = encode_chats(
-        bridge.target.tokenizer, [prompt], bridge.device, bridge.config.system
-    )
-    streamer = TextIteratorStreamer(
-        bridge.target.tokenizer, skip_prompt=True, skip_special_tokens=True
-    )
-    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
-    worker = Thread(
-        target=bridge.target.model.generate,
-        kwargs={**encoded, **options, "streamer": streamer},
-        daemon=True,
-    )
-    worker.start()
-    yield from streamer
-    worker.join()
+def _options(streamer: BaseStreamer | None) -> dict[str, Any]:
+    return {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}

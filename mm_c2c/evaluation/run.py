@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.cache import SourceCache
+from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.baselines import (
     CAPTION_TOKENS,
@@ -25,7 +25,6 @@ from mm_c2c.evaluation.baselines import (
     shuffled,
     target_answers,
     timed,
-    zeroed,
 )
 from mm_c2c.evaluation.tasks import Item, is_right, is_right_in_a_sentence, load_items
 from mm_c2c.sources.base import Source, SourceInput
@@ -50,7 +49,7 @@ class EvaluationConfig:
     source: str = "stickers"
     request: str = "Describe the picture."
     limit: int | None = None
-    batch_size: int = 16
+    batch_size: int = 48
     timed: int = 10
     resamples: int = 2000
     seed: int = 0
@@ -66,13 +65,15 @@ def evaluate(bridge: Bridge, config: EvaluationConfig, *, progress: bool = True)
     Returns:
         Plain values, ready for JSON: for each arm `n`, `accuracy` with its 95 % interval by
         bootstrap, `in_a_sentence` (a wordy answer may name the option), and accuracy by kind;
-        `retention`, `swap_follows`, `time`, and the items with every answer.
+        `retention` against the blind target and against the zeroed cache, which knows the form of
+        the answers; `swap`, `time`, and the items with every answer.
     """
     items = _apart(load_items(config.items, config.limit))
     source = bridge.sources[config.source]
     answers: dict[str, list[str]] = {name: [] for name in _ARM_NAMES}
-    batches = [items[i : i + config.batch_size] for i in range(0, len(items), config.batch_size)]
-    for batch in tqdm(batches, desc="evaluate", disable=not progress):
+    batches = split_rows(len(items), config.batch_size)
+    for rows in tqdm(batches, desc="evaluate", disable=not progress):
+        batch = items[rows.start : rows.stop]
         for name, texts in _answer_batch(bridge, source, config, batch):
             answers[name] += texts
     right = {
@@ -105,10 +106,13 @@ def evaluate(bridge: Bridge, config: EvaluationConfig, *, progress: bool = True)
             for name in _ARM_NAMES
         },
         "retention": {
-            "value": _retention(right, range(len(items))),
-            "interval": _interval(draws, lambda d: _retention(right, d)),
+            f"over_{floor}": {
+                "value": retention(right, floor, range(len(items))),
+                "interval": _interval(draws, functools.partial(retention, right, floor)),
+            }
+            for floor in ("blind", "zeroed")
         },
-        "swap_follows": _swap_follows(items, answers["shuffled"], config.batch_size),
+        "swap": swap_outcomes(items, answers, batches),
         "time": _times(bridge, source, config, items),
         "items": [
             {
@@ -124,6 +128,14 @@ def evaluate(bridge: Bridge, config: EvaluationConfig, *, progress: bool = True)
 
 
 _ARM_NAMES = ("fused", "blind", "caption_relay", "source", "shuffled", "zeroed")
+
+
+def split_rows(count: int, batch_size: int) -> list[range]:
+    """Batches of at least two where there are two: a lone row could not be shuffled."""
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
 
 def _answer_batch(
@@ -176,25 +188,49 @@ def _times(
     }
 
 
-def _swap_follows(
-    items: Sequence[Item], answers: Sequence[str], batch_size: int
+def swap_outcomes(
+    items: Sequence[Item], answers: dict[str, list[str]], batches: Sequence[range]
+) -> dict[str, dict[str, float | int]]:
+    """Whose answer the target gives when it is handed its neighbour's picture.
+
+    Counted where the neighbour asks the same question and its true answer differs: `truth` has
+    them all; `source_right` those where the source itself is right about both pictures.
+
+    Returns:
+        For either, `n`, and the shares that `follow` the swapped-in picture, that `stay` with the
+        own one, and that do neither.
+    """
+    pairs = []
+    for rows in batches:
+        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+            same = items[row].question == items[other].question
+            if same and items[row].answer != items[other].answer:
+                pairs.append((row, other))
+    knows = [is_right(text, item) for text, item in zip(answers["source"], items, strict=True)]
+    return {
+        "truth": _followed(pairs, items, answers["shuffled"]),
+        "source_right": _followed(
+            [pair for pair in pairs if knows[pair[0]] and knows[pair[1]]],
+            items,
+            answers["shuffled"],
+        ),
+    }
+
+
+def _followed(
+    pairs: Sequence[tuple[int, int]], items: Sequence[Item], swapped: Sequence[str]
 ) -> dict[str, float | int]:
-    """Of items whose swapped-in picture was asked the same question: the swapped answer is given."""
-    followed = []
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        for offset, item in enumerate(batch):
-            other = batch[(offset + 1) % len(batch)]
-            if other.question == item.question and other.answer != item.answer:
-                followed.append(is_right(answers[start + offset], other))
-    return {"n": len(followed), "rate": _mean(followed) if followed else math.nan}
+    follow = [is_right(swapped[row], items[other]) for row, other in pairs]
+    stay = [is_right(swapped[row], items[row]) for row, _ in pairs]
+    neither = [not (a or b) for a, b in zip(follow, stay, strict=True)]
+    shares = {"follow": follow, "stay": stay, "neither": neither}
+    return {"n": len(pairs), **{k: _mean(v) if v else math.nan for k, v in shares.items()}}
 
 
-def _retention(right: dict[str, list[bool]], rows: Sequence[int]) -> float:
-    fused, blind, source = (
-        _mean([right[n][i] for i in rows]) for n in ("fused", "blind", "source")
-    )
-    return (fused - blind) / (source - blind) if source != blind else math.nan
+def retention(right: dict[str, list[bool]], floor: str, rows: Sequence[int]) -> float:
+    """(fused - floor) / (source - floor)."""
+    fused, low, source = (_mean([right[n][i] for i in rows]) for n in ("fused", floor, "source"))
+    return (fused - low) / (source - low) if source != low else math.nan
 
 
 def _kind_row(right: list[bool], items: Sequence[Item], kind: str) -> dict[str, float | int]:
@@ -238,11 +274,21 @@ def table(result: dict[str, Any]) -> str:
             f"{name:<14}{100 * row['accuracy']:>7.1f}  {f'{100 * low:.1f} to {100 * high:.1f}':<15}"
             f"{100 * row['in_a_sentence']:>7.1f}{cells}"
         )
-    kept, (low, high) = result["retention"]["value"], result["retention"]["interval"]
-    lines.append(f"\nn = {result['n']}; retention {kept:.2f} ({low:.2f} to {high:.2f})")
+    lines.append(f"\nn = {result['n']}")
+    for name, kept in result["retention"].items():
+        low, high = kept["interval"]
+        lines.append(
+            f"retention {name.replace('_', ' ')}: {kept['value']:.2f} ({low:.2f} to {high:.2f})"
+        )
+    for name, row in result["swap"].items():
+        lines.append(
+            f"swapped picture ({name.replace('_', ' ')}, n = {row['n']}): "
+            f"{100 * row['follow']:.1f} % follow it, {100 * row['stay']:.1f} % stay"
+        )
+    relay = result["time"]["caption_relay"]["ttft_ms"]
     for name, row in result["time"].items():
         lines.append(
-            f"{name:<14}first token {row['ttft_ms']:>7.0f} ms, total {row['total_ms']:>7.0f} ms "
-            f"(median of {row['n']})"
+            f"{name:<14}first token {row['ttft_ms']:>7.0f} ms ({relay / row['ttft_ms']:.1f}x the "
+            f"relay's speed), total {row['total_ms']:>7.0f} ms (median of {row['n']})"
         )
     return "\n".join(lines)

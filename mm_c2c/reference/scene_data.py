@@ -82,7 +82,7 @@ def to_pixels(picture: Image.Image) -> Tensor:
 def write_shard(
     path: Path, split: str, index: int, size: int, artworks: Artworks, tower: EfficientNetLite0
 ) -> None:
-    """Make one shard: `features` `(size, patches, 1280)` in float16, and the scenes as JSON."""
+    """Make one shard: `features` `(size, patches, 1536)` in float16, and the scenes as JSON."""
     scenes, features = [], []
     numbers = range(index * SCENES_PER_SHARD, index * SCENES_PER_SHARD + size)
     for number in tqdm(numbers, desc=path.name, mininterval=5):

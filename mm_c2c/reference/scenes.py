@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance
 
 from mm_c2c.reference.concepts import BY_NAME, GROUPS
 
-SCENE_PIXELS = 256
+SCENE_PIXELS = 288
 CELLS = 3
 _CENTRES = (0.2, 0.5, 0.8)
 CAPTION_REQUEST = "Describe the picture."

@@ -27,6 +27,8 @@ VOCAB_SIZE = 768
 # About 1 / sqrt(width). With the usual 0.02 a model as narrow as this one attends evenly for so long
 # that it does not learn which thing lies where.
 _INITIALIZER_RANGE = 0.07
+# Slow rotation leaves most channels to likeness, over the 82 positions of a picture.
+_ROPE_THETA = 1e6
 
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -71,7 +73,7 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor that goes with the model: pictures to 256 x 256, one token a 32-pixel patch."""
+    """The processor that goes with the model: pictures to 288 x 288, one token a 32-pixel patch."""
     image_processor = SiglipImageProcessorPil(
         size={"height": SCENE_PIXELS, "width": SCENE_PIXELS},
         image_mean=[PIXEL_MEAN / 255] * 3,
@@ -102,6 +104,7 @@ def build_model(
         "num_key_value_heads": hidden_size // 32,
         "max_position_embeddings": 512,
         "initializer_range": _INITIALIZER_RANGE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": _ROPE_THETA},
         "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -110,6 +113,7 @@ def build_model(
     tower = GridTowerConfig(
         hidden_size=hidden_size,
         num_hidden_layers=tower_layers,
+        num_attention_heads=hidden_size // 32,
         initializer_range=_INITIALIZER_RANGE,
     )
     config = LlavaConfig(

@@ -5,16 +5,15 @@ python -m mm_c2c.reference.train_fuser configs/reference_fuser.yaml [key=value .
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -23,11 +22,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Perception
-from mm_c2c.cache import LayerKV, SourceCache, read_layers
+from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, zeroed
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
+from mm_c2c.reference.packing import Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, read_shard
 from mm_c2c.reference.scenes import (
     PLACES,
@@ -37,6 +37,7 @@ from mm_c2c.reference.scenes import (
     patch_contents,
     questions,
 )
+from mm_c2c.reference.training_log import append_log, cut_log
 from mm_c2c.rope import RopeSpec, derotate
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.vlm import VLMSource
@@ -54,12 +55,14 @@ class FuserTrainingConfig:
         data: folder of shards written by `scene_data`.
         source: folder of the trained source.
         out: where checkpoints, the log and the finished bridge go.
+        start: folder of a saved bridge to go on from, with its shape; None starts from nothing.
         preset: the fuser's preset.
         layers: which source layers feed a target layer.
         hidden_size: width of the fuser's projection.
         rank: inner width of its heads.
         rows: rows of slots.
         cols: columns of slots.
+        slot_token: one token of the target, as in `BridgeConfig`.
         reconstruct_steps: steps of the first phase: each slot learns to hold what the target's
             cache holds after reading what lies there; no pass through the target.
         reconstruct_scenes: pictures a step of that phase.
@@ -70,18 +73,23 @@ class FuserTrainingConfig:
         warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
         save_every: steps between checkpoints.
+        log_every: steps between rows of the log.
+        drop: share of answer steps with an empty source cache: the fuser then learns what can be
+            said without looking, and the zeroed control is a blind target that knows the form.
         seed: of weights, data order and questions.
     """
 
     data: Path
     source: Path
     out: Path
+    start: Path | None = None
     preset: str = "small"
     layers: str = "mix"
     hidden_size: int = 256
     rank: int = 96
-    rows: int = 8
-    cols: int = 8
+    rows: int = 9
+    cols: int = 9
+    slot_token: str = " image"
     reconstruct_steps: int = 300
     reconstruct_scenes: int = 16
     steps: int = 400
@@ -91,6 +99,8 @@ class FuserTrainingConfig:
     warmup: int = 20
     easy_steps: int = 60
     save_every: int = 25
+    log_every: int = 5
+    drop: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -113,7 +123,7 @@ class FeatureReader:
         """Caches of a batch.
 
         Args:
-            features: `(batch, patches, 1280)`.
+            features: `(batch, patches, 1536)`.
         """
         model = self.source.model
         image = model.model.multi_modal_projector(model.model.vision_tower.encode(features))
@@ -196,71 +206,40 @@ def reconstruct_loss(
     return 0.5 * (error[shown].mean() + error[~shown].mean())
 
 
-class Batch(NamedTuple):
-    """Questions after the slots, and the answers to be given."""
+def answer_loss(bridge: Bridge, perception: Perception, asked: list[list[Question]]) -> Tensor:
+    """Cross-entropy of the answers and their end, mean over tokens; gradients reach the fusers.
 
-    questions: list[str]
-    answers: list[str]
-
-
-def answer_loss(bridge: Bridge, perception: Perception, batch: Batch) -> Tensor:
-    """Cross-entropy of the answers and their end, mean over tokens; gradients reach the fusers."""
-    fused = bridge.fuse(perception, batch.questions)
-    model, tokenizer = bridge.target.model, bridge.target.tokenizer
-    ids, labels, mask = _with_answers(
-        fused["input_ids"], fused["attention_mask"], batch.answers, tokenizer
-    )
+    Args:
+        bridge: with the fusers in training.
+        perception: of as many pictures.
+        asked: questions about each picture; they share its slots and do not see each other.
+    """
+    model = bridge.target.model
     done = perception.input_ids.shape[1]
+    packed = pack([_turns(bridge, questions) for questions in asked], done)
     states = model.model(
-        ids[:, done:],
-        attention_mask=mask,
-        position_ids=count_positions(mask)[:, done:],
-        past_key_values=fused["past_key_values"],
+        packed.input_ids,
+        attention_mask=block_mask(packed.segments, done)[:, :, done:],
+        position_ids=packed.position_ids,
+        past_key_values=fork(perception.past_key_values),
         use_cache=True,
     ).last_hidden_state
-    shifted = labels[:, done + 1 :]
-    wanted = shifted != -100
-    logits = model.lm_head(states[:, :-1][wanted])
-    return F.cross_entropy(logits.float(), shifted[wanted])
+    wanted = packed.labels != -100
+    return F.cross_entropy(model.lm_head(states[wanted]).float(), packed.labels[wanted])
 
 
-def _with_answers(
-    input_ids: Tensor, attention_mask: Tensor, answers: Sequence[str], tokenizer: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts with right-padded answers: ids, labels and mask."""
-    encode = tokenizer  # a transformers tokenizer
-    rows = [
-        [*encode(answer, add_special_tokens=False)["input_ids"], encode.eos_token_id]  # type: ignore[operator, attr-defined]
-        for answer in answers
-    ]
-    width = max(map(len, rows))
-    tail = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
-    ids = torch.cat([input_ids, tail.clamp(min=0)], dim=1)
-    labels = torch.cat([torch.full_like(input_ids, -100), tail], dim=1)
-    mask = torch.cat([attention_mask, (tail != -100).long()], dim=1)
-    return ids, labels, mask
+def _turns(bridge: Bridge, asked: list[Question]) -> list[Turn]:
+    tokenizer = bridge.target.tokenizer
+    prompts = bridge.question_tokens([q.question for q in asked])
+    answers = tokenizer([q.answer for q in asked], add_special_tokens=False)["input_ids"]
+    return [Turn(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
 
 
 def train(config: FuserTrainingConfig) -> None:
     """Run, or go on with, one training."""
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
-    target, source = load_target(), load_source(config.source)
-    link = LinkConfig(
-        source=SOURCE_NAME,
-        geometry="slots",
-        rows=config.rows,
-        cols=config.cols,
-        fuser=FuserConfig(
-            source=source.shape,
-            target=target.shape,
-            preset=config.preset,
-            layers=config.layers,
-            hidden_size=config.hidden_size,
-            rank=config.rank,
-        ),
-    )
-    bridge = Bridge(target, {SOURCE_NAME: source}, BridgeConfig(links=(link,), system=SYSTEM))
+    bridge, source = _build_bridge(config)
     reader = FeatureReader(source)
     trained = list(bridge.fusers.parameters())
     logger.info("%d trained parameters", sum(p.numel() for p in trained))
@@ -273,7 +252,7 @@ def train(config: FuserTrainingConfig) -> None:
     easy = [(s, i) for s, i in where if len(shards[s][1][i].stickers) <= 2]
 
     config.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = config.out / "last.pt"
+    checkpoint, log = config.out / "last.pt", config.out / "log.csv"
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)
@@ -282,6 +261,7 @@ def train(config: FuserTrainingConfig) -> None:
         schedule.load_state_dict(saved["schedule"])
         rng.setstate(saved["rng"])
         first = saved["step"]
+        cut_log(log, first)
         logger.info("resumed at step %d", first)
     started = time.monotonic()
     losses: list[float] = []
@@ -293,7 +273,10 @@ def train(config: FuserTrainingConfig) -> None:
         picked = rng.sample(easy if easily else where, count)
         features = torch.stack([shards[s][0][i] for s, i in picked]).float()
         scenes = [shards[s][1][i] for s, i in picked]
-        perception = bridge.fuse_slots({SOURCE_NAME: reader.read(features)})
+        cache = reader.read(features)
+        if not reconstruct and rng.random() < config.drop:
+            cache = zeroed(cache)
+        perception = bridge.fuse_slots({SOURCE_NAME: cache})
         if reconstruct and words is not None:
             loss = reconstruct_loss(bridge, words, perception, scenes, config.rows)
         else:
@@ -305,8 +288,9 @@ def train(config: FuserTrainingConfig) -> None:
         schedule.step()
         losses.append(loss.item())
         done = step + 1
-        if done % 5 == 0:
-            _log(config.out / "log.csv", done, time.monotonic() - started, losses)
+        if done % config.log_every == 0:
+            seconds = round(time.monotonic() - started)
+            append_log(log, {"step": done, "seconds": seconds, "loss": statistics.mean(losses)})
             losses.clear()
         if done % config.save_every == 0 or done == config.reconstruct_steps + config.steps:
             state = {
@@ -322,13 +306,33 @@ def train(config: FuserTrainingConfig) -> None:
             bridge.save_pretrained(config.out / "bridge", dtype=torch.float16)
 
 
-def _draw(scenes: list[Scene], rng: random.Random, count: int) -> Batch:
+def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
+    """A bridge to train: untrained, or the one to go on from."""
+    target, source = load_target(), load_source(config.source)
+    sources = {SOURCE_NAME: source}
+    if config.start is not None:
+        return Bridge.from_pretrained(config.start, target, sources), source
+    link = LinkConfig(
+        source=SOURCE_NAME,
+        geometry="slots",
+        rows=config.rows,
+        cols=config.cols,
+        fuser=FuserConfig(
+            source=source.shape,
+            target=target.shape,
+            preset=config.preset,
+            layers=config.layers,
+            hidden_size=config.hidden_size,
+            rank=config.rank,
+        ),
+    )
+    prompt = BridgeConfig(links=(link,), system=SYSTEM, slot_token=config.slot_token)
+    return Bridge(target, sources, prompt), source
+
+
+def _draw(scenes: list[Scene], rng: random.Random, count: int) -> list[list[Question]]:
     """As many questions about each scene; `odd` and `relation` come where a scene has them."""
-    asked: list[Question] = []
-    for scene in scenes:
-        found = questions(scene, rng, SPLITS["train"].names)
-        asked += rng.sample(found, count)
-    return Batch([q.question for q in asked], [q.answer for q in asked])
+    return [rng.sample(questions(scene, rng, SPLITS["train"].names), count) for scene in scenes]
 
 
 def _rate(step: int, config: FuserTrainingConfig) -> float:
@@ -340,15 +344,6 @@ def _rate(step: int, config: FuserTrainingConfig) -> float:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, length - config.warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _log(path: Path, step: int, seconds: float, losses: list[float]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["step", "seconds", "loss"])
-        writer.writerow([step, f"{seconds:.0f}", f"{sum(losses) / len(losses):.4f}"])
 
 
 def main() -> None:

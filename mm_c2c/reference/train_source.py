@@ -5,7 +5,6 @@ python -m mm_c2c.reference.train_source configs/reference_source.yaml [key=value
 
 from __future__ import annotations
 
-import csv
 import functools
 import logging
 import math
@@ -14,7 +13,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -24,6 +22,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
+from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, read_shard
 from mm_c2c.reference.scenes import (
     CAPTION_REQUEST,
@@ -31,6 +30,7 @@ from mm_c2c.reference.scenes import (
     Question,
     Scene,
     caption,
+    odd_one_out,
     patch_contents,
     questions,
     sample_scene,
@@ -41,9 +41,13 @@ from mm_c2c.reference.source import (
     build_model,
     build_processor,
     build_tokenizer,
+    load_model,
 )
+from mm_c2c.reference.training_log import append_log, cut_log
 
 logger = logging.getLogger(__name__)
+
+_LEARNED_LATE = ("where", "relation", "odd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class SourceTrainingConfig:
         data: folder of shards written by `scene_data`.
         tower: the convolutions' weights, safetensors.
         out: where checkpoints, the log and the finished model go.
+        start: folder of a trained source to go on from, with its shape; None starts from nothing.
         hidden_size: width of the attention layers and of the decoder.
         num_layers: decoder layers.
         tower_layers: attention layers over the grid.
@@ -66,12 +71,14 @@ class SourceTrainingConfig:
         questions: questions a picture a step.
         caption_rate: share of pictures whose caption is asked for too.
         save_every: steps between checkpoints.
+        log_every: steps between rows of the log.
         seed: of weights, data order and questions.
     """
 
     data: Path
     tower: Path
     out: Path
+    start: Path | None = None
     hidden_size: int = 192
     num_layers: int = 4
     tower_layers: int = 2
@@ -84,6 +91,7 @@ class SourceTrainingConfig:
     questions: int = 8
     caption_rate: float = 0.4
     save_every: int = 100
+    log_every: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,63 +99,19 @@ class SourceTrainingConfig:
             raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
 
 
-class Packed(NamedTuple):
-    """Several questions about one picture in one sequence; each sees the picture and itself only.
-
-    Attributes:
-        input_ids: `(batch, text_len)`, after the picture.
-        segments: `(batch, text_len)`: which question a token belongs to; -1 pads.
-        position_ids: `(batch, text_len)`, as if each question came right after the picture.
-        labels: `(batch, text_len)`: the next token where it is part of an answer, else -100.
-    """
-
-    input_ids: Tensor
-    segments: Tensor
-    position_ids: Tensor
-    labels: Tensor
-
-
-def pack(
+def pack_questions(
     tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]], num_patches: int
 ) -> Packed:
     """Tokenise and pack the questions of a batch of pictures."""
-    user = tokenizer.convert_tokens_to_ids(USER_TOKEN)
-    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT_TOKEN)
-    rows = []
-    for picture in asked:
-        ids: list[int] = []
-        segments: list[int] = []
-        positions: list[int] = []
-        labels: list[int] = []
-        texts = [text for q in picture for text in (q.question, q.answer)]
-        encoded = tokenizer(texts, add_special_tokens=False).input_ids
-        for index, (question, answer) in enumerate(zip(encoded[::2], encoded[1::2], strict=True)):
-            prompt = [user, *question, assistant]
-            ending = [*answer, tokenizer.eos_token_id]
-            ids += prompt + ending[:-1]
-            labels += [-100] * (len(prompt) - 1) + ending
-            length = len(prompt) + len(ending) - 1
-            segments += [index] * length
-            positions += range(num_patches + 1, num_patches + 1 + length)
-        rows.append((ids, segments, positions, labels))
-    width = max(len(row[0]) for row in rows)
-    fill = (tokenizer.pad_token_id, -1, 0, -100)
-    columns = [
-        torch.tensor([row[i] + [fill[i]] * (width - len(row[i])) for row in rows]) for i in range(4)
-    ]
-    return Packed(*columns)
+    user, assistant = tokenizer.vocab[USER_TOKEN], tokenizer.vocab[ASSISTANT_TOKEN]
 
+    def turn(question: Question) -> Turn:
+        said, answer = tokenizer(
+            [question.question, question.answer], add_special_tokens=False
+        ).input_ids
+        return Turn([user, *said, assistant], [*answer, tokenizer.eos_token_id])
 
-def block_mask(segments: Tensor, num_prefix: int) -> Tensor:
-    """Attention mask `(batch, 1, length, length)`: the prefix is causal, segments are apart."""
-    batch = segments.shape[0]
-    owner = torch.cat([segments.new_full((batch, num_prefix), -2), segments], dim=1)
-    length = owner.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = owner[:, :, None] == owner[:, None, :]
-    shared = (owner == -2)[:, None, :]
-    allowed = (same | shared) & causal
-    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    return pack([[turn(q) for q in picture] for picture in asked], num_patches + 1)
 
 
 def hidden_states(
@@ -200,10 +164,11 @@ def patch_words(
 def draw_questions(
     scene: Scene, rng: random.Random, config: SourceTrainingConfig
 ) -> list[Question]:
-    """A mixed handful about one scene; relations, the hardest kind, may come twice."""
+    """A mixed handful about one scene; the kinds that are learned last go first."""
     names = SPLITS["train"].names
     found = dict.fromkeys(questions(scene, rng, names) + questions(scene, rng, names))
-    asked = rng.sample(list(found), min(config.questions, len(found)))
+    mixed = rng.sample(list(found), len(found))
+    asked = sorted(mixed, key=lambda q: q.kind not in _LEARNED_LATE)[: config.questions]
     if rng.random() < config.caption_rate:
         asked.append(Question("caption", CAPTION_REQUEST, caption(scene)))
     return asked
@@ -241,7 +206,7 @@ def accuracy_by_kind(
             ]
             for s in batch
         ]
-        packed = pack(tokenizer, asked, features.shape[1])
+        packed = pack_questions(tokenizer, asked, features.shape[1])
         states = hidden_states(
             model, features[first : first + 64].float(), packed, tokenizer.bos_token_id
         )[1]
@@ -257,14 +222,7 @@ def train(config: SourceTrainingConfig) -> None:
     """Run, or go on with, one training."""
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
-    tokenizer = build_tokenizer(corpus(config.seed))
-    model = build_model(
-        tokenizer,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        tower_layers=config.tower_layers,
-    )
-    model.model.vision_tower.convolutions.load_state_dict(load_file(config.tower))
+    model, tokenizer = _build(config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
@@ -276,10 +234,14 @@ def train(config: SourceTrainingConfig) -> None:
         raise ConfigError(f"no train-*.safetensors in {config.data}; run scene_data first")
     where = [(s, i) for s, (_, scenes) in enumerate(shards) for i in range(len(scenes))]
     easy = [(s, i) for s, i in where if len(shards[s][1][i].stickers) <= 2]
+    # Scenes with an odd one out are few, and the question is the hardest: they come twice.
+    where += [(s, i) for s, i in where if odd_one_out(shards[s][1][i])]
+    if config.start is None:
+        model.model.vision_tower.standardise(shards[0][0][:256])
     dev_features, dev_scenes = read_shard(config.data / "dev-0000.safetensors")
 
     config.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = config.out / "last.pt"
+    checkpoint, log = config.out / "last.pt", config.out / "log.csv"
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)
@@ -288,6 +250,7 @@ def train(config: SourceTrainingConfig) -> None:
         schedule.load_state_dict(saved["schedule"])
         rng.setstate(saved["rng"])
         first = saved["step"]
+        cut_log(log, first)
         logger.info("resumed at step %d", first)
 
     model.train()
@@ -296,7 +259,7 @@ def train(config: SourceTrainingConfig) -> None:
         picked = rng.sample(easy if step < config.easy_steps else where, config.batch_size)
         scenes = [shards[s][1][i] for s, i in picked]
         features = torch.stack([shards[s][0][i] for s, i in picked]).float()
-        packed = pack(
+        packed = pack_questions(
             tokenizer, [draw_questions(s, rng, config) for s in scenes], features.shape[1]
         )
         image, states = hidden_states(model, features, packed, tokenizer.bos_token_id)
@@ -312,8 +275,14 @@ def train(config: SourceTrainingConfig) -> None:
         optimizer.step()
         schedule.step()
         done = step + 1
-        if done % 20 == 0:
-            _log(config.out / "log.csv", done, time.monotonic() - started, answer_loss, patch_loss)
+        if done % config.log_every == 0:
+            row = {
+                "step": done,
+                "seconds": round(time.monotonic() - started),
+                "answer_loss": answer_loss.item(),
+                "patch_loss": patch_loss.item(),
+            }
+            append_log(log, row)
         if done % config.save_every == 0 or done == config.steps:
             model.eval()
             scores = accuracy_by_kind(model, tokenizer, dev_features, dev_scenes)
@@ -335,20 +304,31 @@ def train(config: SourceTrainingConfig) -> None:
     build_processor(tokenizer).save_pretrained(config.out / "model")
 
 
+def _build(
+    config: SourceTrainingConfig,
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+    """A model to train, and its tokenizer: untrained, or the one to go on from."""
+    if config.start is not None:
+        model, processor = load_model(config.start)
+        model.requires_grad_(requires_grad=True)
+        model.model.vision_tower.convolutions.requires_grad_(requires_grad=False)
+        return model, processor.tokenizer
+    tokenizer = build_tokenizer(corpus(config.seed))
+    model = build_model(
+        tokenizer,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        tower_layers=config.tower_layers,
+    )
+    model.model.vision_tower.convolutions.load_state_dict(load_file(config.tower))
+    return model, tokenizer
+
+
 def _rate(step: int, config: SourceTrainingConfig) -> float:
     if step < config.warmup:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / (config.steps - config.warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _log(path: Path, step: int, seconds: float, answer_loss: Tensor, patch_loss: Tensor) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["step", "seconds", "answer_loss", "patch_loss"])
-        writer.writerow([step, f"{seconds:.0f}", f"{answer_loss:.4f}", f"{patch_loss:.4f}"])
 
 
 def main() -> None:

@@ -57,13 +57,15 @@ class FrozenReader:
     """Runs a frozen model over a prompt and keeps what its cache holds.
 
     Args:
-        model: any transformers model with a text decoder; only read, never changed.
+        model: any transformers model with a text decoder; put in evaluation mode and without
+            gradients, and from then on only read.
         name: Hub id or folder, for the origin.
         revision: the Hub's commit, where there is one.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, revision: str | None = None) -> None:
-        self.model: Any = model  # `generate` and the like are untyped in transformers
+        # `generate` and the like are untyped in transformers.
+        self.model: Any = model.eval().requires_grad_(requires_grad=False)
         self.origin = CacheOrigin(name, revision, model.config.model_type)
         self._known_arguments = frozenset(inspect.signature(model.forward).parameters)
         self._specs: dict[int, tuple[RopeSpec | None, ...]] = {}

@@ -1,0 +1,75 @@
+"""The log of a training, a CSV of one row each few steps, and its curves.
+
+python -m mm_c2c.reference.training_log LOG.csv [LOG.csv ...] --out curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from mm_c2c.errors import ConfigError
+
+
+def append_log(path: Path, row: Mapping[str, float]) -> None:
+    """Add a row; a new file gets the names of its columns first."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(row)
+        writer.writerow([f"{value:.6g}" for value in row.values()])
+
+
+def cut_log(path: Path, last_step: int) -> None:
+    """Drop the rows after a step: a resumed training goes through those steps again."""
+    if not path.exists():
+        return
+    head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [row for row in rows if int(row.partition(",")[0]) <= last_step]
+    path.write_text(head + "".join(kept), encoding="utf-8")
+
+
+def read_log(path: Path) -> dict[str, list[float]]:
+    """The columns of a log, by name; the first is the step."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ConfigError(f"{path} holds no steps yet")
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def plot(logs: list[Path], out: Path) -> None:
+    """One panel a log, its losses over steps, on a logarithmic scale."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained"
+    )
+    for panel, path in zip(panels[0], logs, strict=True):
+        log = read_log(path)
+        for name, values in log.items():
+            if name not in ("step", "seconds"):
+                panel.plot(log["step"], values, label=name.replace("_", " "), linewidth=1.2)
+        panel.set(title=path.parent.name, xlabel="step", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(frameon=False)
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    """Draw what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("logs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    plot(args.logs, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Questions packed behind one picture: the same as each of them alone."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from mm_c2c import Bridge
+from mm_c2c.cache import fork
+from mm_c2c.reference.packing import Turn, block_mask, pack
+from mm_c2c.reference.scenes import Question
+from mm_c2c.reference.train_fuser import answer_loss
+
+
+def test_each_question_starts_behind_the_prefix_and_answers_for_itself() -> None:
+    packed = pack([[Turn([5, 6], [7, 8]), Turn([9], [4])], [Turn([3], [2, 1])]], prefix_len=10)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 9], [3, 2, 0, 0]]
+    assert packed.segments.tolist() == [[0, 0, 0, 1], [0, 0, -1, -1]]
+    assert packed.position_ids.tolist() == [[10, 11, 12, 10], [10, 11, 0, 0]]
+    assert packed.labels.tolist() == [[-100, 7, 8, 4], [2, 1, -100, -100]]
+
+
+def test_a_token_sees_the_prefix_and_what_came_before_in_its_own_question() -> None:
+    mask = block_mask(torch.tensor([[0, 0, 1]]), prefix_len=2)
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+
+
+def open_up(bridge: Bridge) -> None:
+    """Weights by which a picture makes a difference."""
+    torch.manual_seed(0)
+    for weight in bridge.fusers.parameters():
+        torch.nn.init.normal_(weight, std=2.0)
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 2)])
+def test_packed_answers_cost_what_they_cost_one_by_one(
+    bridge: Bridge, pictures: list[Image.Image], counts: tuple[int, int]
+) -> None:
+    open_up(bridge)
+    pool = [
+        Question("what", "what is in the image", "cat"),
+        Question("where", "what is left", "a red square"),
+        Question("count", "is it a blue circle or a square", "yes"),
+    ]
+    asked = [pool[: counts[0]], pool[: counts[1]]]
+    seen = bridge.perceive(pictures[:2])
+    packed = answer_loss(bridge, seen, asked)
+
+    tokenizer, model = bridge.target.tokenizer, bridge.target.model
+    losses = []
+    for picture, questions in zip(pictures, asked, strict=False):
+        for question in questions:
+            fused = bridge.fuse(bridge.perceive(picture), [question.question])
+            answer = [
+                *tokenizer(question.answer, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id,
+            ]
+            ids = torch.cat([fused["input_ids"], torch.tensor([answer])], dim=1)
+            done = seen.input_ids.shape[1]
+            logits = model(ids[:, done:], past_key_values=fork(fused["past_key_values"])).logits
+            said = logits[0, -len(answer) - 1 : -1]
+            losses += F.cross_entropy(said, torch.tensor(answer), reduction="none").tolist()
+    torch.testing.assert_close(packed.item(), sum(losses) / len(losses), rtol=0, atol=5e-6)
+    swapped = answer_loss(bridge, bridge.perceive(pictures[1::-1]), asked)
+    assert abs(swapped.item() - packed.item()) > 2e-5  # the pictures matter
