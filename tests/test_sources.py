@@ -17,7 +17,7 @@ from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.sources import SOURCES, Source, SourceInput, source_class
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.text import TextSource, encode_chats
-from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
+from mm_c2c.sources.vlm import Gemma3Source, PaliGemmaSource, VLMSource
 
 WORDS = ("what is in the image ?", "Which sticker is above the apple ? answer with one word :")
 GEOMETRY = {
@@ -346,12 +346,16 @@ def test_known_families_find_their_class() -> None:
     assert source_class("llava", has_vision=True) is VLMSource
     assert source_class("paligemma", has_vision=True) is PaliGemmaSource
     assert source_class("qwen3", has_vision=False) is TextSource
-    assert {source_class(kind, has_vision=True) for kind in SOURCES} == {VLMSource, PaliGemmaSource}
+    assert {source_class(kind, has_vision=True) for kind in SOURCES} == {
+        Gemma3Source,
+        PaliGemmaSource,
+        VLMSource,
+    }
 
 
 def test_an_unknown_vision_family_lists_the_known_ones() -> None:
     with pytest.raises(
-        UnsupportedError, match="type 'lava'; known: llava, paligemma; closest: llava"
+        UnsupportedError, match="type 'lava'; known: gemma3, llava, paligemma; closest: llava"
     ):
         source_class("lava", has_vision=True)
 

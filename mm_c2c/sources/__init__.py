@@ -9,6 +9,7 @@ from mm_c2c.errors import UnsupportedError
 from mm_c2c.sources.base import Source, SourceInput
 
 SOURCES: dict[str, str] = {
+    "gemma3": "mm_c2c.sources.vlm:Gemma3Source",
     "llava": "mm_c2c.sources.vlm:VLMSource",
     "paligemma": "mm_c2c.sources.vlm:PaliGemmaSource",
 }

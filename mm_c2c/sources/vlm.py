@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -136,6 +137,17 @@ class PaliGemmaSource(VLMSource):
     def render(self, item: SourceInput) -> str:
         """Image placeholders, then the question; the processor adds the rest."""
         return "<image>" * len(item.images) + item.text.strip()
+
+
+class Gemma3Source(VLMSource):
+    """Gemma 3: each picture pooled to a square of `mm_tokens_per_image`, without pan and scan."""
+
+    def grids(
+        self, inputs: Sequence[SourceInput], encoded: Mapping[str, Tensor]
+    ) -> tuple[tuple[PatchGrid, ...], ...]:
+        """The same square for each picture."""
+        side = math.isqrt(self.model.config.mm_tokens_per_image)
+        return tuple((PatchGrid(side, side),) * len(item.images) for item in inputs)
 
 
 def trim_spans(spans: Tensor, text: str) -> Tensor:
