@@ -67,10 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _load_bridge() -> Bridge:
+    """The reference bridge, without transformers' bars for loads that take a second."""
+    from transformers.utils import logging as transformers_logging
+
+    from mm_c2c.reference import models
+
+    transformers_logging.disable_progress_bar()
+    return models.load_bridge()
+
+
 def _ask(args: argparse.Namespace) -> None:
     from mm_c2c.evaluation.baselines import arms, timed
     from mm_c2c.images import load_image
-    from mm_c2c.reference.models import SOURCE_NAME, load_bridge
+    from mm_c2c.reference.models import SOURCE_NAME
     from mm_c2c.reference.scenes import CAPTION_REQUEST
 
     if not args.question.strip():
@@ -78,7 +88,7 @@ def _ask(args: argparse.Namespace) -> None:
     if args.stream and (args.json or not args.only):
         raise InputError("--stream goes with --only ARM and without --json")
     picture = load_image(args.image)
-    bridge = load_bridge()
+    bridge = _load_bridge()
     named = arms(bridge, bridge.sources[SOURCE_NAME], CAPTION_REQUEST)
     if args.only:
         named = {args.only: named[args.only]}
@@ -131,7 +141,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override, to_dict
     from mm_c2c.evaluation.run import EvaluationConfig, evaluate, table
-    from mm_c2c.reference.models import HERE, load_bridge
+    from mm_c2c.reference.models import HERE
 
     if args.config:
         config = load_config(EvaluationConfig, args.config)
@@ -139,7 +149,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         config = EvaluationConfig(items=HERE / "unseen_style" / "items.jsonl")
     quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
     config = override(config, [*quick, *args.overrides])
-    result = evaluate(load_bridge(), config)
+    result = evaluate(_load_bridge(), config)
     result["config"] = to_dict(config)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
