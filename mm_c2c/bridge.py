@@ -438,19 +438,21 @@ class Bridge(nn.Module):
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """What follows the slots: each question, and what the chat template puts behind it."""
+        return [self._tokens(text) for text in self._question_texts(questions)]
+
+    def _question_texts(self, questions: Sequence[str]) -> list[str]:
         _, tail = self._template()
-        texts = [f"\n{question.strip()}{tail}" for question in questions]
-        return [
-            self.target.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
-        ]
+        return [f"\n{question.strip()}{tail}" for question in questions]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.target.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _question_ids(self, questions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded `input_ids` and mask after the slots, and spans in each question."""
-        _, tail = self._template()
         tokenizer = self.target.tokenizer
         asked = [question.strip() for question in questions]
-        texts = [f"\n{question}{tail}" for question in asked]
-        rows = self.question_tokens(questions)
+        texts = self._question_texts(questions)
+        rows = [self._tokens(text) for text in texts]
         width = max(map(len, rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(ids)

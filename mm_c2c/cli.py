@@ -150,7 +150,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
     config = override(config, [*quick, *args.overrides])
     result = evaluate(_load_bridge(), config)
-    result["config"] = to_dict(config)
+    # Folder and name: a result is read on other machines.
+    items = "/".join(config.items.parts[-2:])
+    result["config"] = {**to_dict(config), "items": items}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     if args.json:

@@ -96,5 +96,6 @@ def test_evaluate_takes_its_settings_from_the_command_line(
     printed = json.loads(capsys.readouterr().out)
     assert printed["n"] == 2
     assert printed["config"]["resamples"] == 20
+    assert printed["config"]["items"] == f"{tmp_path.name}/mine.jsonl"
     assert "items" not in printed
     assert len(json.loads(out.read_text())["items"]) == 2

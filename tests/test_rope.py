@@ -313,7 +313,9 @@ def test_rotating_again_gives_the_cache_back(case, model, inputs):
 
 def test_keys_moved_are_those_of_a_prefill_further_on(case, model, inputs):
     if not case.is_static:
-        pytest.skip("other positions, other frequencies, other attention")
+        pytest.skip(
+            "its frequencies follow the length; the next test moves its first layer instead"
+        )
     here, there = inputs, inputs.shifted(5)
     cached = prefill(model, here).cached
     expected = prefill(model, there).cached

@@ -36,6 +36,5 @@ def test_a_log_without_steps_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_panel_is_drawn_for_each_log(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot([models.SOURCE_FOLDER / "log.csv"] * 2, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
