@@ -1,5 +1,6 @@
 """The trainings of the reference pair: a few steps, resumed, and gone on from."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,14 @@ def test_a_fuser_training_goes_on_where_it_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
-    monkeypatch.setattr(train_fuser, "load_target", lambda: target)
-    frozen = {name: weight.clone() for name, weight in tiny_target.state_dict().items()}
+    targets = []
+
+    def load_target(dtype: torch.dtype) -> Target:
+        model = copy.deepcopy(tiny_target).to(dtype)
+        targets.append(Target(model, tiny_target_tokenizer, "tiny"))
+        return targets[-1]
+
+    monkeypatch.setattr(train_fuser, "load_target", load_target)
     config = FuserTrainingConfig(
         data=source_config.data,
         source=source_config.out / "model",
@@ -119,7 +125,11 @@ def test_a_fuser_training_goes_on_where_it_stopped(
     after = weights(config.out / "bridge")
     assert read_log(config.out / "log.csv")["step"] == [1, 2, 3, 4, 5, 6]
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert all(torch.equal(frozen[n], w) for n, w in tiny_target.state_dict().items())
+    frozen = {n: w.bfloat16() for n, w in tiny_target.state_dict().items()}
+    assert len(targets) == 2
+    for target in targets:
+        trained_through = target.model.state_dict()
+        assert all(torch.equal(frozen[n], w) for n, w in trained_through.items())
 
     onward = replace(
         config,

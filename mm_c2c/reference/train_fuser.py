@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,13 +28,16 @@ from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
+from mm_c2c.reference.muon import StackedMuon
 from mm_c2c.reference.packing import Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, read_shard
 from mm_c2c.reference.scenes import (
+    CAPTION_REQUEST,
     PLACES,
     SCENE_PIXELS,
     Question,
     Scene,
+    caption,
     patch_contents,
     questions,
 )
@@ -44,6 +48,7 @@ from mm_c2c.sources.vlm import VLMSource
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NOTHING = "nothing"
 
 
@@ -68,14 +73,16 @@ class FuserTrainingConfig:
         reconstruct_scenes: pictures a step of that phase.
         steps: steps of the second phase: cross-entropy of the answers.
         scenes: pictures a step.
-        questions: questions a picture.
-        learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
+        questions: questions a picture; a request to describe it comes on top.
+        learning_rate: after the warm-up; falls to zero along a cosine. Matrices follow Muon, the
+            rest AdamW.
         warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
         save_every: steps between checkpoints.
         log_every: steps between rows of the log.
         drop: share of answer steps with an empty source cache: the fuser then learns what can be
             said without looking, and the zeroed control is a blind target that knows the form.
+        dtype: of the frozen target while training; the fuser stays in float32.
         seed: of weights, data order and questions.
     """
 
@@ -101,11 +108,14 @@ class FuserTrainingConfig:
     save_every: int = 25
     log_every: int = 5
     drop: float = 0.1
+    dtype: str = "bfloat16"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps <= self.warmup:
             raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 class FeatureReader:
@@ -174,7 +184,7 @@ class WordCache:
         )
         positions = count_positions(encoded["attention_mask"])
         layers, _, rope = target.read(encoded, positions)
-        return _last_states(layers, positions, rope)
+        return _last_states(layers, positions, rope).float()
 
 
 def _last_states(
@@ -219,7 +229,7 @@ def answer_loss(bridge: Bridge, perception: Perception, asked: list[list[Questio
     packed = pack([_turns(bridge, questions) for questions in asked], done)
     states = model.model(
         packed.input_ids,
-        attention_mask=block_mask(packed.segments, done)[:, :, done:],
+        attention_mask=block_mask(packed.segments, done)[:, :, done:].to(model.dtype),
         position_ids=packed.position_ids,
         past_key_values=fork(perception.past_key_values),
         use_cache=True,
@@ -243,8 +253,12 @@ def train(config: FuserTrainingConfig) -> None:
     reader = FeatureReader(source)
     trained = list(bridge.fusers.parameters())
     logger.info("%d trained parameters", sum(p.numel() for p in trained))
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    optimizers = _build_optimizers(bridge.fusers, config.learning_rate)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+        for optimizer in optimizers
+    ]
+    stepped: list[Any] = [*optimizers, *schedules]
     shards = [read_shard(path) for path in sorted(config.data.glob("train-*.safetensors"))]
     if not shards:
         raise ConfigError(f"no train-*.safetensors in {config.data}; run scene_data first")
@@ -257,8 +271,8 @@ def train(config: FuserTrainingConfig) -> None:
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)
         bridge.fusers.load_state_dict(saved["fusers"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
+        for part, state in zip(stepped, saved["optimizers"], strict=True):
+            part.load_state_dict(state)
         rng.setstate(saved["rng"])
         first = saved["step"]
         cut_log(log, first)
@@ -281,11 +295,11 @@ def train(config: FuserTrainingConfig) -> None:
             loss = reconstruct_loss(bridge, words, perception, scenes, config.rows)
         else:
             loss = answer_loss(bridge, perception, _draw(scenes, rng, config.questions))
-        optimizer.zero_grad()
+        bridge.fusers.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
+        for part in stepped:
+            part.step()
         losses.append(loss.item())
         done = step + 1
         if done % config.log_every == 0:
@@ -295,8 +309,7 @@ def train(config: FuserTrainingConfig) -> None:
         if done % config.save_every == 0 or done == config.reconstruct_steps + config.steps:
             state = {
                 "fusers": bridge.fusers.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
+                "optimizers": [part.state_dict() for part in stepped],
                 "rng": rng.getstate(),
                 "step": done,
             }
@@ -308,7 +321,7 @@ def train(config: FuserTrainingConfig) -> None:
 
 def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
     """A bridge to train: untrained, or the one to go on from."""
-    target, source = load_target(), load_source(config.source)
+    target, source = load_target(dtype=DTYPES[config.dtype]), load_source(config.source)
     sources = {SOURCE_NAME: source}
     if config.start is not None:
         return Bridge.from_pretrained(config.start, target, sources), source
@@ -331,8 +344,26 @@ def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
 
 
 def _draw(scenes: list[Scene], rng: random.Random, count: int) -> list[list[Question]]:
-    """As many questions about each scene; `odd` and `relation` come where a scene has them."""
-    return [rng.sample(questions(scene, rng, SPLITS["train"].names), count) for scene in scenes]
+    """As many questions about each scene, and one for all of it.
+
+    `odd` and `relation` come where a scene has them.
+    """
+    names = SPLITS["train"].names
+    return [
+        [
+            *rng.sample(questions(scene, rng, names), count),
+            Question("caption", CAPTION_REQUEST, caption(scene)),
+        ]
+        for scene in scenes
+    ]
+
+
+def _build_optimizers(fusers: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, param in fusers.named_parameters():
+        (matrices if name.endswith("weight") else rest).append(param)
+    return [StackedMuon(matrices, rate), torch.optim.AdamW(rest, rate, betas=(0.9, 0.98))]
 
 
 def _rate(step: int, config: FuserTrainingConfig) -> float:
