@@ -27,6 +27,7 @@ class PositionKind(IntEnum):
     IMAGE = 3
     STATE = 4
     ACTION = 5
+    AUDIO = 6
 
 
 class PatchGrid(NamedTuple):

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -22,17 +24,28 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 TEXT_MARK = "\ufffc"
 
 
-@dataclass(frozen=True, kw_only=True)
+# Not compared field by field: tensors have no truth value.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SourceInput:
     """What one row of a batch shows a source; a source takes the parts it knows.
 
     Attributes:
         text: a question or an instruction; empty when the source only looks.
-        images: pictures, in the order the prompt shows them.
+        images: pictures, in the order the prompt shows them; a robot's cameras in the policy's
+            own order.
+        state: `(state_dim,)` float, the robot's joints and gripper in the units of the policy's
+            statistics, which normalise it.
+        noise: `(action_horizon, action_dim)` float, where a flow-matching policy starts its action
+            chunk, both as wide as the model pads them; None takes the source's own, which is the
+            same in every call.
+        audio: `(samples,)` float32 in [-1, 1], mono at 16 kHz.
     """
 
     text: str = ""
     images: tuple[Image.Image, ...] = ()
+    state: Tensor | None = None
+    noise: Tensor | None = None
+    audio: Tensor | NDArray[np.float32] | None = None
 
 
 class Source(Protocol):
