@@ -6,10 +6,11 @@ Reading never changes how a policy acts: every read works on a cache and on nois
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mm_c2c.align.tokens import locate_text
@@ -21,9 +22,16 @@ from mm_c2c.cache import (
     SourceCache,
     read_layers,
 )
-from mm_c2c.errors import InputError, UnsupportedError
-from mm_c2c.sources.base import FrozenReader, SourceInput, count_positions
-from mm_c2c.sources.vlm import trim_spans
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.sources import source_class
+from mm_c2c.sources.base import (
+    FrozenReader,
+    Source,
+    SourceInput,
+    count_positions,
+    full_cache,
+)
+from mm_c2c.sources.vlm import VLMSource, trim_spans
 
 
 class PI0Source:
@@ -169,6 +177,184 @@ class PI0Source:
         patch = self.model.config.vlm_config.vision_config.patch_size
         height, width = pixel_values.shape[-2:]
         return PatchGrid(height // patch, width // patch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionBins:
+    """Action tokens to actions, as OpenVLA has them (arXiv:2406.09246, section 3.2).
+
+    The last `num_bins` tokens of the vocabulary stand for equal steps of [-1, 1], the largest
+    first. A token outside them counts as the nearest one that is, as in OpenVLA.
+
+    Attributes:
+        vocab_size: tokens of the vocabulary without those that only pad the embedding (32000 for
+            OpenVLA, whose embedding has 32064).
+        low: what -1 stands for in each dimension: the data's 1st percentile, `q01`.
+        high: what 1 stands for: `q99`.
+        scaled: False where a dimension (the gripper) stays in [-1, 1]; all scaled when empty.
+        num_bins: edges of the steps, so that there is one value fewer than tokens.
+    """
+
+    vocab_size: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    scaled: tuple[bool, ...] = ()
+    num_bins: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.low or len(self.low) != len(self.high):
+            raise ConfigError(
+                f"low and high need one number for each dimension of an action, got "
+                f"{len(self.low)} and {len(self.high)}"
+            )
+        if self.scaled and len(self.scaled) != len(self.low):
+            raise ConfigError(f"scaled has {len(self.scaled)} entries, low has {len(self.low)}")
+        if not 2 <= self.num_bins <= self.vocab_size:
+            raise ConfigError(
+                f"num_bins must be in [2, vocab_size={self.vocab_size}], got {self.num_bins}"
+            )
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Actions `(..., action_dim)` float64 in the robot's units, of token ids so shaped."""
+        edges = torch.linspace(-1, 1, self.num_bins, dtype=torch.float64, device=tokens.device)
+        centres = (edges[:-1] + edges[1:]) / 2
+        normalised = centres[(self.vocab_size - tokens - 1).clamp(0, self.num_bins - 2)]
+        low, high = edges.new_tensor(self.low), edges.new_tensor(self.high)
+        actions = 0.5 * (normalised + 1) * (high - low) + low
+        scaled = torch.tensor(self.scaled or [True] * len(self.low), device=tokens.device)
+        return torch.where(scaled, actions, normalised)
+
+
+class TokenActions(NamedTuple):
+    """What a policy that writes its actions as tokens did.
+
+    Attributes:
+        tokens: `(batch, action_dim)` int64.
+        actions: `(batch, action_dim)` float64, in the robot's units.
+    """
+
+    tokens: Tensor
+    actions: Tensor
+
+
+class TokenActionSource(VLMSource):
+    """A policy of OpenVLA's form: a vision-language model that generates its action token by token.
+
+    K and V of the prompt and of the action tokens; the prompt is the processor's chat template with
+    the instruction in it. Proven on a small LLaVA. OpenVLA's own checkpoint is code of its own
+    that transformers does not have: port it to a family of `SOURCES` to read it. For another family
+    than LLaVA, put this class before the family's: `class Mine(TokenActionSource, PaliGemmaSource)`.
+
+    Args:
+        model: as for `VLMSource`.
+        processor: its processor.
+        bins: what the action tokens mean.
+        name: Hub id or folder.
+        revision: the Hub's commit, where there is one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        bins: ActionBins,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(model, processor, name, revision)
+        self.bins = bins
+
+    @torch.no_grad()
+    def prefill(self, inputs: Sequence[SourceInput], tokens: Tensor | None = None) -> SourceCache:
+        """Read a batch of observations and the actions that the policy takes there.
+
+        Args:
+            inputs: pictures and an instruction each.
+            tokens: `(batch, action_dim)`: what `act` gave for these inputs, where it has run
+                already; None lets the policy act.
+        """
+        prompt = super().prefill(inputs)
+        tokens = self.act(inputs).tokens if tokens is None else tokens
+        cache = full_cache(self.model)
+        for index, (keys, values) in zip(prompt.layer_indices, prompt.layers, strict=True):
+            cache.update(keys, values, index)
+        mask = torch.cat([prompt.kinds != PositionKind.PAD, torch.ones_like(tokens)], dim=1)
+        ahead = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        position_ids = prompt.position_ids[..., -1:] + ahead
+        self.model(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=position_ids,
+            past_key_values=cache,
+        )
+        layers, indices = read_layers(cache)
+        if indices != prompt.layer_indices:
+            raise UnsupportedError(
+                f"{self.origin.model}: layers without K and V carry the prompt too, which cannot "
+                "be read on from"
+            )
+        nowhere = prompt.patches.new_full((*tokens.shape, 3), -1)
+        return replace(
+            prompt,
+            layers=layers,
+            position_ids=torch.cat([prompt.position_ids, position_ids], dim=-1),
+            kinds=torch.cat([prompt.kinds, torch.full_like(tokens, PositionKind.ACTION)], dim=1),
+            patches=torch.cat([prompt.patches, nowhere], dim=1),
+            spans=torch.cat([prompt.spans, nowhere[..., :2]], dim=1),
+        )
+
+    def act(self, inputs: Sequence[SourceInput]) -> TokenActions:
+        """The policy's own actions, by greedy `model.generate`.
+
+        Raises:
+            UnsupportedError: the model ended a row before its action was complete.
+        """
+        encoded = self._encode(inputs, [self.render(item) for item in inputs])
+        action_dim = len(self.bins.low)
+        out = self.model.generate(
+            **self._known(encoded), max_new_tokens=action_dim, do_sample=False, num_beams=1
+        )
+        tokens = out[:, encoded["input_ids"].shape[1] :]
+        stop = self.model.generation_config.eos_token_id
+        stops = torch.tensor([] if stop is None else stop, device=tokens.device)
+        if tokens.shape[1] != action_dim or torch.isin(tokens, stops).any():
+            raise UnsupportedError(
+                f"{self.origin.model} ended before the {action_dim} tokens of an action: "
+                f"{tokens.tolist()}; is it a policy?"
+            )
+        return TokenActions(tokens, self.bins.decode(tokens))
+
+
+def backbone_source(
+    policy: nn.Module, processor: ProcessorMixin, name: str, revision: str | None = None
+) -> Source:
+    """A source over the vision-language backbone of a policy that keeps no cache (GR00T's form).
+
+    Such a policy's action head attends to the backbone's hidden states, so there is no cache to
+    take: the source runs the backbone once more with a cache of its own. It holds what the head is
+    told of images and instruction; state and actions never enter the backbone, and are not in it.
+
+    Args:
+        policy: a module that holds a vision-language model of transformers of a family in
+            `SOURCES`; that part is put in evaluation mode and without gradients. Layers that the
+            policy has cut off are not missed.
+        processor: the backbone's. Its chat template writes the prompt.
+        name: the policy's Hub id or folder.
+        revision: the Hub's commit, where there is one.
+
+    Raises:
+        UnsupportedError: the policy has no such backbone, so neither a cache nor a way to one.
+    """
+    for module in policy.modules():
+        config: Any = getattr(module, "config", None)
+        # Towers and decoders have configs too; only the whole has one of each.
+        if hasattr(config, "vision_config") and hasattr(config, "text_config"):
+            build = source_class(config.model_type, has_vision=True)
+            return build(module, processor, name, revision)
+    raise UnsupportedError(
+        f"{type(policy).__name__} has neither a cache of its own nor a vision-language backbone of "
+        "transformers to make one with: there is nothing to read"
+    )
 
 
 def stack_states(inputs: Sequence[SourceInput], state_dim: int) -> Tensor:
