@@ -13,23 +13,26 @@ from conftest import build_frozen, train_tokenizer, vision_config
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
     PI0Config,
     PI0ForConditionalGeneration,
     PreTrainedModel,
     SiglipImageProcessorPil,
 )
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.pi0.processing_pi0 import PI0Processor
 
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.rope import derotate
-from mm_c2c.sources import Source, SourceInput
+from mm_c2c.sources import Source, SourceInput, action
 from mm_c2c.sources.action import (
     ActionBins,
     PI0Source,
     TokenActionSource,
     backbone_source,
 )
+from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
 
 WORDS = ("pick the cat", "put the red square left of a blue circle")
@@ -460,10 +463,29 @@ def test_reading_a_token_policy_leaves_its_actions_as_they_are(
 def test_a_token_policy_that_ends_early_is_no_policy(
     token_policy: TokenActionSource, instructions: list[SourceInput]
 ) -> None:
-    first = int(token_policy.act(instructions[:1]).tokens[0, 1])
-    token_policy.model.generation_config.eos_token_id = first
-    with pytest.raises(UnsupportedError, match="ended before the 3 tokens of an action"):
-        token_policy.act(instructions[:1])
+    tokens = token_policy.act(instructions).tokens
+    only = set(tokens[0].tolist()) - set(tokens[1].tolist())
+    token_policy.model.generation_config.eos_token_id = min(only)
+    for batch in (instructions[:1], instructions):  # in the second, the other row goes on
+        with pytest.raises(UnsupportedError, match="ended before the 3 tokens of an action"):
+            token_policy.act(batch)
+
+
+def test_a_policy_whose_prompt_is_not_all_in_keys_and_values_is_refused(
+    token_policy: TokenActionSource,
+    instructions: list[SourceInput],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def with_a_linear_layer(model: PreTrainedModel) -> DynamicCache:
+        cache = full_cache(model)
+        cache.layers.append(LinearAttentionLayer())
+        return cache
+
+    monkeypatch.setattr(action, "full_cache", with_a_linear_layer)
+    with pytest.raises(
+        UnsupportedError, match="linear attention carries the prompt outside of K and V"
+    ):
+        token_policy.prefill(instructions)
 
 
 # --- a backbone whose hidden states feed the head (GR00T's form) ------------------------------

