@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,16 +16,20 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
+    LlamaConfig,
+    LlamaModel,
     PI0Config,
     PI0ForConditionalGeneration,
     PreTrainedModel,
     SiglipImageProcessorPil,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.pi0.processing_pi0 import PI0Processor
 
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind
-from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.errors import ConfigError, InputError, ShapeError, UnsupportedError
 from mm_c2c.rope import derotate
 from mm_c2c.sources import Source, SourceInput, action
 from mm_c2c.sources.action import (
@@ -33,6 +39,7 @@ from mm_c2c.sources.action import (
     backbone_source,
 )
 from mm_c2c.sources.base import full_cache
+from mm_c2c.sources.smolvla import SmolVLASource
 from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
 
 WORDS = ("pick the cat", "put the red square left of a blue circle")
@@ -540,3 +547,463 @@ def test_a_policy_with_neither_cache_nor_backbone_is_refused(tiny_llava: Any) ->
     policy = nn.Sequential(nn.Conv2d(3, 4, 3), tiny_llava.model.model.vision_tower)
     with pytest.raises(UnsupportedError, match="Sequential has neither a cache of its own nor"):
         backbone_source(policy, tiny_llava.processor, "tiny/act")
+
+
+# --- SmolVLA, on a stand-in -------------------------------------------------------------------
+
+
+def pair_mask(real: Tensor, blocks: Tensor) -> Tensor:
+    """LeRobot's `make_att_2d_masks`: to real positions of the same block and of earlier ones."""
+    block = blocks.cumsum(1)
+    return (block[:, None] <= block[:, :, None]) & (real[:, None] & real[:, :, None])
+
+
+def turn(states: Tensor, position_ids: Tensor) -> Tensor:
+    """LeRobot's `apply_rope` on `(batch, len, heads, head_dim)`."""
+    half = states.shape[-1] // 2
+    period = 10_000 ** (2.0 / states.shape[-1] * torch.arange(half))
+    angle = (position_ids[..., None] / period)[:, :, None]
+    first, second = states.split(half, -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class SmolVLMWithExpert(nn.Module):
+    """The stand-in's two towers: they share attention, the expert crosses in odd layers."""
+
+    def __init__(self, vlm: SmolVLMForConditionalGeneration, tokenizer: Any) -> None:
+        super().__init__()
+        self.vlm, self.config = vlm, vlm.config
+        self.processor = SimpleNamespace(tokenizer=tokenizer)
+        text = vlm.config.text_config
+        self.num_vlm_layers = text.num_hidden_layers
+        narrow = {**text.to_dict(), "hidden_size": 12, "intermediate_size": 20}
+        self.lm_expert = LlamaModel(LlamaConfig(**narrow))
+        self.lm_expert.embed_tokens = None
+        width = text.num_key_value_heads * text.head_dim
+        for layer in self.lm_expert.layers[1::2]:
+            layer.self_attn.k_proj = nn.Linear(width, width, bias=False)
+            layer.self_attn.v_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: DynamicCache | None,
+        inputs_embeds: list[Tensor | None],
+        use_cache: bool,
+    ) -> tuple[list[Tensor | None], DynamicCache]:
+        assert use_cache
+        towers = [self.vlm.model.text_model, self.lm_expert]
+        tower = 0 if inputs_embeds[1] is None else 1
+        states, filling = inputs_embeds[tower], past_key_values is None
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        for index in range(self.num_vlm_layers):
+            layer = towers[tower].layers[index]
+            attn, heads = layer.self_attn, (-1, layer.self_attn.head_dim)
+            normed = layer.input_layernorm(states)
+            query = attn.q_proj(normed).unflatten(-1, heads)
+            if filling or index % 2 == 0:
+                key = turn(attn.k_proj(normed).unflatten(-1, heads), position_ids)
+                value = attn.v_proj(normed).unflatten(-1, heads)
+                key, value = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
+                query, seen = turn(query, position_ids), attention_mask
+            else:
+                flat = [
+                    part.transpose(1, 2).flatten(2)
+                    for part in (cache.layers[index].keys, cache.layers[index].values)
+                ]
+                key = attn.k_proj(flat[0]).unflatten(-1, heads).transpose(1, 2)
+                value = attn.v_proj(flat[1]).unflatten(-1, heads).transpose(1, 2)
+                query = turn(query, position_ids - position_ids.amin(1, keepdim=True))
+                seen = attention_mask[..., : key.shape[2]]
+            out = nn.functional.scaled_dot_product_attention(
+                query.transpose(1, 2), key, value, attn_mask=seen[:, None], enable_gqa=True
+            )
+            states = states + attn.o_proj(out.transpose(1, 2).flatten(2))
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
+        outputs: list[Tensor | None] = [None, None]
+        outputs[tower] = towers[tower].norm(states)
+        return outputs, cache
+
+
+class FlowMatching(nn.Module):
+    """The stand-in's `VLAFlowMatching`."""
+
+    def __init__(self, vlm_with_expert: SmolVLMWithExpert, config: Any, *, special: bool) -> None:
+        super().__init__()
+        self.vlm_with_expert, self.config = vlm_with_expert, config
+        self.add_image_special_tokens, self.prefix_length = special, config.prefix_length
+        self.state_proj = nn.Linear(config.max_state_dim, 24)
+        self.action_in_proj = nn.Linear(config.max_action_dim, 12)
+        self.time_in = nn.Linear(13, 12)
+        self.action_out_proj = nn.Linear(12, config.max_action_dim)
+
+    def embed_prefix(
+        self,
+        images: list[Tensor],
+        img_masks: list[Tensor],
+        lang_tokens: Tensor,
+        lang_masks: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        vlm = self.vlm_with_expert.vlm.model
+        embed = vlm.text_model.get_input_embeddings()
+        parts, real = [], []
+        ones = torch.ones(len(state), 1, dtype=torch.bool)
+        marker = embed(torch.full((len(state), 1), 3))
+        for image, mask in zip(images, img_masks, strict=True):
+            seen = vlm.connector(vlm.vision_model(pixel_values=image).last_hidden_state) * 24**0.5
+            around = [marker] if self.add_image_special_tokens else []
+            parts += [*around * 2, seen, *around]
+            real += [ones] * 2 * len(around)
+            real += [mask[:, None].expand(-1, seen.shape[1])] + [ones] * len(around)
+        parts += [embed(lang_tokens) * 24**0.5, self.state_proj(state)[:, None]]
+        real += [lang_masks, ones]
+        embeds, real = torch.cat(parts, 1), torch.cat(real, 1)
+        blocks = torch.zeros(1, embeds.shape[1])
+        blocks[:, -1] = 1
+        extra = max(self.prefix_length - embeds.shape[1], 0)
+        embeds = nn.functional.pad(embeds, (0, 0, 0, extra))
+        real, blocks = (nn.functional.pad(part, (0, extra)) for part in (real, blocks))
+        return embeds, real, blocks.expand(len(state), -1)
+
+    def embed_suffix(
+        self, noisy_actions: Tensor, timestep: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        actions = self.action_in_proj(noisy_actions)
+        time = timestep[:, None, None].expand(-1, actions.shape[1], 1)
+        embeds = self.time_in(torch.cat([actions, time], 2))
+        real = torch.ones(embeds.shape[:2], dtype=torch.bool)
+        return embeds, real, torch.ones(embeds.shape[:2])
+
+    def sample_actions(
+        self,
+        images: Any,
+        img_masks: Any,
+        lang: Tensor,
+        lang_masks: Tensor,
+        state: Tensor,
+        noise: Any,
+    ) -> Tensor:
+        if noise is None:
+            noise = torch.randn(len(state), self.config.chunk_size, self.config.max_action_dim)
+        embeds, real, blocks = self.embed_prefix(images, img_masks, lang, lang_masks, state)
+        _, cache = self.vlm_with_expert(
+            pair_mask(real, blocks), real.cumsum(1) - 1, None, [embeds, None], use_cache=True
+        )
+        for step in range(3):
+            suffix, own, blocks = self.embed_suffix(noise, torch.full((len(state),), 1 - step / 3))
+            width = suffix.shape[1]
+            mask = torch.cat([real[:, None].expand(-1, width, -1), pair_mask(own, blocks)], 2)
+            ahead = real.sum(1, keepdim=True) + own.cumsum(1) - 1
+            out, _ = self.vlm_with_expert(mask, ahead, cache, [None, suffix], use_cache=True)
+            for layer in cache.layers[::2]:
+                layer.crop(-width)
+            noise = noise - self.action_out_proj(out[1]) / 3
+        return noise
+
+
+class SmolVLA(nn.Module):
+    """The stand-in's `SmolVLAPolicy`: what `SmolVLASource` uses of it, by LeRobot's names."""
+
+    def __init__(self, model: FlowMatching) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self._queues: dict[str, list[Tensor]] = {"action": []}
+
+    def _prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
+
+    def prepare_images(self, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        present = [batch[key] for key in self.config.image_features if key in batch]
+        images = [nn.functional.interpolate(image, (28, 28)) * 2 - 1 for image in present]
+        real = torch.ones(len(images[0]), dtype=torch.bool)
+        empty = len(self.config.image_features) - len(images)
+        images += [-torch.ones_like(images[0])] * empty
+        return images, [real] * len(present) + [~real] * empty
+
+    def prepare_state(self, batch: dict[str, Any]) -> Tensor:
+        state = batch["observation.state"]
+        return nn.functional.pad(state, (0, self.config.max_state_dim - state.shape[1]))
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None) -> Tensor:
+        images, masks = self.prepare_images(batch)
+        return self.model.sample_actions(
+            images,
+            masks,
+            batch["observation.language.tokens"],
+            batch["observation.language.attention_mask"].bool(),
+            self.prepare_state(batch),
+            noise,
+        )[..., :5]
+
+
+class Smol(NamedTuple):
+    """A stand-in policy and the preprocessor that feeds it."""
+
+    policy: SmolVLA
+    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def build_smol(*, special: bool = False, prefix_length: int = -1) -> Smol:
+    """Cameras of 2 x 2 patches after merging; 4 layers, 2 KV heads of 6; 4 actions of width 8."""
+    tokenizer = train_tokenizer(
+        ["<pad>", "<s>", "</s>", "<mark>"], merges=30, chat_template=None, pad_token="<pad>"
+    )
+    vlm_config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 7,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+        },
+        scale_factor=2,
+        image_token_id=3,
+        pad_token_id=0,
+    )
+    config = SimpleNamespace(
+        image_features={"observation.images.front": None, "observation.images.wrist": None},
+        robot_state_feature=SimpleNamespace(shape=(3,)),
+        attention_mode="cross_attn",
+        self_attn_every_n_layers=2,
+        chunk_size=CHUNK,
+        max_state_dim=6,
+        max_action_dim=ACTION_DIM,
+        prefix_length=prefix_length,
+    )
+    policy = build_frozen(
+        lambda: SmolVLA(
+            FlowMatching(
+                SmolVLMWithExpert(SmolVLMForConditionalGeneration(vlm_config), tokenizer),
+                config,
+                special=special,
+            )
+        ),
+        seed=8,
+    )
+
+    def preprocess(batch: dict[str, Any]) -> dict[str, Any]:
+        lines = [f"{task}\n" for task in batch["task"]]
+        words = tokenizer(
+            lines,
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=24,
+            return_tensors="pt",
+        )
+        return {
+            **batch,
+            "observation.state": batch["observation.state"] / 2,
+            "observation.language.tokens": words["input_ids"],
+            "observation.language.attention_mask": words["attention_mask"],
+        }
+
+    return Smol(policy, preprocess)
+
+
+@pytest.fixture
+def lerobot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one module of LeRobot that is imported."""
+    for name in ("lerobot", "lerobot.policies", "lerobot.policies.smolvla"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = ModuleType("lerobot.policies.smolvla.modeling_smolvla")
+    module.make_att_2d_masks = pair_mask
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.fixture
+def smol_inputs(pictures: list[Image.Image]) -> list[SourceInput]:
+    """One camera of two, so that the other stays empty; instructions of unlike length."""
+    states = torch.tensor([[0.5, -0.5, 1.0], [0.0, 2.0, -1.0]])
+    same_size = [pictures[0], pictures[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    return [
+        SourceInput(text=text, images=(picture,), state=state)
+        for text, picture, state in zip(WORDS, same_size, states, strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("lerobot")
+@pytest.mark.parametrize(("special", "prefix_length"), [(False, -1), (True, 60)])
+def test_smolvla_marks_cameras_words_state_and_actions(
+    smol_inputs: list[SourceInput], special: bool, prefix_length: int
+) -> None:
+    smol = build_smol(special=special, prefix_length=prefix_length)
+    source: Source = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla")
+    cache = source.prefill(smol_inputs)
+    assert (
+        cache.shape == source.shape == CacheShape(num_layers=2, num_key_value_heads=2, head_dim=6)
+    )
+    assert cache.layer_indices == (0, 2)  # where the expert attends to itself
+    assert cache.grids == ((PatchGrid(2, 2),),) * 2
+    assert cache.texts == WORDS
+    assert cache.origin == source.origin == ("tiny/smolvla", None, "smolvla")
+    around = [PositionKind.TEMPLATE] * special
+    for row in range(2):
+        kinds = cache.kinds[row]
+        real = kinds[kinds != PositionKind.PAD].tolist()
+        words = real.count(PositionKind.TEXT)
+        assert words > 3
+        assert real[: 4 + 3 * special] == [*around * 2, *[PositionKind.IMAGE] * 4, *around]
+        # The empty camera has its marks, but shows nothing.
+        assert real[4 + 3 * special : 4 + 6 * special] == around * 3
+        tail = real[4 + 6 * special + words :]
+        line_end = [PositionKind.TEMPLATE] if tail[0] == PositionKind.TEMPLATE else []
+        assert tail == [*line_end, PositionKind.STATE, *[PositionKind.ACTION] * CHUNK]
+        pieces = [WORDS[row][start:end] for start, end in cache.spans[row].tolist() if end > 0]
+        assert WORDS[row].replace(" ", "").startswith("".join(pieces).replace(" ", ""))
+        expected = [[0, r, c] for r in range(2) for c in range(2)]
+        assert cache.patches[row][kinds == PositionKind.IMAGE].tolist() == expected
+
+
+@pytest.mark.usefixtures("lerobot")
+def test_smolvla_holds_what_the_policy_itself_computes(smol_inputs: list[SourceInput]) -> None:
+    """Against the policy's own cache after its first denoising step, before it crops it."""
+    smol = build_smol()
+    source = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla")
+    steps: list[list[Tensor]] = []
+    hook = smol.policy.model.vlm_with_expert.register_forward_hook(
+        lambda _module, _args, out: steps.append([kv.keys.clone() for kv in out[1].layers])
+    )
+    source.act(smol_inputs)
+    hook.remove()
+    cache = source.prefill(smol_inputs)
+    for index, (keys, _) in zip(cache.layer_indices, cache.layers, strict=True):
+        torch.testing.assert_close(keys, steps[1][index], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("lerobot")
+def test_smolvla_without_its_actions_is_read_in_every_layer(smol_inputs: list[SourceInput]) -> None:
+    smol = build_smol()
+    whole = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla")
+    prefix = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla", read_actions=False)
+    cache, longer = prefix.prefill(smol_inputs), whole.prefill(smol_inputs)
+    assert cache.shape == prefix.shape == dataclasses.replace(whole.shape, num_layers=4)
+    assert cache.layer_indices == (0, 1, 2, 3)
+    assert cache.seq_len == longer.seq_len - CHUNK
+    torch.testing.assert_close(
+        longer.layers[1].keys[:, :, :-CHUNK], cache.layers[2].keys, rtol=0, atol=0
+    )
+    assert not (cache.kinds == PositionKind.ACTION).any()
+
+
+@pytest.mark.usefixtures("lerobot")
+def test_derotated_keys_of_smolvla_are_those_projected_without_rope(
+    smol_inputs: list[SourceInput],
+) -> None:
+    smol = build_smol()
+    projected: list[Tensor] = []
+    towers = smol.policy.model.vlm_with_expert
+    for part in (towers.vlm.model.text_model, towers.lm_expert):
+        part.layers[0].self_attn.k_proj.register_forward_hook(
+            lambda _module, _args, out: projected.append(out)
+        )
+    cache = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla").prefill(smol_inputs)
+    bare = torch.cat(projected, dim=1).unflatten(-1, (2, 6)).transpose(1, 2)
+    derotated = derotate(cache.layers[0].keys, cache.position_ids, cache.rope[0])
+    torch.testing.assert_close(derotated, bare, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("lerobot")
+def test_a_padded_row_of_smolvla_gives_what_the_row_alone_gives(
+    smol_inputs: list[SourceInput],
+) -> None:
+    smol = build_smol()
+    source = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla")
+    both = source.prefill(smol_inputs)
+    for row, item in enumerate(smol_inputs):
+        alone = source.prefill([item])
+        real = [cache.kinds[i] != PositionKind.PAD for cache, i in ((both, row), (alone, 0))]
+        for got, expected in zip(both.layers, alone.layers, strict=True):
+            torch.testing.assert_close(got.keys[row][:, real[0]], expected.keys[0][:, real[1]])
+        for field in ("position_ids", "kinds", "patches", "spans"):
+            torch.testing.assert_close(
+                getattr(both, field)[row][real[0]], getattr(alone, field)[0][real[1]], msg=field
+            )
+
+
+@pytest.mark.usefixtures("lerobot")
+@pytest.mark.parametrize("read_actions", [True, False])
+def test_reading_smolvla_leaves_its_actions_as_they_are(
+    smol_inputs: list[SourceInput], read_actions: bool
+) -> None:
+    smol = build_smol()
+    source = SmolVLASource(
+        smol.policy, smol.preprocessor, "tiny/smolvla", read_actions=read_actions
+    )
+    batch = source._preprocess(smol_inputs)
+    assert_reading_changes_nothing(
+        smol.policy,
+        lambda: smol.policy.predict_action_chunk(batch),
+        lambda: source.prefill(smol_inputs),
+    )
+    assert smol.policy._queues == {"action": []}
+    acted = source.act(smol_inputs)
+    assert acted.shape == (2, CHUNK, 5)
+    torch.testing.assert_close(source.act(smol_inputs), acted, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("lerobot")
+def test_smolvla_sees_the_state_and_starts_from_the_noise_it_is_given(
+    smol_inputs: list[SourceInput],
+) -> None:
+    smol = build_smol()
+    source = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla")
+    before = source.prefill(smol_inputs[:1])
+    item = smol_inputs[0]
+    parts = {"text": item.text, "images": item.images}
+    noise = torch.zeros(CHUNK, ACTION_DIM)
+    for change, first in (
+        ({"state": torch.zeros(3)}, PositionKind.STATE),
+        ({"state": item.state, "noise": noise}, PositionKind.ACTION),
+    ):
+        after = source.prefill([SourceInput(**parts, **change)])
+        moved = (after.layers[1].keys - before.layers[1].keys).abs().amax((1, 3)) > 0
+        assert moved.equal(before.kinds >= first)
+
+
+@pytest.mark.usefixtures("lerobot")
+def test_smolvla_refuses_what_it_cannot_read(
+    smol_inputs: list[SourceInput], pictures: list[Image.Image]
+) -> None:
+    smol = build_smol()
+    source = SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla")
+    state = torch.zeros(3)
+    for images in ((), (pictures[0],) * 3):
+        with pytest.raises(InputError, match=r"one for each of its cameras \(observation.images"):
+            source.prefill([SourceInput(text="a", images=images, state=state)])
+    other_size = SourceInput(text="a", images=(pictures[1],), state=state)
+    with pytest.raises(InputError, match="the same pictures in every row"):
+        source.prefill([smol_inputs[0], other_size])
+    with pytest.raises(InputError, match=r"row 0: expected a state of \(3,\)"):
+        source.prefill([SourceInput(text="a", images=(pictures[0],))])
+    with pytest.raises(UnsupportedError, match="answers with actions, not words; call `act`"):
+        source.generate(smol_inputs)
+    smol.policy.model.prefix_length = 0
+    smol.policy.model.add_image_special_tokens = True
+    embed_prefix = smol.policy.model.embed_prefix
+    smol.policy.model.embed_prefix = lambda *args, **kwargs: [
+        part[:, :-1] for part in embed_prefix(*args, **kwargs)
+    ]
+    with pytest.raises(ShapeError, match=r"expected a prefix of \d+ positions"):
+        source.prefill(smol_inputs)
+
+
+def test_smolvla_without_lerobot_says_what_to_install() -> None:
+    smol = build_smol()
+    with pytest.raises(UnsupportedError, match=r"pip install 'lerobot\[smolvla\]'"):
+        SmolVLASource(smol.policy, smol.preprocessor, "tiny/smolvla")
