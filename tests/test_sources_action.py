@@ -31,7 +31,7 @@ from transformers.models.pi0.processing_pi0 import PI0Processor
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind
 from mm_c2c.errors import ConfigError, InputError, ShapeError, UnsupportedError
 from mm_c2c.rope import derotate
-from mm_c2c.sources import Source, SourceInput, action
+from mm_c2c.sources import Source, SourceInput, action, source_class
 from mm_c2c.sources.action import (
     ActionBins,
     PI0Source,
@@ -132,7 +132,9 @@ def pi0() -> PI0Source:
         num_inference_steps=3,
     )
     model = build_frozen(lambda: PI0ForConditionalGeneration(config), seed=5)
-    return PI0Source(model, processor, "tiny/pi0")
+    build = source_class("pi0", has_vision=True)
+    assert build is PI0Source
+    return build(model, processor, "tiny/pi0")
 
 
 @pytest.fixture

