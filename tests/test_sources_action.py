@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,7 +29,16 @@ from transformers import (
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.pi0.processing_pi0 import PI0Processor
 
-from mm_c2c.cache import CacheShape, PatchGrid, PositionKind
+from mm_c2c import (
+    Bridge,
+    BridgeConfig,
+    FuserConfig,
+    LinkConfig,
+    Target,
+    load_cache,
+    save_cache,
+)
+from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, zeroed
 from mm_c2c.errors import ConfigError, InputError, ShapeError, UnsupportedError
 from mm_c2c.rope import derotate
 from mm_c2c.sources import Source, SourceInput, action, source_class
@@ -312,6 +322,38 @@ def test_pi0_refuses_an_expert_that_cannot_share_the_prefix_cache(
 ) -> None:
     setattr(pi0.model.config.dit_config, key, value)
     with pytest.raises(UnsupportedError, match=f"{key} is .* in the prefix and .* must agree"):
+        PI0Source(pi0.model, pi0.processor, "tiny/pi0")
+
+
+def test_what_pi0_saw_travels_as_a_file_and_reaches_the_target(
+    pi0: PI0Source,
+    observations: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    """A row with one camera, for a row's slots hold one picture."""
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
+    fuser = FuserConfig(source=pi0.shape, target=target.shape, hidden_size=16, rank=4)
+    link = LinkConfig(source="robot", geometry="slots", rows=2, cols=2, fuser=fuser)
+    bridge = Bridge(target, {"robot": pi0}, BridgeConfig(links=(link,), slot_token="a")).eval()
+    cache = pi0.prefill(observations[1:])
+    save_cache(cache, tmp_path / "seen.safetensors")
+    loaded = load_cache(tmp_path / "seen.safetensors")
+    torch.testing.assert_close(loaded.kinds, cache.kinds)
+    with torch.no_grad():
+        for weight in bridge.parameters():
+            weight.add_(0.1)
+    seen = bridge.fuse_slots({"robot": loaded})
+    blank = bridge.fuse_slots({"robot": zeroed(cache)})
+    change = seen.past_key_values.layers[0].keys - blank.past_key_values.layers[0].keys
+    assert (change[:, :, -4:].abs().amax((1, 3)) > 0).all()
+    assert len(bridge.generate(seen, ["what is it ?"], max_new_tokens=3, do_sample=False)) == 1
+
+
+def test_pi0_refuses_a_processor_without_statistics(pi0: PI0Source) -> None:
+    pi0.processor.state_mean = None
+    with pytest.raises(ConfigError, match="no statistics of the robot's state"):
         PI0Source(pi0.model, pi0.processor, "tiny/pi0")
 
 

@@ -198,8 +198,8 @@ def build_once(
         return final
     if offline:
         raise FetchError(
-            f"{final} is not there and offline=True forbids to fetch it; "
-            "run `mm-c2c fetch` once with a network, or copy it from a machine that has it"
+            f"{final} is not there and offline=True forbids to fetch it; fetch it once with a network "
+            "(the target: `mm-c2c fetch`), or copy it from a machine that has it"
         )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,11 @@ class PI0Source:
         self.origin = CacheOrigin(name, revision, model.config.model_type)
         self.seed = seed
         self._prefix = FrozenReader(self.model.model.vlm, name, revision)
+        if getattr(processor, "state_mean", None) is None:
+            raise ConfigError(
+                f"{name}: the processor has no statistics of the robot's state; make it with "
+                "state_mean and state_std"
+            )
         prefix, expert = model.config.vlm_config.text_config, model.config.dit_config
         for key in ("num_hidden_layers", "num_key_value_heads", "head_dim", "rope_parameters"):
             if getattr(prefix, key) != getattr(expert, key):
@@ -148,7 +153,7 @@ class PI0Source:
         encoded = self.processor(
             images=[list(item.images) for item in inputs],
             text=[item.text.strip() for item in inputs],
-            state=stack_states(inputs, len(self.processor.state_mean or ())),
+            state=stack_states(inputs, len(self.processor.state_mean)),
             # The processor's own fixed length is too short for the image positions.
             padding=True,
             max_length=None,
@@ -216,13 +221,17 @@ class ActionBins:
             )
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions `(..., action_dim)` float64 in the robot's units, of token ids so shaped."""
-        edges = torch.linspace(-1, 1, self.num_bins, dtype=torch.float64, device=tokens.device)
+        """Actions `(..., action_dim)` float64 in the robot's units, of token ids so shaped.
+
+        On the CPU, since not every device has float64.
+        """
+        tokens = tokens.cpu()
+        edges = torch.linspace(-1, 1, self.num_bins, dtype=torch.float64)
         centres = (edges[:-1] + edges[1:]) / 2
         normalised = centres[(self.vocab_size - tokens - 1).clamp(0, self.num_bins - 2)]
         low, high = edges.new_tensor(self.low), edges.new_tensor(self.high)
         actions = 0.5 * (normalised + 1) * (high - low) + low
-        scaled = torch.tensor(self.scaled or [True] * len(self.low), device=tokens.device)
+        scaled = torch.tensor(self.scaled or [True] * len(self.low))
         return torch.where(scaled, actions, normalised)
 
 
@@ -231,7 +240,7 @@ class TokenActions(NamedTuple):
 
     Attributes:
         tokens: `(batch, action_dim)` int64.
-        actions: `(batch, action_dim)` float64, in the robot's units.
+        actions: `(batch, action_dim)` float64 on the CPU, in the robot's units.
     """
 
     tokens: Tensor
