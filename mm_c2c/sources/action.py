@@ -190,7 +190,7 @@ class ActionBins:
     """Action tokens to actions, as OpenVLA has them (arXiv:2406.09246, section 3.2).
 
     The last `num_bins` tokens of the vocabulary stand for equal steps of [-1, 1], the largest
-    first. A token outside them counts as the nearest one that is, as in OpenVLA.
+    first. A token that is none of them counts as the nearest one, as in OpenVLA.
 
     Attributes:
         vocab_size: tokens of the vocabulary without those that only pad the embedding (32000 for
