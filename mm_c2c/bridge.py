@@ -18,7 +18,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import (
@@ -36,8 +42,11 @@ from mm_c2c.cache import (
     PatchGrid,
     SourceCache,
     fork,
+    join_rows,
+    minds_padding,
     read_layers,
     repeat_rows,
+    select_rows,
     with_layers,
 )
 from mm_c2c.config import from_dict
@@ -178,6 +187,11 @@ class Target(FrozenReader):
         super().__init__(model, name, revision)
         self.tokenizer = tokenizer
 
+    @property
+    def minds_padding(self) -> bool:
+        """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
+        return minds_padding(DynamicCache(config=self.model.config))
+
 
 class Bridge(nn.Module):
     """Sources, the fusers that are trained, and the target.
@@ -293,13 +307,19 @@ class Bridge(nn.Module):
                 f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
                 "give as many for each row"
             )
-        prefix_len = perception.input_ids.shape[1]
         repeats = len(questions) // perception.batch_size
         cache = repeat_rows(perception.past_key_values, repeats)
         ids, mask, spans = self._question_ids(questions)
         prefix = perception.input_ids[:1].expand(len(questions), -1)
         input_ids = torch.cat([prefix, ids], dim=1)
         attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
+        spans = torch.cat([spans.new_full((*prefix.shape, 2), -1), spans], dim=1)
+        if self.target.minds_padding and not mask.all():
+            # Padding between prefix and question would be felt; in front of both it is not.
+            order = attention_mask.argsort(dim=1, stable=True)
+            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+            spans = spans.gather(1, order.unsqueeze(2).expand_as(spans))
+            cache = self._prefill_by_length(cache, input_ids, attention_mask)
         caches = caches or {}
         self._check_names(caches)
         links = [
@@ -310,7 +330,6 @@ class Bridge(nn.Module):
         if links:
             cache = self._prefill_rest(cache, input_ids, attention_mask)
             positions = count_positions(attention_mask)[:, :-1]
-            spans = torch.cat([spans.new_full((len(questions), prefix_len, 2), -1), spans], dim=1)
             for link in links:
                 source = caches[link.source]
                 _check_texts(link.source, source.texts, questions)
@@ -481,13 +500,25 @@ class Bridge(nn.Module):
         """The target reads on, up to all but the last token."""
         cache = fork(cache)
         done = cache.get_seq_length()
-        self.target.model(
-            input_ids[:, done:-1],
-            attention_mask=mask[:, :-1],
-            position_ids=count_positions(mask)[:, done:-1],
-            past_key_values=cache,
-        )
+        if done < input_ids.shape[1] - 1:
+            self.target.model(
+                input_ids[:, done:-1],
+                attention_mask=mask[:, :-1],
+                position_ids=count_positions(mask)[:, done:-1],
+                past_key_values=cache,
+            )
         return cache
+
+    def _prefill_by_length(self, cache: Cache, input_ids: Tensor, mask: Tensor) -> Cache:
+        """As `_prefill_rest`, for rows padded in front of what the cache holds already."""
+        padding = (mask == 0).sum(1)
+        parts, order = [], []
+        for count in padding.unique().tolist():
+            rows = (padding == count).nonzero().flatten()
+            ids, real = input_ids[rows, count:], mask[rows, count:]
+            parts.append(self._prefill_rest(select_rows(cache, rows), ids, real))
+            order.append(rows)
+        return select_rows(join_rows(parts), torch.cat(order).argsort())
 
     def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
         """What each slot takes of its row's patches; `index` as in `align_pooled`."""
