@@ -69,6 +69,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
 _SLOTS_MARK = "\ufffc"
+# Tokens of each half of the prompt that tells whether a model goes on from its cache.
+_PIECE = 8
 # Known to give wrong output over a prefilled cache in transformers 5.23, without an error.
 _REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -192,6 +194,27 @@ class Target(FrozenReader):
         """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
         return minds_padding(DynamicCache(config=self.model.config))
 
+    @torch.no_grad()
+    def check_continues(self) -> None:
+        """Refuse a model that reads a prompt in two pieces otherwise than in one.
+
+        Slots are read before the question. Some models with recurrent layers start afresh with the
+        second piece, and transformers does not say so.
+        """
+        ids = torch.arange(1, 2 * _PIECE + 1, device=self.model.device).unsqueeze(0)
+        whole = self.model(ids).logits[:, -1].float()
+        cache = full_cache(self.model)
+        self.model(ids[:, :_PIECE], past_key_values=cache)
+        pieces = self.model(ids[:, _PIECE:], past_key_values=cache).logits[:, -1].float()
+        misfit = float((pieces - whole).norm() / whole.norm())
+        accepted = max(1e-4, 8 * torch.finfo(self.model.dtype).eps)
+        if not misfit <= accepted:
+            raise UnsupportedError(
+                f"{self} does not go on where its cache ends: a prompt read in two pieces gives "
+                f"logits {misfit:.2%} off those of one piece, accepted is {accepted:.2%}; it can "
+                "be a source, not a target"
+            )
+
 
 class Bridge(nn.Module):
     """Sources, the fusers that are trained, and the target.
@@ -215,6 +238,8 @@ class Bridge(nn.Module):
                 )
             _check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
             _check_shape("the target", link.fuser.target, target.shape)
+        if target.minds_padding:
+            target.check_continues()
         self.fusers = nn.ModuleDict(
             {link.name: CacheFuser(link.fuser, _build_resampler(link)) for link in config.links}
         )

@@ -27,7 +27,7 @@ from mm_c2c.sources import SourceInput
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.text import TextSource
 
-from text_families import FAMILIES, REFUSED, WIDE, build, byte_tokenizer
+from text_families import FAMILIES, FORGETFUL, REFUSED, WIDE, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = ("is it red ?", "Which sticker is above the apple ? answer :")  # longer than WINDOW
@@ -362,6 +362,13 @@ def test_models_without_like_keys_and_values_are_refused(name: str, message: str
             assert role(model, TOKENIZER, "tiny").shape
     with pytest.raises(UnsupportedError, match=message):
         TextSource(model, TOKENIZER, "tiny").prefill([SourceInput(text="a")])
+
+
+def test_a_target_that_forgets_what_its_cache_holds_is_refused(words_source: TextSource) -> None:
+    rig = Rig(build(FORGETFUL, len(TOKENIZER)), words_source)
+    assert rig.target.layer_indices == FORGETFUL.fused
+    with pytest.raises(UnsupportedError, match=r"tiny/target .* does not go on where its cache"):
+        rig.bridge("slots")
 
 
 @torch.no_grad()

@@ -157,6 +157,12 @@ FAMILIES = {
         fused=(0, 1),
     ),
 }
+# transformers 5.23 lets its recurrent layers start afresh where a cache ends.
+FORGETFUL = Family(
+    "RecurrentGemma",
+    {"block_types": ["recurrent", "attention"], "attention_window_size": WIDE, "lru_width": 32},
+    fused=(1,),
+)
 REFUSED = {
     "deepseek_v2": Family("DeepseekV2", _MLA),
     "deepseek_v3": Family("DeepseekV3", {**_MLA, "n_group": 2, "topk_group": 1}),
