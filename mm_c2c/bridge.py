@@ -566,7 +566,7 @@ class Bridge(nn.Module):
         flat = _source_states(link, source)
         raw = link.fuser.raw_keys
         layers, indices = read_layers(cache)
-        own_rope = [self.target.rope(int(positions.max()) + 1)[index] for index in indices]
+        own_rope = [self.target.rope(positions.shape[1])[index] for index in indices]
         index = alignment.target_index
         own = _stack(layers)
         picked = own.gather(

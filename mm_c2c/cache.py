@@ -183,6 +183,15 @@ def read_layers(cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
     return layers, indices
 
 
+def layers_to_hold(cache: Cache) -> tuple[int, ...]:
+    """The layers of an empty cache that will hold keys and values once something is read."""
+    return tuple(
+        index
+        for index, layer in enumerate(cache.layers)
+        if hasattr(layer, "keys") and not cache.is_dummy[index]
+    )
+
+
 def _read(cache: Cache, index: int) -> LayerKV | None:
     keys = getattr(cache.layers[index], "keys", None)
     values = getattr(cache.layers[index], "values", None)
