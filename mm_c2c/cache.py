@@ -200,26 +200,34 @@ def _read(cache: Cache, index: int) -> LayerKV | None:
     return LayerKV(keys, values)
 
 
-class _ReplacedStates:
-    """Recurrent states that are replaced as they change, so that autograd may keep the old ones."""
-
-    recurrent_states: dict[int, Tensor]
-    is_recurrent_states_initialized: dict[int, bool]
+class RecurrentLayer(LinearAttentionLayer):
+    """Linear attention or a convolution, whose states can be trained through."""
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, state_idx: int = 0, **_: Any
     ) -> Tensor:
-        self.recurrent_states[state_idx] = recurrent_states
-        self.is_recurrent_states_initialized[state_idx] = True
-        return recurrent_states
+        """Keep new states; see `_replace_state`."""
+        return _replace_state(self, recurrent_states, state_idx)
 
 
-class RecurrentLayer(_ReplacedStates, LinearAttentionLayer):
-    """Linear attention or a convolution."""
+class HybridLayer(LinearAttentionAndFullAttentionLayer):
+    """Linear attention beside attention, as in Falcon-H1, trained through likewise."""
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        """Keep new states; see `_replace_state`."""
+        return _replace_state(self, recurrent_states, state_idx)
 
 
-class HybridLayer(_ReplacedStates, LinearAttentionAndFullAttentionLayer):
-    """Linear attention beside attention, as in Falcon-H1."""
+def _replace_state(layer: Any, states: Tensor, index: int) -> Tensor:
+    """Keep recurrent states in place of the old ones, which autograd may still need.
+
+    transformers copies into the old tensor, for CUDA graphs.
+    """
+    layer.recurrent_states[index] = states
+    layer.is_recurrent_states_initialized[index] = True
+    return states
 
 
 def full_layer(layer: Any) -> Any:
@@ -297,7 +305,7 @@ def select_rows(cache: Cache, rows: Tensor) -> Cache:
         cache: the cache to copy; it is not changed.
         rows: `(new_batch,)` int64 indices into the batch.
     """
-    new = fork(cache)
+    new: Any = fork(cache)
     # What beam search calls: the one selection that recurrent layers answer too.
     new.reorder_cache(rows)
     return new

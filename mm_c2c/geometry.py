@@ -242,8 +242,11 @@ def training_memory(
 
 def pair_costs(source: Geometry, target: Geometry) -> dict[str, Any]:
     """What a pair of models costs, in plain values fit for JSON; sizes in bytes."""
-    shapes = {"source": source.layout.shape, "target": target.layout.shape}
-    presets = {"small": FuserConfig(**shapes), "c2c": FuserConfig.c2c(**shapes)}
+    read, fed = source.layout.shape, target.layout.shape
+    presets = {
+        "small": FuserConfig(source=read, target=fed),
+        "c2c": FuserConfig.c2c(read, fed),
+    }
     fusers = {}
     for preset, config in presets.items():
         with torch.device("meta"):

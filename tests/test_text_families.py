@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from text_families import FAMILIES, FORGETFUL, REFUSED, WIDE, build, byte_tokenizer
 from torch import Tensor
 from transformers import Cache
 
@@ -23,11 +24,10 @@ from mm_c2c.cache import (
 )
 from mm_c2c.errors import UnsupportedError
 from mm_c2c.fuser import FuserConfig
+from mm_c2c.geometry import cache_layout
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.text import TextSource
-
-from text_families import FAMILIES, FORGETFUL, REFUSED, WIDE, build, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = ("is it red ?", "Which sticker is above the apple ? answer :")  # longer than WINDOW
@@ -159,8 +159,9 @@ def test_a_source_reads_the_layers_that_hold_keys_and_values(family: str, rig: R
     expected = FAMILIES[family]
     source = TextSource(rig.target.model, TOKENIZER, "tiny/source")
     cache = source.prefill([SourceInput(text=question) for question in QUESTIONS])
-    assert cache.layer_indices == source.layer_indices == expected.fused
-    assert cache.shape == source.shape
+    announced = cache_layout(source.model.config)
+    assert cache.layer_indices == source.layer_indices == announced.layer_indices == expected.fused
+    assert cache.shape == source.shape == announced.shape
     assert cache.shape == CacheShape(
         num_layers=len(expected.fused),
         num_key_value_heads=expected.heads,
@@ -362,6 +363,8 @@ def test_models_without_like_keys_and_values_are_refused(name: str, message: str
             assert role(model, TOKENIZER, "tiny").shape
     with pytest.raises(UnsupportedError, match=message):
         TextSource(model, TOKENIZER, "tiny").prefill([SourceInput(text="a")])
+    with pytest.raises(UnsupportedError, match=name):
+        cache_layout(model.config)
 
 
 def test_a_target_that_forgets_what_its_cache_holds_is_refused(words_source: TextSource) -> None:

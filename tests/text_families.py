@@ -137,7 +137,10 @@ FAMILIES = {
     ),
     "lfm2": Family(
         "Lfm2",
-        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        }
         | {"block_multiple_of": 8},
         fused=(1, 3),
     ),
