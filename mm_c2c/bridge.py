@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -189,7 +190,7 @@ class Target(FrozenReader):
         super().__init__(model, name, revision)
         self.tokenizer = tokenizer
 
-    @property
+    @cached_property
     def minds_padding(self) -> bool:
         """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
         return minds_padding(DynamicCache(config=self.model.config))
@@ -315,7 +316,9 @@ class Bridge(nn.Module):
 
         Returns:
             What `target.generate` takes. Hand it a copy of the cache to use it twice: generating
-            grows it.
+            grows it. Shorter questions are padded before the question; in front of the prompt
+            where the target would feel that (`Target.minds_padding`), and then the cache covers
+            all but the last token.
         """
         if isinstance(questions, str) or not questions:
             raise InputError(

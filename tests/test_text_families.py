@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ from mm_c2c.cache import (
 from mm_c2c.errors import UnsupportedError
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.geometry import cache_layout
+from mm_c2c.inspection import describe
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.text import TextSource
+from mm_c2c.transport import save_cache
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = ("is it red ?", "Which sticker is above the apple ? answer :")  # longer than WINDOW
@@ -382,3 +385,27 @@ def test_layers_left_out_are_reported(caplog: pytest.LogCaptureFixture) -> None:
         layers, _ = read_layers(source.model(torch.tensor([[5]])).past_key_values)
     assert len(layers) == 2
     assert "2 of 4 decoder layers hold keys and values (1, 3)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lfm2", "2 of 4 layers (1, 3; the others hold no keys and values), 2 KV heads of 8"),
+        (
+            "gemma3n_text",
+            "2 of 4 layers (0, 1; the others hold no keys and values), 2 KV heads of 8",
+        ),
+        ("falcon_h1", "3 layers, 2 KV heads of 8"),
+    ],
+)
+def test_inspect_says_which_layers_hold_keys_and_values(
+    name: str, words: str, tmp_path: Path
+) -> None:
+    model = build(FAMILIES[name], len(TOKENIZER))
+    model.save_pretrained(tmp_path)
+    assert words in describe(str(tmp_path))
+
+
+def test_inspect_says_which_layers_a_cache_file_holds(tmp_path: Path) -> None:
+    save_cache(reader("lfm2").prefill([SourceInput(text="a")]), tmp_path / "read.safetensors")
+    assert "layers     2 (1, 3), 2 KV heads of 8" in describe(str(tmp_path / "read.safetensors"))
