@@ -329,6 +329,8 @@ class Bridge(nn.Module):
         for question in questions:
             if not question.strip():
                 raise InputError("the question is empty; ask something")
+        caches = caches or {}
+        self._check_names(caches)
         perception = perception or self.fuse_slots({})
         if not questions or len(questions) % perception.batch_size:
             raise ShapeError(
@@ -348,8 +350,6 @@ class Bridge(nn.Module):
             input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
             spans = spans.gather(1, order.unsqueeze(2).expand_as(spans))
             cache = self._prefill_by_length(cache, input_ids, attention_mask)
-        caches = caches or {}
-        self._check_names(caches)
         links = [
             link
             for link in self.config.links
