@@ -112,7 +112,10 @@ FAMILIES = {
     "phi3": Family("Phi3", {"sliding_window": WIDE, **_rope(partial_rotary_factor=0.75)}),
     "smollm3": Family("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     "olmo2": Family("Olmo2"),
-    "gpt_neox": Family("GPTNeoX", _rope(partial_rotary_factor=0.25), heads=4),
+    # Its attention knows no groups, whatever a config says of them.
+    "gpt_neox": Family(
+        "GPTNeoX", {"num_key_value_heads": None, **_rope(partial_rotary_factor=0.25)}, heads=4
+    ),
     "gpt_oss": Family(
         "GptOss",
         {"head_dim": 12, "sliding_window": WINDOW, "layer_types": list(SLIDING)}
