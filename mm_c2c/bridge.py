@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -18,7 +19,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import (
@@ -36,8 +43,11 @@ from mm_c2c.cache import (
     PatchGrid,
     SourceCache,
     fork,
+    join_rows,
+    minds_padding,
     read_layers,
     repeat_rows,
+    select_rows,
     with_layers,
 )
 from mm_c2c.config import from_dict
@@ -60,6 +70,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
 _SLOTS_MARK = "\ufffc"
+# Tokens of each half of the prompt that tells whether a model goes on from its cache.
+_PIECE = 8
 # Known to give wrong output over a prefilled cache in transformers 5.23, without an error.
 _REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -178,6 +190,32 @@ class Target(FrozenReader):
         super().__init__(model, name, revision)
         self.tokenizer = tokenizer
 
+    @cached_property
+    def minds_padding(self) -> bool:
+        """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
+        return minds_padding(DynamicCache(config=self.model.config))
+
+    @torch.no_grad()
+    def check_continues(self) -> None:
+        """Refuse a model that reads a prompt in two pieces otherwise than in one.
+
+        Slots are read before the question. Some models with recurrent layers start afresh with the
+        second piece, and transformers does not say so.
+        """
+        ids = torch.arange(1, 2 * _PIECE + 1, device=self.model.device).unsqueeze(0)
+        whole = self.model(ids).logits[:, -1].float()
+        cache = full_cache(self.model)
+        self.model(ids[:, :_PIECE], past_key_values=cache)
+        pieces = self.model(ids[:, _PIECE:], past_key_values=cache).logits[:, -1].float()
+        misfit = float((pieces - whole).norm() / whole.norm())
+        accepted = max(1e-4, 8 * torch.finfo(self.model.dtype).eps)
+        if not misfit <= accepted:
+            raise UnsupportedError(
+                f"{self} does not go on where its cache ends: a prompt read in two pieces gives "
+                f"logits {misfit:.2%} off those of one piece, accepted is {accepted:.2%}; it can "
+                "be a source, not a target"
+            )
+
 
 class Bridge(nn.Module):
     """Sources, the fusers that are trained, and the target.
@@ -201,6 +239,8 @@ class Bridge(nn.Module):
                 )
             _check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
             _check_shape("the target", link.fuser.target, target.shape)
+        if target.minds_padding:
+            target.check_continues()
         self.fusers = nn.ModuleDict(
             {link.name: CacheFuser(link.fuser, _build_resampler(link)) for link in config.links}
         )
@@ -276,7 +316,9 @@ class Bridge(nn.Module):
 
         Returns:
             What `target.generate` takes. Hand it a copy of the cache to use it twice: generating
-            grows it.
+            grows it. Shorter questions are padded before the question; in front of the prompt
+            where the target would feel that (`Target.minds_padding`), and then the cache covers
+            all but the last token.
         """
         if isinstance(questions, str) or not questions:
             raise InputError(
@@ -287,21 +329,27 @@ class Bridge(nn.Module):
         for question in questions:
             if not question.strip():
                 raise InputError("the question is empty; ask something")
+        caches = caches or {}
+        self._check_names(caches)
         perception = perception or self.fuse_slots({})
         if not questions or len(questions) % perception.batch_size:
             raise ShapeError(
                 f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
                 "give as many for each row"
             )
-        prefix_len = perception.input_ids.shape[1]
         repeats = len(questions) // perception.batch_size
         cache = repeat_rows(perception.past_key_values, repeats)
         ids, mask, spans = self._question_ids(questions)
         prefix = perception.input_ids[:1].expand(len(questions), -1)
         input_ids = torch.cat([prefix, ids], dim=1)
         attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
-        caches = caches or {}
-        self._check_names(caches)
+        spans = torch.cat([spans.new_full((*prefix.shape, 2), -1), spans], dim=1)
+        if self.target.minds_padding and not mask.all():
+            # Padding between prefix and question would be felt; in front of both it is not.
+            order = attention_mask.argsort(dim=1, stable=True)
+            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+            spans = spans.gather(1, order.unsqueeze(2).expand_as(spans))
+            cache = self._prefill_by_length(cache, input_ids, attention_mask)
         links = [
             link
             for link in self.config.links
@@ -310,7 +358,6 @@ class Bridge(nn.Module):
         if links:
             cache = self._prefill_rest(cache, input_ids, attention_mask)
             positions = count_positions(attention_mask)[:, :-1]
-            spans = torch.cat([spans.new_full((len(questions), prefix_len, 2), -1), spans], dim=1)
             for link in links:
                 source = caches[link.source]
                 _check_texts(link.source, source.texts, questions)
@@ -481,13 +528,25 @@ class Bridge(nn.Module):
         """The target reads on, up to all but the last token."""
         cache = fork(cache)
         done = cache.get_seq_length()
-        self.target.model(
-            input_ids[:, done:-1],
-            attention_mask=mask[:, :-1],
-            position_ids=count_positions(mask)[:, done:-1],
-            past_key_values=cache,
-        )
+        if done < input_ids.shape[1] - 1:
+            self.target.model(
+                input_ids[:, done:-1],
+                attention_mask=mask[:, :-1],
+                position_ids=count_positions(mask)[:, done:-1],
+                past_key_values=cache,
+            )
         return cache
+
+    def _prefill_by_length(self, cache: Cache, input_ids: Tensor, mask: Tensor) -> Cache:
+        """As `_prefill_rest`, for rows padded in front of what the cache holds already."""
+        padding = (mask == 0).sum(1)
+        parts, order = [], []
+        for count in padding.unique().tolist():
+            rows = (padding == count).nonzero().flatten()
+            ids, real = input_ids[rows, count:], mask[rows, count:]
+            parts.append(self._prefill_rest(select_rows(cache, rows), ids, real))
+            order.append(rows)
+        return select_rows(join_rows(parts), torch.cat(order).argsort())
 
     def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
         """What each slot takes of its row's patches; `index` as in `align_pooled`."""
@@ -510,7 +569,7 @@ class Bridge(nn.Module):
         flat = _source_states(link, source)
         raw = link.fuser.raw_keys
         layers, indices = read_layers(cache)
-        own_rope = [self.target.rope(int(positions.max()) + 1)[index] for index in indices]
+        own_rope = [self.target.rope(positions.shape[1])[index] for index in indices]
         index = alignment.target_index
         own = _stack(layers)
         picked = own.gather(

@@ -6,13 +6,21 @@ This is the one file that touches `Cache.layers` of transformers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from mm_c2c.errors import ShapeError, UnsupportedError
 from mm_c2c.rope import RopeSpec
@@ -176,6 +184,15 @@ def read_layers(cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
     return layers, indices
 
 
+def layers_to_hold(cache: Cache) -> tuple[int, ...]:
+    """The layers of an empty cache that will hold keys and values once something is read."""
+    return tuple(
+        index
+        for index, layer in enumerate(cache.layers)
+        if hasattr(layer, "keys") and not cache.is_dummy[index]
+    )
+
+
 def _read(cache: Cache, index: int) -> LayerKV | None:
     keys = getattr(cache.layers[index], "keys", None)
     values = getattr(cache.layers[index], "values", None)
@@ -184,11 +201,71 @@ def _read(cache: Cache, index: int) -> LayerKV | None:
     return LayerKV(keys, values)
 
 
+class RecurrentLayer(LinearAttentionLayer):
+    """Linear attention or a convolution, whose states can be trained through."""
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        """Keep new states; see `_replace_state`."""
+        return _replace_state(self, recurrent_states, state_idx)
+
+
+class HybridLayer(LinearAttentionAndFullAttentionLayer):
+    """Linear attention beside attention, as in Falcon-H1, trained through likewise."""
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        """Keep new states; see `_replace_state`."""
+        return _replace_state(self, recurrent_states, state_idx)
+
+
+def _replace_state(layer: Any, states: Tensor, index: int) -> Tensor:
+    """Keep recurrent states in place of the old ones, which autograd may still need.
+
+    transformers copies into the old tensor, for CUDA graphs.
+    """
+    layer.recurrent_states[index] = states
+    layer.is_recurrent_states_initialized[index] = True
+    return states
+
+
+def full_layer(layer: Any) -> Any:
+    """What takes an empty layer's place in a cache that keeps every position and its gradients."""
+    kind = type(layer)  # exactly: a subclass keeps something else
+    if kind is DynamicSlidingWindowLayer:
+        return DynamicLayer()
+    if kind is LinearAttentionLayer:
+        return RecurrentLayer(layer.number_of_states)
+    if kind is LinearAttentionAndFullAttentionLayer:
+        return HybridLayer(layer.number_of_states)
+    return layer
+
+
 def fork(cache: Cache) -> Cache:
-    """A copy that can grow without touching the original; tensors are shared."""
+    """A copy that can grow without touching the original; keys and values are shared."""
     new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
+    new.layers = [_fork_layer(layer) for layer in cache.layers]
     return new
+
+
+def _fork_layer(layer: Any) -> Any:
+    """A copy of one layer.
+
+    Attention makes new tensors as it grows; linear attention and convolutions write into those
+    that they have, and would spoil the original's.
+    """
+    new = copy.copy(layer)
+    for name, states in _recurrent_states(layer):
+        copied = {i: x.clone() if isinstance(x, Tensor) else x for i, x in states.items()}
+        setattr(new, name, copied)
+    return new
+
+
+def _recurrent_states(layer: Any) -> list[tuple[str, dict[int, Any]]]:
+    """A layer's dicts of states and of flags about them; attention layers have none."""
+    return [(name, value) for name, value in vars(layer).items() if isinstance(value, dict)]
 
 
 def with_layers(cache: Cache, layers: dict[int, LayerKV]) -> Cache:
@@ -214,12 +291,61 @@ def with_layers(cache: Cache, layers: dict[int, LayerKV]) -> Cache:
     return new
 
 
+def minds_padding(cache: Cache) -> bool:
+    """Whether a layer feels padding that an attention mask hides.
+
+    A sliding window counts it among the positions it holds; a recurrent state runs through it.
+    """
+    return any(cache.is_sliding) or any(map(_recurrent_states, cache.layers))
+
+
+def select_rows(cache: Cache, rows: Tensor) -> Cache:
+    """A copy of `cache` with rows of the batch in the order given; repeats are allowed.
+
+    Args:
+        cache: the cache to copy; it is not changed.
+        rows: `(new_batch,)` int64 indices into the batch.
+    """
+    new: Any = fork(cache)
+    # What beam search calls: the one selection that recurrent layers answer too.
+    new.reorder_cache(rows)
+    return new
+
+
 def repeat_rows(cache: Cache, times: int) -> Cache:
     """A copy of `cache` in which each row stands `times` times in succession."""
-    new = fork(cache)
-    if times > 1:
-        new.batch_repeat_interleave(times)
+    batch = next((kv.keys.shape[0] for i in range(len(cache)) if (kv := _read(cache, i))), 0)
+    if times == 1 or not batch:  # nothing has been read yet: any batch may follow
+        return fork(cache)
+    return select_rows(cache, torch.arange(batch).repeat_interleave(times))
+
+
+def join_rows(caches: Sequence[Cache]) -> Cache:
+    """One cache of the rows of several, one after the other.
+
+    Args:
+        caches: of one model, each of rows of one length; shorter ones get places without
+            meaning on the left, which an attention mask must hide.
+    """
+    new = fork(caches[0])
+    for index, layer in enumerate(new.layers):
+        for name, states in _recurrent_states(layer):
+            for i, state in states.items():
+                if isinstance(state, Tensor):
+                    parts = [getattr(cache.layers[index], name)[i] for cache in caches]
+                    states[i] = torch.cat(parts)
+        kept = [kv for cache in caches if (kv := _read(cache, index))]
+        if kept:
+            width = max(kv.keys.shape[2] for kv in kept)
+            padded = [_pad_left(kv, width) for kv in kept]
+            kept_layer: Any = layer
+            kept_layer.keys, kept_layer.values = map(torch.cat, zip(*padded, strict=True))
     return new
+
+
+def _pad_left(kv: LayerKV, width: int) -> LayerKV:
+    missing = width - kv.keys.shape[2]
+    return LayerKV(*(F.pad(states, (0, 0, missing, 0)) for states in kv))
 
 
 def empty_spans(batch: int, seq_len: int) -> Tensor:

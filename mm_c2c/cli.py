@@ -53,8 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download the target's weights, once")
     fetch.set_defaults(run=_fetch)
 
-    inspect = commands.add_parser("inspect", help="describe a fuser folder, a cache or a model")
-    inspect.add_argument("what", help="a saved bridge, a cache file, or a model's folder or Hub id")
+    inspect = commands.add_parser("inspect", help="describe a fuser, a cache, a model or a pair")
+    inspect.add_argument(
+        "what", nargs="?", help="a saved bridge, a cache file, or a model's folder or Hub id"
+    )
+    inspect.add_argument(
+        "--pair",
+        nargs=2,
+        metavar=("SOURCE", "TARGET"),
+        help="two models: what a fuser between them costs",
+    )
+    inspect.add_argument("--json", action="store_true", help="with --pair: print one JSON object")
     inspect.set_defaults(run=_inspect)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of every arm and control")
@@ -133,9 +142,15 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from mm_c2c.inspection import describe
+    from mm_c2c.inspection import describe, describe_pair, pair_report
 
-    print(describe(args.what))
+    if bool(args.what) == bool(args.pair) or (args.json and not args.pair):
+        raise InputError("inspect takes WHAT, or --pair SOURCE TARGET and with it --json")
+    if args.what:
+        print(describe(args.what))
+        return
+    report = pair_report(*args.pair)
+    print(json.dumps(report) if args.json else describe_pair(report))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig
 
 from mm_c2c.cache import (
     CacheOrigin,
@@ -17,11 +17,16 @@ from mm_c2c.cache import (
     LayerKV,
     PatchGrid,
     PositionKind,
+    RecurrentLayer,
     SourceCache,
     empty_spans,
     fork,
+    join_rows,
+    layers_to_hold,
+    minds_padding,
     read_layers,
     repeat_rows,
+    select_rows,
     with_layers,
 )
 from mm_c2c.errors import ShapeError, UnsupportedError
@@ -218,6 +223,75 @@ def test_repeat_rows_puts_copies_of_a_row_side_by_side(cache: DynamicCache) -> N
             torch.testing.assert_close(layer.keys[row], keys[row // 3], rtol=0, atol=0)
             torch.testing.assert_close(layer.values[row], values[row // 3], rtol=0, atol=0)
         torch.testing.assert_close(old.keys, keys, rtol=0, atol=0)
+
+
+def recurrent_cache(rows: int) -> DynamicCache:
+    """Attention, then a recurrent layer: all that a row holds is its own number."""
+    cache = DynamicCache()
+    places = torch.arange(rows, dtype=torch.float)[:, None, None, None]
+    states = places.expand(rows, HEADS, SEQ_LEN, HEAD_DIM).clone()
+    cache.update(states, -states, 0)
+    layer = RecurrentLayer()
+    layer.update_conv_state(states[:, 0].clone())
+    layer.update_recurrent_state(states.clone())
+    cache.layers.append(layer)
+    return cache
+
+
+def rows_of(cache: DynamicCache) -> list[list[float]]:
+    """The number of each row, in everything that a cache holds."""
+    attention, recurrent = cache.layers
+    states = (
+        attention.keys,
+        -attention.values,
+        recurrent.conv_states[0],
+        recurrent.recurrent_states[0],
+    )
+    return [state.flatten(1)[:, -1].tolist() for state in states]
+
+
+def test_rows_are_selected_with_their_recurrent_states() -> None:
+    cache = recurrent_cache(3)
+    assert rows_of(select_rows(cache, torch.tensor([2, 0, 0]))) == [[2, 0, 0]] * 4
+    assert rows_of(repeat_rows(cache, 2)) == [[0, 0, 1, 1, 2, 2]] * 4
+    assert rows_of(cache) == [[0, 1, 2]] * 4
+
+
+def test_rows_of_unlike_length_are_joined_at_their_ends() -> None:
+    one, other = recurrent_cache(1), recurrent_cache(2)
+    more = torch.full((2, HEADS, 2, HEAD_DIM), 7.0)
+    other.update(more, -more, 0)
+    joined = join_rows([one, other])
+    assert rows_of(joined) == [[0, 7, 7]] * 2 + [[0, 0, 1]] * 2
+    keys = joined.layers[0].keys
+    assert keys.shape == (3, HEADS, SEQ_LEN + 2, HEAD_DIM)
+    assert not keys[0, :, :2].any()
+    torch.testing.assert_close(keys[1:], other.layers[0].keys, rtol=0, atol=0)
+    assert one.layers[0].keys.shape[2] == SEQ_LEN
+
+
+def test_a_copy_keeps_its_own_recurrent_states() -> None:
+    cache = recurrent_cache(2)
+    new = fork(cache)
+    new.layers[1].recurrent_states[0].fill_(9)  # as one-token steps do
+    new.layers[1].update_conv_state(torch.full((2, SEQ_LEN, 1), 9.0))
+    assert rows_of(cache) == [[0, 1]] * 4
+
+
+def test_recurrent_states_are_replaced_not_written_into() -> None:
+    layer = recurrent_cache(1).layers[1]
+    kept = layer.recurrent_states[0]
+    layer.update_recurrent_state(kept + 1)
+    assert not kept.any()
+    assert layer.recurrent_states[0].all()
+
+
+def test_windows_and_recurrent_states_mind_padding() -> None:
+    shared = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    full = DynamicCache(config=MistralConfig(**shared, sliding_window=None))
+    sliding = DynamicCache(config=MistralConfig(**shared, sliding_window=4))
+    assert [minds_padding(c) for c in (full, sliding, recurrent_cache(1))] == [False, True, True]
+    assert layers_to_hold(full) == (0, 1)
 
 
 def test_empty_spans_hold_no_text() -> None:

@@ -37,7 +37,7 @@ class LayerMap:
                 "expected weights of (target_layers, source_layers), got "
                 f"{tuple(self.weights.shape)}"
             )
-        if not self.mask.any():
+        if not self.weights.is_meta and not self.mask.any():
             raise AlignmentError("no source layer feeds any target layer: nothing would be fused")
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from mm_c2c.cache import CacheOrigin, CacheShape, LayerKV, SourceCache, read_layers
+from mm_c2c.cache import CacheOrigin, CacheShape, LayerKV, SourceCache, full_layer, read_layers
+from mm_c2c.errors import UnsupportedError
 from mm_c2c.rope import RopeSpec, rope_specs
+
+logger = logging.getLogger(__name__)
 
 # Only these kinds of RoPE turn by other angles in a longer prompt.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -82,26 +86,69 @@ class FrozenReader:
         self.origin = CacheOrigin(name, revision, model.config.model_type)
         self._known_arguments = frozenset(inspect.signature(model.forward).parameters)
         self._specs: dict[int, tuple[RopeSpec | None, ...]] = {}
-        self._shape: CacheShape | None = None
 
     @property
     def shape(self) -> CacheShape:
-        """Geometry of the caches the model writes, read off a prefill of one token."""
-        if self._shape is None:
-            embed = self.model.get_input_embeddings()
-            decoder = self.model.get_decoder()
-            cache = DynamicCache(config=decoder.config)
-            token = torch.zeros(1, 1, dtype=torch.long, device=embed.weight.device)
-            with torch.no_grad():
-                decoder(inputs_embeds=embed(token), past_key_values=cache, use_cache=True)
-            layers, _ = read_layers(cache)
-            keys = layers[0].keys
-            self._shape = CacheShape(
-                num_layers=len(layers),
-                num_key_value_heads=keys.shape[1],
-                head_dim=keys.shape[3],
+        """Geometry of the caches the model writes, read off a prefill of one token.
+
+        Raises:
+            UnsupportedError: the model keeps no keys and values, or not alike in every layer.
+        """
+        return self._layout[0]
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """The decoder layers that hold keys and values; all others are left out."""
+        return self._layout[1]
+
+    @cached_property
+    def _layout(self) -> tuple[CacheShape, tuple[int, ...]]:
+        embed = self.model.get_input_embeddings()
+        cache = full_cache(self.model)
+        token = torch.zeros(1, 1, dtype=torch.long, device=embed.weight.device)
+        with torch.no_grad():
+            self.model.get_decoder()(
+                inputs_embeds=embed(token), past_key_values=cache, use_cache=True
             )
-        return self._shape
+        layers, indices = self._kept(cache)
+        if len(indices) < len(cache):
+            logger.info(
+                "%s: %d of %d decoder layers hold keys and values (%s); the others are left out",
+                self,
+                len(indices),
+                len(cache),
+                ", ".join(map(str, indices)),
+            )
+        _, heads, _, head_dim = layers[0].keys.shape
+        shape = CacheShape(num_layers=len(layers), num_key_value_heads=heads, head_dim=head_dim)
+        return shape, indices
+
+    def _kept(self, cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
+        """As `read_layers`; layers that cannot be fused are refused by the model's name."""
+        try:
+            layers, indices = read_layers(cache)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"{self} keeps no keys and values in any layer (a state-space model?): there is "
+                "nothing to fuse"
+            ) from error
+        for index, (keys, values) in zip(indices, layers, strict=True):
+            if keys.shape != values.shape:
+                raise UnsupportedError(
+                    f"{self} layer {index} keeps {tuple(keys.shape[1::2])} (heads, head_dim) as "
+                    f"keys and {tuple(values.shape[1::2])} as values: a latent (MLA), not keys "
+                    "and values that could be fused"
+                )
+        sizes = {tuple(keys.shape[1::2]) for keys, _ in layers}
+        if len(sizes) > 1:
+            raise UnsupportedError(
+                f"{self}: layers differ in (heads, head_dim): {sorted(sizes)}; only models whose "
+                "layers are alike can be fused"
+            )
+        return layers, indices
+
+    def __str__(self) -> str:
+        return f"{self.origin.model} ({self.origin.model_type})"
 
     @torch.no_grad()
     def read(
@@ -117,7 +164,7 @@ class FrozenReader:
         known = {key: value for key, value in inputs.items() if key in self._known_arguments}
         cache = full_cache(self.model)
         self.model(**known, position_ids=position_ids, past_key_values=cache, use_cache=True)
-        layers, indices = read_layers(cache)
+        layers, indices = self._kept(cache)
         specs = self.rope(int(position_ids.max()) + 1)
         return layers, indices, tuple(specs[index] for index in indices)
 
@@ -135,12 +182,18 @@ def full_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache that keeps every position, in sliding-window layers too.
 
     The window is in the attention mask; a sliding layer would only forget what lies before it.
+
+    Raises:
+        UnsupportedError: a layer would keep its window only.
     """
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache.layers = [
-        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
-        for layer in cache.layers
-    ]
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    cache.layers = [full_layer(layer) for layer in cache.layers]
+    if any(cache.is_sliding):
+        raise UnsupportedError(
+            f"{config.model_type} layer {cache.is_sliding.index(True)} keeps only its window, in "
+            "a kind of cache that is not known here"
+        )
     return cache
 
 
