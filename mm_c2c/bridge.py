@@ -653,9 +653,10 @@ def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
 def _check_one_picture(name: str, source: SourceCache) -> None:
     """A row's slots hold one picture; a second one would be dropped without a word."""
     for row, grids in enumerate(source.grids):
-        if len(grids) > 1:
+        pictures = len({grid.image for grid in grids})
+        if pictures > 1:
             raise ShapeError(
-                f"row {row} of source {name!r} has {len(grids)} pictures, its slots hold 1"
+                f"row {row} of source {name!r} has {pictures} pictures, its slots hold 1"
             )
 
 

@@ -12,6 +12,9 @@ SOURCES: dict[str, str] = {
     "gemma3": "mm_c2c.sources.vlm:Gemma3Source",
     "llava": "mm_c2c.sources.vlm:VLMSource",
     "paligemma": "mm_c2c.sources.vlm:PaliGemmaSource",
+    "qwen2_5_vl": "mm_c2c.sources.vlm:QwenVLSource",
+    "qwen2_vl": "mm_c2c.sources.vlm:QwenVLSource",
+    "qwen3_vl": "mm_c2c.sources.vlm:QwenVLSource",
 }
 """`model_type` of the Hub to `module:Class`. Any other causal LM is read as text."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -17,10 +19,43 @@ from mm_c2c.errors import InputError, ShapeError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 
 
+class View(NamedTuple):
+    """One view of a picture: the grid of its patches, and which patch each image position holds.
+
+    Attributes:
+        rows: rows of patches.
+        cols: columns of patches.
+        cells: row and column at each image position, in the order of the prompt; -1 where the
+            model puts something else there, such as the end of a row.
+    """
+
+    rows: int
+    cols: int
+    cells: tuple[tuple[int, int], ...]
+
+
+def whole_view(rows: int, cols: int) -> View:
+    """Patches in reading order."""
+    return View(rows, cols, tuple((row, col) for row in range(rows) for col in range(cols)))
+
+
+def tiled_view(tile_rows: int, tile_cols: int, rows: int, cols: int) -> View:
+    """Tiles of `rows` x `cols` patches, one after the other, joined to one grid."""
+    cells = [
+        (tile_row * rows + row, tile_col * cols + col)
+        for tile_row in range(tile_rows)
+        for tile_col in range(tile_cols)
+        for row in range(rows)
+        for col in range(cols)
+    ]
+    return View(tile_rows * rows, tile_cols * cols, tuple(cells))
+
+
 class VLMSource(FrozenReader):
     """Reads pictures and a question as the model's own processor lays them out.
 
-    As it stands it serves LLaVA: square pictures, one token a patch, positions from 0.
+    As it stands it serves LLaVA: square pictures, one token a patch. Positions are the model's
+    own where it computes them (M-RoPE), and else count from `first_position`.
     """
 
     first_position = 0
@@ -47,10 +82,11 @@ class VLMSource(FrozenReader):
         encoded = self._encode(inputs, rendered, return_offsets_mapping=True)
         offsets = encoded.pop("offset_mapping")
         mask = encoded["attention_mask"]
-        position_ids = count_positions(mask, self.first_position)
+        position_ids = self._position_ids(encoded)
         layers, indices, rope = self.read(encoded, position_ids)
-        grids = self.grids(inputs, encoded)
         is_image = encoded["input_ids"] == self.model.config.image_token_id
+        views = self.views(encoded, [picture for item in inputs for picture in item.images])
+        patches, grids = _place(is_image, _by_row(inputs, views))
         spans = torch.stack(
             [
                 self._spans(offsets[row], is_image[row], rendered[row], item)
@@ -66,7 +102,7 @@ class VLMSource(FrozenReader):
             layer_indices=indices,
             position_ids=position_ids,
             kinds=kinds,
-            patches=_patches(is_image, grids),
+            patches=patches,
             grids=grids,
             spans=spans,
             texts=tuple(item.text.strip() for item in inputs),
@@ -77,7 +113,14 @@ class VLMSource(FrozenReader):
     def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
         """The model's own answers."""
         encoded = self._encode(inputs, [self.render(item) for item in inputs])
-        out = self.model.generate(**self._known(encoded), **kwargs)
+        base = self.model.base_model
+        before = getattr(base, "rope_deltas", None)
+        try:
+            out = self.model.generate(**self._known(encoded), **kwargs)
+        finally:
+            # M-RoPE models keep the last prompt's offset between calls.
+            if hasattr(base, "rope_deltas"):
+                base.rope_deltas = before
         return self.processor.batch_decode(
             out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -89,13 +132,13 @@ class VLMSource(FrozenReader):
         turns: list[Any] = [{"role": "user", "content": parts}]
         return str(self.processor.apply_chat_template(turns, add_generation_prompt=True))
 
-    def grids(
-        self, inputs: Sequence[SourceInput], encoded: Mapping[str, Tensor]
-    ) -> tuple[tuple[PatchGrid, ...], ...]:
-        """Patch grid of each image of each row, after merging."""
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The views of each picture of the batch, in the order of the prompt."""
         patch = self.model.config.vision_config.patch_size
         height, width = encoded["pixel_values"].shape[-2:]
-        return tuple((PatchGrid(height // patch, width // patch),) * len(i.images) for i in inputs)
+        return [(whole_view(height // patch, width // patch),)] * len(pictures)
 
     def _encode(
         self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
@@ -104,10 +147,25 @@ class VLMSource(FrozenReader):
             if not item.images:
                 raise InputError(f"row {row}: {self.origin.model} needs a picture, got none")
         pictures = [list(item.images) for item in inputs]
+        # Not the tokenizer's own side: generating needs the left one.
         encoded = self.processor(
-            images=pictures, text=list(rendered), padding=True, return_tensors="pt", **kwargs
+            images=pictures,
+            text=list(rendered),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **kwargs,
         )
         return {key: value.to(self.model.device) for key, value in encoded.items()}
+
+    def _position_ids(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """`(batch, seq_len)`; `(3, batch, seq_len)` where the model tells rows and columns apart."""
+        find = getattr(self.model.base_model, "get_rope_index", None)
+        if find is None:
+            return count_positions(encoded["attention_mask"], self.first_position)
+        wanted = inspect.signature(find).parameters
+        position_ids, _ = find(**{key: encoded[key] for key in wanted if key in encoded})
+        return position_ids
 
     def _known(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in encoded.items() if key in self._known_arguments}
@@ -142,12 +200,24 @@ class PaliGemmaSource(VLMSource):
 class Gemma3Source(VLMSource):
     """Gemma 3: each picture pooled to a square of `mm_tokens_per_image`, without pan and scan."""
 
-    def grids(
-        self, inputs: Sequence[SourceInput], encoded: Mapping[str, Tensor]
-    ) -> tuple[tuple[PatchGrid, ...], ...]:
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
         """The same square for each picture."""
         side = math.isqrt(self.model.config.mm_tokens_per_image)
-        return tuple((PatchGrid(side, side),) * len(item.images) for item in inputs)
+        return [(whole_view(side, side),)] * len(pictures)
+
+
+class QwenVLSource(VLMSource):
+    """Qwen2-VL, 2.5 and 3, Qwen3.5, GLM-4V: a grid as the picture is shaped, in M-RoPE."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """One view: the grid of patches, merged by squares."""
+        merge = self.model.config.vision_config.spatial_merge_size
+        sizes = (encoded["image_grid_thw"][:, 1:] // merge).tolist()
+        return [(whole_view(rows, cols),) for rows, cols in sizes]
 
 
 def trim_spans(spans: Tensor, text: str) -> Tensor:
@@ -160,21 +230,33 @@ def trim_spans(spans: Tensor, text: str) -> Tensor:
     return torch.tensor(rows, device=spans.device)
 
 
-def _patches(is_image: Tensor, grids: tuple[tuple[PatchGrid, ...], ...]) -> Tensor:
-    """`(batch, seq_len, 3)`: image, row and column of each patch, in reading order."""
+def _by_row(
+    inputs: Sequence[SourceInput], views: Sequence[tuple[View, ...]]
+) -> list[list[tuple[View, ...]]]:
+    """The views of each picture of each row."""
+    remaining = iter(views)
+    return [[next(remaining) for _ in item.images] for item in inputs]
+
+
+def _place(
+    is_image: Tensor, rows: Sequence[Sequence[tuple[View, ...]]]
+) -> tuple[Tensor, tuple[tuple[PatchGrid, ...], ...]]:
+    """`patches` and `grids` of a `SourceCache`."""
     patches = torch.full((*is_image.shape, 3), -1, device=is_image.device)
-    for row, row_grids in enumerate(grids):
+    grids = []
+    for row, pictures in enumerate(rows):
+        views = [(image, view) for image, shown in enumerate(pictures) for view in shown]
+        grids.append(tuple(PatchGrid(view.rows, view.cols, image) for image, view in views))
         cells = [
-            (image, r, c)
-            for image, grid in enumerate(row_grids)
-            for r in range(grid.rows)
-            for c in range(grid.cols)
+            (index, *cell) if min(cell) >= 0 else (-1, -1, -1)
+            for index, (_, view) in enumerate(views)
+            for cell in view.cells
         ]
         found = int(is_image[row].sum())
         if found != len(cells):
             raise ShapeError(
-                f"row {row}: the prompt has {found} image positions, its grids {row_grids} "
-                f"have {len(cells)} patches"
+                f"row {row}: the prompt has {found} image positions, its grids {grids[row]} "
+                f"fill {len(cells)}"
             )
         patches[row, is_image[row]] = torch.tensor(cells, device=is_image.device).view(-1, 3)
-    return patches
+    return patches, tuple(grids)
