@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,8 +21,14 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    Gemma4Processor,
+    Glm4vProcessor,
+    Idefics3Processor,
+    InternVLProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
@@ -33,6 +43,19 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+from transformers.models.pixtral import image_processing_pil_pixtral
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 CORPUS = [
     "the cat sat on the mat . what is in the image ? describe the picture in detail",
@@ -391,6 +414,263 @@ def build_qwen3_vl() -> TinyVLM:
     )
 
 
+def build_idefics(
+    model_type: str, processor_class: type[ProcessorMixin], image_processor: Any
+) -> TinyVLM:
+    """Tiles of 16 pixels a side, 4 x 4 patches each, shuffled to 2 x 2."""
+    tags = [f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)]
+    tokenizer = make_tokenizer(
+        "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *tags
+    )
+    image_processor = image_processor(
+        size={"longest_edge": 48}, max_image_size={"longest_edge": 16}, resample=2
+    )
+    return make_vlm(
+        model_type,
+        processor_class(image_processor, tokenizer, image_seq_len=4),
+        vision_config={**siglip(image_size=16, patch_size=4), "model_type": f"{model_type}_vision"},
+        text_config={"model_type": "llama"},
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def siglip(**own: int) -> dict[str, Any]:
+    """A SigLIP tower."""
+    return vision_config("siglip_vision_model", image_size=28) | {"vision_use_head": False} | own
+
+
+def build_idefics3() -> TinyVLM:
+    """Idefics 3 over a Llama."""
+    return build_idefics("idefics3", Idefics3Processor, Idefics3ImageProcessorPil)
+
+
+def build_smolvlm() -> TinyVLM:
+    """SmolVLM: as Idefics 3."""
+    # Spells out the number of a video's frames; its package is not installed.
+    processing_smolvlm.num2words = str
+    processor = partial(
+        unchecked(processing_smolvlm.SmolVLMProcessor),
+        video_processor=SimpleNamespace(num_frames=1, fps=1),
+    )
+    return build_idefics("smolvlm", processor, SmolVLMImageProcessorPil)
+
+
+def build_internvl() -> TinyVLM:
+    """InternVL: tiles of 16 pixels a side, 4 x 4 patches each, shuffled to 2 x 2."""
+    tokenizer = make_tokenizer(
+        "<IMG_CONTEXT>",
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
+    image_processor = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, max_patches=6)
+    return make_vlm(
+        "internvl",
+        unchecked(InternVLProcessor)(image_processor, tokenizer, None, image_seq_length=4),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": (16, 16),
+            "patch_size": (4, 4),
+        },
+        text_config={"model_type": "qwen3", "head_dim": 10},
+        image_seq_length=4,
+    )
+
+
+def build_llava_next() -> TinyVLM:
+    """LLaVA-NeXT: tiles of 28 pixels a side, 4 x 4 patches each."""
+    pinpoints = [[28, 56], [56, 28], [56, 56], [28, 84]]
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=pinpoints,
+    )
+    processor = LlavaNextProcessor(
+        image_processor,
+        make_tokenizer("<image>"),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return make_vlm(
+        "llava_next",
+        processor,
+        vision_config=vision_config("clip_vision_model", image_size=28),
+        text_config={"model_type": "mistral"},
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+
+
+def build_llava_onevision() -> TinyVLM:
+    """LLaVA-OneVision: tiles of 28 pixels a side, 4 x 4 patches each, shrunk to 2 tiles' worth."""
+    pinpoints = [[28, 56], [56, 28], [56, 112]]
+    image_processor = LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+    )
+    processor = unchecked(LlavaOnevisionProcessor)(
+        image_processor,
+        make_tokenizer("<image>", "<video>"),
+        None,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+    )
+    return make_vlm(
+        "llava_onevision",
+        processor,
+        vision_config=siglip(),
+        text_config={"model_type": "qwen2"},
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_2",
+        video_token_id=processor.video_token_id,
+    )
+
+
+def pixtral_processor() -> type[Any]:
+    """The class, whose module wants torchvision for the sake of one function."""
+    name = "transformers.models.pixtral.image_processing_pixtral"
+    with mock.patch.dict(sys.modules, {name: image_processing_pil_pixtral}):
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
+        return PixtralProcessor
+
+
+def build_pixtral(model_type: str = "llava", merge: int = 1, **own: Any) -> TinyVLM:
+    """Pixtral, on the Hub a LLaVA: patches of 4 pixels, row by row with a break between."""
+    tokenizer = make_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    image_processor = image_processing_pil_pixtral.PixtralImageProcessorPil(
+        size={"longest_edge": 64}, patch_size={"height": 4, "width": 4}
+    )
+    return make_vlm(
+        model_type,
+        pixtral_processor()(image_processor, tokenizer, patch_size=4, spatial_merge_size=merge),
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 4,
+        },
+        text_config={"model_type": "mistral", "head_dim": 6},
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        **own,
+    )
+
+
+def build_mistral3() -> TinyVLM:
+    """Mistral 3: as Pixtral, 2 x 2 patches merged."""
+    return build_pixtral("mistral3", merge=2, spatial_merge_size=2)
+
+
+def build_gemma4() -> TinyVLM:
+    """Gemma 4: patches of 2 pixels pooled to cells of 4; layers differ in head_dim, the last shares."""
+    tokenizer = make_tokenizer(
+        "<image>", boi_token="<boi>", eoi_token="<eoi>", boa_token="<boa>", eoa_token="<eoa>"
+    )
+    image_processor = Gemma4ImageProcessorPil(
+        patch_size=2, pooling_kernel_size=2, max_soft_tokens=70
+    )
+    return make_vlm(
+        "gemma4",
+        unchecked(Gemma4Processor)(None, image_processor, tokenizer, None),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "patch_size": 2,
+            "position_embedding_size": 64,
+        },
+        text_config={
+            "num_hidden_layers": 6,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 3,
+            "sliding_window": 8,
+            "vocab_size_per_layer_input": len(tokenizer) + 1,
+            "hidden_size_per_layer_input": 8,
+            "use_bidirectional_attention": "vision",
+        },
+        audio_config=None,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+    )
+
+
+def build_glm4v() -> TinyVLM:
+    """GLM-4V: as Qwen2-VL, half of each head rotated, neighbours in pairs."""
+    tokenizer = make_tokenizer(
+        "<|image|>",
+        "<|video|>",
+        "<|begin_of_video|>",
+        "<|end_of_video|>",
+        "<|begin_of_image|>",
+        "<|end_of_image|>",
+        shown="<|begin_of_image|><|image|><|end_of_image|>",
+    )
+    image_processor = Glm4vImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 128, "longest_edge": 2 * 64 * 64}
+    )
+    return make_vlm(
+        "glm4v",
+        unchecked(Glm4vProcessor)(image_processor, tokenizer, None),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 64,
+        },
+        text_config={
+            "hidden_size": 64,
+            "rope_parameters": mrope(1, 1, 2, partial_rotary_factor=0.5),
+        },
+        **{
+            f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+            for name, token in {
+                "video": "video",
+                "image_start": "begin_of_image",
+                "image_end": "end_of_image",
+                "video_start": "begin_of_video",
+                "video_end": "end_of_video",
+            }.items()
+        },
+    )
+
+
+def build_qwen3_5() -> TinyVLM:
+    """Qwen3.5: two of four layers attend linearly, and keep no keys."""
+    return build_qwen(
+        "qwen3_5",
+        Qwen3VLProcessor,
+        {"out_hidden_size": 32, "num_position_embeddings": 16},
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        head_dim=16,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        rope_parameters=mrope(2, 1, 1, mrope_interleaved=True, partial_rotary_factor=0.5),
+    )
+
+
 class Family(NamedTuple):
     """How a family shows pictures.
 
@@ -406,12 +686,33 @@ class Family(NamedTuple):
 
 # A grid as the picture is shaped, a cell of 8 pixels.
 AS_SHAPED = {(16, 32): [(2, 4)], (40, 24): [(5, 3)]}
+# Tiles of 2 x 2 cells, three along the longer side, then an overview of 2 x 2.
+TILED = {(32, 48): [(4, 6), (2, 2)], (48, 16): [(6, 2), (2, 2)], (48, 48): [(6, 6), (2, 2)]}
 
 FAMILIES = {
     "gemma3": Family(build_gemma3, {(42, 42): [(3, 3)]}),
+    "gemma4": Family(build_gemma4, {(20, 48): [(5, 12)], (48, 20): [(12, 5)], (32, 32): [(8, 8)]}),
+    "glm4v": Family(build_glm4v, AS_SHAPED),
+    "idefics3": Family(build_idefics3, TILED),
+    "internvl": Family(
+        build_internvl,
+        {(32, 48): [(4, 6), (2, 2)], (48, 16): [(6, 2), (2, 2)], (16, 16): [(2, 2)]},
+    ),
     "llava": Family(build_llava, {(28, 28): [(4, 4)]}),
+    "llava_next": Family(
+        build_llava_next, {(28, 56): [(4, 4), (4, 8)], (56, 42): [(4, 4), (8, 6)]}
+    ),
+    "llava_onevision": Family(
+        build_llava_onevision,
+        # The last grid has 8 x 16 patches, and is shrunk.
+        {(28, 56): [(4, 4), (4, 8)], (28, 42): [(4, 4), (4, 6)], (56, 112): [(4, 4), (4, 8)]},
+    ),
+    "mistral3": Family(build_mistral3, AS_SHAPED),
     "paligemma": Family(build_paligemma, {(21, 21): [(3, 3)]}),
+    "pixtral": Family(build_pixtral, {(16, 32): [(4, 8)], (28, 20): [(7, 5)]}),
     "qwen2_5_vl": Family(build_qwen2_5_vl, AS_SHAPED),
     "qwen2_vl": Family(build_qwen2_vl, AS_SHAPED),
+    "qwen3_5": Family(build_qwen3_5, AS_SHAPED),
     "qwen3_vl": Family(build_qwen3_vl, AS_SHAPED),
+    "smolvlm": Family(build_smolvlm, TILED),
 }

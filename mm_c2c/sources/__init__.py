@@ -10,11 +10,20 @@ from mm_c2c.sources.base import Source, SourceInput
 
 SOURCES: dict[str, str] = {
     "gemma3": "mm_c2c.sources.vlm:Gemma3Source",
+    "gemma4": "mm_c2c.sources.vlm:Gemma4Source",
+    "glm4v": "mm_c2c.sources.vlm:QwenVLSource",
+    "idefics3": "mm_c2c.sources.vlm:IdeficsSource",
+    "internvl": "mm_c2c.sources.vlm:InternVLSource",
     "llava": "mm_c2c.sources.vlm:VLMSource",
+    "llava_next": "mm_c2c.sources.vlm:LlavaNextSource",
+    "llava_onevision": "mm_c2c.sources.vlm:LlavaNextSource",
+    "mistral3": "mm_c2c.sources.vlm:VLMSource",
     "paligemma": "mm_c2c.sources.vlm:PaliGemmaSource",
     "qwen2_5_vl": "mm_c2c.sources.vlm:QwenVLSource",
     "qwen2_vl": "mm_c2c.sources.vlm:QwenVLSource",
+    "qwen3_5": "mm_c2c.sources.vlm:QwenVLSource",
     "qwen3_vl": "mm_c2c.sources.vlm:QwenVLSource",
+    "smolvlm": "mm_c2c.sources.vlm:IdeficsSource",
 }
 """`model_type` of the Hub to `module:Class`. Any other causal LM is read as text."""
 

@@ -81,7 +81,7 @@ class FrozenReader:
             token = torch.zeros(1, 1, dtype=torch.long, device=embed.weight.device)
             with torch.no_grad():
                 decoder(inputs_embeds=embed(token), past_key_values=cache, use_cache=True)
-            layers, _ = read_layers(cache)
+            layers, _ = self.select_layers(*read_layers(cache))
             keys = layers[0].keys
             self._shape = CacheShape(
                 num_layers=len(layers),
@@ -104,9 +104,15 @@ class FrozenReader:
         known = {key: value for key, value in inputs.items() if key in self._known_arguments}
         cache = full_cache(self.model)
         self.model(**known, position_ids=position_ids, past_key_values=cache, use_cache=True)
-        layers, indices = read_layers(cache)
+        layers, indices = self.select_layers(*read_layers(cache))
         specs = self.rope(int(position_ids.max()) + 1)
         return layers, indices, tuple(specs[index] for index in indices)
+
+    def select_layers(
+        self, layers: tuple[LayerKV, ...], indices: tuple[int, ...]
+    ) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
+        """The layers that are handed on, with their indices: all that hold K and V."""
+        return layers, indices
 
     def rope(self, seq_len: int) -> tuple[RopeSpec | None, ...]:
         """How each decoder layer rotates its keys in a prompt of `seq_len` positions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from mm_c2c.align.tokens import locate_text
-from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
+from mm_c2c.cache import LayerKV, PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import InputError, ShapeError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 
@@ -54,8 +57,9 @@ def tiled_view(tile_rows: int, tile_cols: int, rows: int, cols: int) -> View:
 class VLMSource(FrozenReader):
     """Reads pictures and a question as the model's own processor lays them out.
 
-    As it stands it serves LLaVA: square pictures, one token a patch. Positions are the model's
-    own where it computes them (M-RoPE), and else count from `first_position`.
+    As it stands it serves LLaVA (Pixtral among them) and Mistral 3: one view a picture, one token a
+    patch. Positions are the model's own where it computes them (M-RoPE), and else count from
+    `first_position`.
     """
 
     first_position = 0
@@ -136,9 +140,12 @@ class VLMSource(FrozenReader):
         self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
     ) -> Sequence[tuple[View, ...]]:
         """The views of each picture of the batch, in the order of the prompt."""
-        patch = self.model.config.vision_config.patch_size
-        height, width = encoded["pixel_values"].shape[-2:]
-        return [(whole_view(height // patch, width // patch),)] * len(pictures)
+        config = self.model.config
+        side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+        sizes = encoded.get("image_sizes")
+        if sizes is None:  # all alike
+            sizes = torch.tensor([encoded["pixel_values"].shape[-2:]] * len(pictures))
+        return [(whole_view(rows, cols),) for rows, cols in (sizes // side).tolist()]
 
     def _encode(
         self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
@@ -208,6 +215,31 @@ class Gemma3Source(VLMSource):
         return [(whole_view(side, side),)] * len(pictures)
 
 
+class Gemma4Source(VLMSource):
+    """Gemma 4: patches pooled by squares; layers whose K and V are shaped unlike most are left out.
+
+    Those are the full-attention layers, one in a few, with longer heads. Of layers that share their
+    K and V, the one that made them is read.
+    """
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """One view: the grid of patches, pooled."""
+        size = self.model.config.vision_config.pooling_kernel_size
+        grids = (encoded["image_position_ids"].amax(1) + 1) // size
+        return [(whole_view(rows, cols),) for cols, rows in grids.tolist()]
+
+    def select_layers(
+        self, layers: tuple[LayerKV, ...], indices: tuple[int, ...]
+    ) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
+        """The layers of the most common geometry, since a fuser stacks its layers."""
+        sizes = [(kv.keys.shape[1], kv.keys.shape[3]) for kv in layers]
+        (common, _), *_ = Counter(sizes).most_common(1)
+        kept = [at for at, size in enumerate(sizes) if size == common]
+        return tuple(layers[at] for at in kept), tuple(indices[at] for at in kept)
+
+
 class QwenVLSource(VLMSource):
     """Qwen2-VL, 2.5 and 3, Qwen3.5, GLM-4V: a grid as the picture is shaped, in M-RoPE."""
 
@@ -220,6 +252,87 @@ class QwenVLSource(VLMSource):
         return [(whole_view(rows, cols),) for rows, cols in sizes]
 
 
+class IdeficsSource(VLMSource):
+    """Idefics 3 and SmolVLM: tiles, then the whole picture; a small one is shown whole only."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The tiles joined, and an overview as large as one tile."""
+        side = math.isqrt(self.processor.image_seq_len)
+        overview = whole_view(side, side)
+        views = []
+        for picture in pictures:
+            _, tile_rows, tile_cols = self.processor.image_processor.get_number_of_image_patches(
+                picture.height, picture.width
+            )
+            tiles = tiled_view(tile_rows, tile_cols, side, side)
+            views.append((tiles, overview) if tiles.cells else (overview,))
+        return views
+
+
+class InternVLSource(VLMSource):
+    """InternVL: tiles, then a thumbnail; a picture of one tile has none."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The tiles joined, and a thumbnail as large as one tile."""
+        shrink = self.processor.image_processor
+        side = math.isqrt(self.processor.image_seq_length)
+        views = []
+        for picture in pictures:
+            tile_cols, tile_rows = get_optimal_tiled_canvas(
+                (picture.height, picture.width),
+                (shrink.size["height"], shrink.size["width"]),
+                shrink.min_patches,
+                shrink.max_patches,
+            )
+            tiles = tiled_view(tile_rows, tile_cols, side, side)
+            views.append((tiles, whole_view(side, side)) if tile_rows * tile_cols > 1 else (tiles,))
+        return views
+
+
+class LlavaNextSource(VLMSource):
+    """LLaVA-NeXT and LLaVA-OneVision: an overview, then joined tiles cut to the picture.
+
+    The rows of the tiles end in a learned feature that is no patch. OneVision shows several pictures
+    of one prompt whole only, padded to a square.
+    """
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """What the model's own packing makes of features that only mark where a row ends."""
+        config = self.model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        sizes = encoded["image_sizes"].cpu()
+        in_row = encoded.get("batch_num_images", torch.ones(len(sizes), dtype=torch.long)).cpu()
+        tiled = (in_row == 1).repeat_interleave(in_row).tolist()
+        counts = [
+            image_size_to_num_patches(
+                size, config.image_grid_pinpoints, config.vision_config.image_size
+            )
+            if is_tiled
+            else 1
+            for size, is_tiled in zip(sizes, tiled, strict=True)
+        ]
+        pack = self.model.base_model.pack_image_features
+        wanted = {"vision_feature_select_strategy", "vision_aspect_ratio"}
+        settings = {
+            key: getattr(config, key) for key in wanted & set(inspect.signature(pack).parameters)
+        }
+        packed, _ = pack(
+            [torch.zeros(count, side * side, 1) for count in counts],
+            sizes,
+            image_newline=torch.ones(1),
+            **settings,
+        )
+        return [
+            _views_of_marks(whole_view(side, side), marks[side * side :, 0]) for marks in packed
+        ]
+
+
 def trim_spans(spans: Tensor, text: str) -> Tensor:
     """Spans without the white space before a word, as `token_spans` gives them."""
     rows = []
@@ -228,6 +341,16 @@ def trim_spans(spans: Tensor, text: str) -> Tensor:
         start += len(word) - len(word.lstrip()) if word.strip() else 0
         rows.append((start, end))
     return torch.tensor(rows, device=spans.device)
+
+
+def _views_of_marks(overview: View, marks: Tensor) -> tuple[View, ...]:
+    """The overview and what follows it: 1 where a row ends, 0 at each patch."""
+    rows = int(marks.sum())
+    cols = len(marks) // rows - 1
+    if not cols:
+        return (overview._replace(cells=overview.cells + ((-1, -1),) * rows),)
+    cells = ((row, col if col < cols else -1) for row in range(rows) for col in range(cols + 1))
+    return overview, View(rows, cols, tuple(cells))
 
 
 def _by_row(
