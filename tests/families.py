@@ -12,12 +12,19 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
+    Florence2Processor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
@@ -25,11 +32,17 @@ from transformers import (
     Glm4vProcessor,
     Idefics3Processor,
     InternVLProcessor,
+    Kosmos2Config,
+    Kosmos2ForConditionalGeneration,
+    Kosmos2Processor,
+    Lfm2VlProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -56,6 +69,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.processing_utils import ImagesKwargs
 
 CORPUS = [
     "the cat sat on the mat . what is in the image ? describe the picture in detail",
@@ -671,17 +685,239 @@ def build_qwen3_5() -> TinyVLM:
     )
 
 
+class TiledKwargs(ImagesKwargs, total=False):
+    """What LFM2-VL's processor asks for beyond the usual."""
+
+    return_row_col_info: bool
+
+
+class TiledImages(SiglipImageProcessorPil):
+    """LFM2-VL's image processor in short, without torchvision: tiles of 8 pixels, patches of 2."""
+
+    valid_kwargs = TiledKwargs
+    use_thumbnail = True
+    tile_size, encoder_patch_size, downsample_factor = 8, 2, 2
+
+    def __call__(self, images: Any, **_: Any) -> dict[str, Any]:
+        side = self.tile_size
+        shown: list[np.ndarray] = []
+        rows, cols, sizes = [], [], []
+        for picture in [picture for row in images for picture in row]:
+            high, wide = (max(1, round(size / side)) for size in picture.size[::-1])
+            whole = np.asarray(picture.resize((wide * 4, high * 4), Image.Resampling.BOX))
+            if high * wide > 1:
+                fine = np.asarray(picture.resize((wide * side, high * side), Image.Resampling.BOX))
+                tiles = fine.reshape(high, side, wide, side, 3).swapaxes(1, 2)
+                shown += list(tiles.reshape(-1, side, side, 3))
+            else:
+                whole = np.asarray(picture.resize((side, side), Image.Resampling.BOX))
+            shown.append(whole)
+            rows.append(high)
+            cols.append(wide)
+            sizes.append(whole.shape[:2])
+        shapes = torch.tensor([image.shape[:2] for image in shown]) // 2
+        lengths = shapes.prod(1)
+        pixels = torch.zeros(len(shown), int(lengths.max()), 12)
+        for index, image in enumerate(shown):
+            (high, wide), patch = shapes[index].tolist(), self.encoder_patch_size
+            patches = image.reshape(high, patch, wide, patch, 3).swapaxes(1, 2)
+            patches = patches.reshape(high * wide, -1).astype(np.float32)
+            pixels[index, : high * wide] = torch.from_numpy(patches) / 127.5 - 1
+        return {
+            "pixel_values": pixels,
+            "pixel_attention_mask": (torch.arange(pixels.shape[1]) < lengths[:, None]).int(),
+            "spatial_shapes": shapes,
+            "image_rows": rows,
+            "image_cols": cols,
+            "image_sizes": sizes,
+        }
+
+
+def build_lfm2_vl() -> TinyVLM:
+    """LFM2-VL: cells of 4 pixels, tiles of 2 x 2; two of four layers convolve, and keep no keys."""
+    tags = [f"<|img_row_{row}_col_{col}|>" for row in range(1, 8) for col in range(1, 8)]
+    tokenizer = make_tokenizer(
+        "<image>",
+        *tags,
+        image_start_token="<|image_start|>",
+        image_end_token="<|image_end|>",
+        image_thumbnail_token="<|img_thumbnail|>",
+    )
+    return make_vlm(
+        "lfm2_vl",
+        unchecked(Lfm2VlProcessor)(TiledImages(), tokenizer),
+        vision_config={
+            "model_type": "siglip2_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 2,
+            "num_patches": 16,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "lfm2",
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention"] * 2,
+        },
+        projector_hidden_size=16,
+        downsample_factor=2,
+    )
+
+
+def build_blip2() -> TinyVLM:
+    """BLIP-2 over OPT: five queries."""
+    tokenizer = train_tokenizer(
+        ["<pad>", "<s>", "</s>", "<unk>", "<image>"],
+        merges=40,
+        chat_template=None,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    processor = Blip2Processor(
+        BlipImageProcessorPil(size={"height": 28, "width": 28}), tokenizer, num_query_tokens=5
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config={**sizes, "intermediate_size": 32, "image_size": 28, "patch_size": 7},
+        qformer_config={**sizes, "intermediate_size": 32, "encoder_hidden_size": 16},
+        text_config={
+            "model_type": "opt",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 24,
+            "word_embed_proj_dim": 24,
+            "ffn_dim": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            **special_ids(tokenizer),
+        },
+        num_query_tokens=5,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = build_frozen(lambda: Blip2ForConditionalGeneration(config), seed=7)
+    # A fresh model's queries are zero, and would all sum up the same.
+    model.query_tokens.normal_(generator=torch.Generator().manual_seed(7))
+    return TinyVLM(processor, model)
+
+
+def build_kosmos2() -> TinyVLM:
+    """KOSMOS-2: five queries; sinusoidal positions that begin after the padding's."""
+    tokenizer = train_tokenizer(
+        ["<s>", "<pad>", "</s>", "<unk>", *(f"<image_{index}>" for index in range(5))],
+        merges=40,
+        chat_template=None,
+        padding_side="right",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    processor = Kosmos2Processor(image_processor, tokenizer, num_patch_index_tokens=4)
+    processor.num_image_tokens = 5
+    config = Kosmos2Config(
+        vision_config=vision_config("kosmos_2_vision_model", image_size=28),
+        text_config={
+            "vocab_size": len(tokenizer),
+            "embed_dim": 24,
+            "layers": 3,
+            "ffn_dim": 32,
+            "attention_heads": 4,
+            "max_position_embeddings": 256,
+            **special_ids(tokenizer),
+        },
+        latent_query_num=5,
+    )
+    return TinyVLM(processor, build_frozen(lambda: Kosmos2ForConditionalGeneration(config), seed=8))
+
+
+def build_mllama() -> TinyVLM:
+    """Llama 3.2 Vision: up to 4 tiles of 28 pixels, 4 x 4 patches each; layers 1 and 3 look."""
+    tokenizer = make_tokenizer("<|image|>", "<|python_tag|>")
+    image_processor = MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=4)
+    return make_vlm(
+        "mllama",
+        MllamaProcessor(image_processor, tokenizer),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 7,
+            "max_num_tiles": 4,
+            "intermediate_layers_indices": [0, 1],
+            "vision_output_dim": 48,
+        },
+        text_config={
+            "num_hidden_layers": 4,
+            "cross_attention_layers": [1, 3],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    )
+
+
+def build_florence2() -> TinyVLM:
+    """Florence-2: a square of 4 x 4 patches and their mean, in a BART."""
+    tokenizer = make_tokenizer("<image>")
+    image_processor = CLIPImageProcessorPil(
+        size={"height": 64, "width": 64}, do_center_crop=False, image_seq_length=17
+    )
+    image_processor.image_seq_length = 17
+    return make_vlm(
+        "florence2",
+        Florence2Processor(image_processor, tokenizer),
+        vision_config={
+            "depths": (1, 1),
+            "patch_size": (7, 3),
+            "patch_stride": (4, 4),
+            "patch_padding": (3, 1),
+            "patch_prenorm": (False, True),
+            "embed_dim": (8, 16),
+            "num_heads": (2, 2),
+            "num_groups": (2, 2),
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+            "projection_dim": 24,
+        },
+        text_config={
+            "model_type": "bart",
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "decoder_layers": 3,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            # A fresh model says again what it started with: not the end token.
+            "decoder_start_token_id": tokenizer.convert_tokens_to_ids("a"),
+            "forced_eos_token_id": None,
+        },
+    )
+
+
 class Family(NamedTuple):
     """How a family shows pictures.
 
     Attributes:
         build: makes the model and its processor.
         shown: by height and width of a picture in pixels, the rows and columns of each of its
-            views, in the order of the prompt.
+            views, in the order of the prompt; empty for queries, which have no grid.
+        reads_words: whether the cache has positions for the question.
+        brightened: how much of a patch's height and width to paint, from its top left.
     """
 
     build: Callable[[], TinyVLM]
     shown: dict[tuple[int, int], list[tuple[int, int]]]
+    reads_words: bool = True
+    brightened: float = 1.0
 
 
 # A grid as the picture is shaped, a cell of 8 pixels.
@@ -690,6 +926,9 @@ AS_SHAPED = {(16, 32): [(2, 4)], (40, 24): [(5, 3)]}
 TILED = {(32, 48): [(4, 6), (2, 2)], (48, 16): [(6, 2), (2, 2)], (48, 48): [(6, 6), (2, 2)]}
 
 FAMILIES = {
+    "blip-2": Family(build_blip2, {}),
+    # Its convolutions centre each patch on the top left of its cell.
+    "florence2": Family(build_florence2, {(64, 64): [(4, 4)]}, brightened=0.25),
     "gemma3": Family(build_gemma3, {(42, 42): [(3, 3)]}),
     "gemma4": Family(build_gemma4, {(20, 48): [(5, 12)], (48, 20): [(12, 5)], (32, 32): [(8, 8)]}),
     "glm4v": Family(build_glm4v, AS_SHAPED),
@@ -697,6 +936,11 @@ FAMILIES = {
     "internvl": Family(
         build_internvl,
         {(32, 48): [(4, 6), (2, 2)], (48, 16): [(6, 2), (2, 2)], (16, 16): [(2, 2)]},
+    ),
+    "kosmos-2": Family(build_kosmos2, {}),
+    "lfm2_vl": Family(
+        build_lfm2_vl,
+        {(16, 24): [(4, 6), (2, 3)], (24, 8): [(6, 2), (3, 1)], (8, 8): [(2, 2)]},
     ),
     "llava": Family(build_llava, {(28, 28): [(4, 4)]}),
     "llava_next": Family(
@@ -708,6 +952,12 @@ FAMILIES = {
         {(28, 56): [(4, 4), (4, 8)], (28, 42): [(4, 4), (4, 6)], (56, 112): [(4, 4), (4, 8)]},
     ),
     "mistral3": Family(build_mistral3, AS_SHAPED),
+    "mllama": Family(
+        build_mllama,
+        # The last fills a canvas of 2 x 2 tiles up to its last columns.
+        {(28, 28): [(4, 4)], (28, 56): [(4, 8)], (56, 42): [(8, 6)]},
+        reads_words=False,
+    ),
     "paligemma": Family(build_paligemma, {(21, 21): [(3, 3)]}),
     "pixtral": Family(build_pixtral, {(16, 32): [(4, 8)], (28, 20): [(7, 5)]}),
     "qwen2_5_vl": Family(build_qwen2_5_vl, AS_SHAPED),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from mm_c2c.align.tokens import locate_text
 from mm_c2c.cache import LayerKV, PatchGrid, PositionKind, SourceCache
-from mm_c2c.errors import InputError, ShapeError
+from mm_c2c.errors import InputError, ShapeError, UnsupportedError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 
 
@@ -26,7 +28,7 @@ class View(NamedTuple):
     """One view of a picture: the grid of its patches, and which patch each image position holds.
 
     Attributes:
-        rows: rows of patches.
+        rows: rows of patches; 0 for learned queries, which lie nowhere in the picture.
         cols: columns of patches.
         cells: row and column at each image position, in the order of the prompt; -1 where the
             model puts something else there, such as the end of a row.
@@ -40,6 +42,11 @@ class View(NamedTuple):
 def whole_view(rows: int, cols: int) -> View:
     """Patches in reading order."""
     return View(rows, cols, tuple((row, col) for row in range(rows) for col in range(cols)))
+
+
+def queries(count: int) -> View:
+    """Positions that sum the picture up."""
+    return View(0, 0, ((-1, -1),) * count)
 
 
 def tiled_view(tile_rows: int, tile_cols: int, rows: int, cols: int) -> View:
@@ -65,6 +72,10 @@ class VLMSource(FrozenReader):
     first_position = 0
     # What the processor appends to the rendered prompt.
     prompt_end = ""
+    # Generating reads on at the end of a prompt, which must not be padding.
+    padding_side = "left"
+    # Whether a prompt can show one picture only.
+    one_picture = False
 
     def __init__(
         self,
@@ -74,7 +85,7 @@ class VLMSource(FrozenReader):
         revision: str | None = None,
     ) -> None:
         super().__init__(model, name, revision)
-        self.processor = processor
+        self.processor: Any = processor  # each family's has attributes of its own
 
     def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
         """Read a batch of pictures, each with a question or without.
@@ -88,9 +99,9 @@ class VLMSource(FrozenReader):
         mask = encoded["attention_mask"]
         position_ids = self._position_ids(encoded)
         layers, indices, rope = self.read(encoded, position_ids)
-        is_image = encoded["input_ids"] == self.model.config.image_token_id
+        is_image = self._is_image(encoded)
         views = self.views(encoded, [picture for item in inputs for picture in item.images])
-        patches, grids = _place(is_image, _by_row(inputs, views))
+        patches, grids = place(is_image, by_row(inputs, views))
         spans = torch.stack(
             [
                 self._spans(offsets[row], is_image[row], rendered[row], item)
@@ -125,9 +136,8 @@ class VLMSource(FrozenReader):
             # M-RoPE models keep the last prompt's offset between calls.
             if hasattr(base, "rope_deltas"):
                 base.rope_deltas = before
-        return self.processor.batch_decode(
-            out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        start = 0 if self.model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+        return self.processor.batch_decode(out[:, start:], skip_special_tokens=True)
 
     def render(self, item: SourceInput) -> str:
         """The prompt in the model's own template, image placeholders unexpanded."""
@@ -153,17 +163,20 @@ class VLMSource(FrozenReader):
         for row, item in enumerate(inputs):
             if not item.images:
                 raise InputError(f"row {row}: {self.origin.model} needs a picture, got none")
+            if self.one_picture and len(item.images) > 1:
+                raise InputError(
+                    f"row {row}: {self.origin.model} takes one picture, got {len(item.images)}"
+                )
         pictures = [list(item.images) for item in inputs]
-        # Not the tokenizer's own side: generating needs the left one.
         encoded = self.processor(
             images=pictures,
             text=list(rendered),
             padding=True,
-            padding_side="left",
+            padding_side=self.padding_side,
             return_tensors="pt",
             **kwargs,
         )
-        return {key: value.to(self.model.device) for key, value in encoded.items()}
+        return {key: torch.as_tensor(v).to(self.model.device) for key, v in encoded.items()}
 
     def _position_ids(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """`(batch, seq_len)`; `(3, batch, seq_len)` where the model tells rows and columns apart."""
@@ -173,6 +186,10 @@ class VLMSource(FrozenReader):
         wanted = inspect.signature(find).parameters
         position_ids, _ = find(**{key: encoded[key] for key in wanted if key in encoded})
         return position_ids
+
+    def _is_image(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """`(batch, seq_len)`: where the model puts what it made of the pictures."""
+        return encoded["input_ids"] == self.model.config.image_token_id
 
     def _known(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in encoded.items() if key in self._known_arguments}
@@ -187,7 +204,8 @@ class VLMSource(FrozenReader):
         if not text:
             return torch.full_like(offsets, -1)
         start = self.render(replace(item, text=TEXT_MARK)).index(TEXT_MARK)
-        shift = int(offsets.max()) - len(rendered) - len(self.prompt_end)
+        end = int(offsets.masked_fill(is_image.unsqueeze(1), 0).max())
+        shift = end - len(rendered) - len(self.prompt_end)
         moved = (offsets - shift).masked_fill(is_image.unsqueeze(1), -1)
         moved = moved.masked_fill((offsets[:, 1] <= offsets[:, 0]).unsqueeze(1), -1)
         return locate_text(trim_spans(moved, rendered), rendered, text, start)
@@ -333,6 +351,113 @@ class LlavaNextSource(VLMSource):
         ]
 
 
+class Lfm2VLSource(VLMSource):
+    """LFM2-VL: tiles, then a thumbnail as the picture is shaped; a small picture is shown whole."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The tiles joined, and the thumbnail; the prompt's tags say how many tiles there are."""
+        shrink = self.model.config.downsample_factor
+        shapes = iter((-(-encoded["spatial_shapes"] // shrink)).tolist())
+        views = []
+        for prompt in self.processor.tokenizer.batch_decode(encoded["input_ids"]):
+            for shown in prompt.split(self.processor.image_start_token)[1:]:
+                tags = re.findall(r"<\|img_row_(\d+)_col_(\d+)\|>", shown)
+                picture = []
+                if tags:
+                    tile, *_ = [next(shapes) for _ in tags]
+                    picture.append(tiled_view(*map(int, tags[-1]), *tile))
+                if not tags or self.processor.image_thumbnail_token in shown:
+                    picture.append(whole_view(*next(shapes)))
+                views.append(tuple(picture))
+        return views
+
+
+class Blip2Source(VLMSource):
+    """BLIP-2 over a decoder: the picture summed up by queries, then the question."""
+
+    one_picture = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{name}: a BLIP-2 over an encoder-decoder language model (T5) keeps no cache of "
+                "its prompt; take one over OPT"
+            )
+        super().__init__(model, processor, name, revision)
+
+    def render(self, item: SourceInput) -> str:
+        """The words BLIP-2 was trained with; the processor puts the queries before them."""
+        text = item.text.strip()
+        return f"Question: {text} Answer:" if text else ""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """Queries, without a grid."""
+        return [(queries(self.model.config.num_query_tokens),)] * len(pictures)
+
+
+class Kosmos2Source(VLMSource):
+    """KOSMOS-2: the picture summed up by queries, then the question; positions after padding's."""
+
+    one_picture = True
+
+    def render(self, item: SourceInput) -> str:
+        """The question; the processor puts the queries before it."""
+        return item.text.strip()
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """Queries, without a grid."""
+        return [(queries(self.model.config.latent_query_num),)] * len(pictures)
+
+    def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
+        """Answers row by row, since the model counts padding when it writes."""
+        return [
+            text
+            for item in inputs
+            for text in super(Kosmos2Source, self).generate([item], **kwargs)
+        ]
+
+    def _encode(
+        self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Row by row, since the processor pads neither offsets nor on the side asked for."""
+        count = self.model.config.latent_query_num
+        rows = [
+            super(Kosmos2Source, self)._encode([item], [text], num_image_tokens=count, **kwargs)
+            for item, text in zip(inputs, rendered, strict=True)
+        ]
+        width = max(row["input_ids"].shape[1] for row in rows)
+        pad_id = self.processor.tokenizer.pad_token_id
+
+        def pad(key: str, value: Tensor) -> Tensor:
+            """On the left, along the sequence."""
+            missing = width - value.shape[1]
+            sides = (0, 0) * (value.ndim - 2) + (missing, 0)
+            return F.pad(value, sides, value=pad_id if key == "input_ids" else 0)
+
+        pixels = torch.cat([row.pop("pixel_values") for row in rows])
+        joined = {key: torch.cat([pad(key, row[key]) for row in rows]) for key in rows[0]}
+        return {**joined, "pixel_values": pixels}
+
+    def _is_image(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        return encoded["image_embeds_position_mask"].bool()
+
+    def _position_ids(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        padding = self.model.config.text_config.pad_token_id
+        return count_positions(encoded["attention_mask"], first=padding + 1)
+
+
 def trim_spans(spans: Tensor, text: str) -> Tensor:
     """Spans without the white space before a word, as `token_spans` gives them."""
     rows = []
@@ -353,7 +478,7 @@ def _views_of_marks(overview: View, marks: Tensor) -> tuple[View, ...]:
     return overview, View(rows, cols, tuple(cells))
 
 
-def _by_row(
+def by_row(
     inputs: Sequence[SourceInput], views: Sequence[tuple[View, ...]]
 ) -> list[list[tuple[View, ...]]]:
     """The views of each picture of each row."""
@@ -361,7 +486,7 @@ def _by_row(
     return [[next(remaining) for _ in item.images] for item in inputs]
 
 
-def _place(
+def place(
     is_image: Tensor, rows: Sequence[Sequence[tuple[View, ...]]]
 ) -> tuple[Tensor, tuple[tuple[PatchGrid, ...], ...]]:
     """`patches` and `grids` of a `SourceCache`."""
@@ -369,7 +494,9 @@ def _place(
     grids = []
     for row, pictures in enumerate(rows):
         views = [(image, view) for image, shown in enumerate(pictures) for view in shown]
-        grids.append(tuple(PatchGrid(view.rows, view.cols, image) for image, view in views))
+        grids.append(
+            tuple(PatchGrid(view.rows, view.cols, image) for image, view in views if view.rows)
+        )
         cells = [
             (index, *cell) if min(cell) >= 0 else (-1, -1, -1)
             for index, (_, view) in enumerate(views)
