@@ -77,7 +77,7 @@ def _describe_cache(path: Path) -> str:
         f"cache of {origin.model} ({origin.model_type}), revision {origin.revision or 'unknown'}",
         f"  layers     {len(cache.layers)}, {heads}; {turned} with rotated keys",
         f"  positions  {cache.batch_size} x {cache.seq_len}: {kinds}",
-        *(f"  pictures   {count} of {grid} patches" for grid, count in grids.items()),
+        *(f"  views      {count} of {grid} patches" for grid, count in grids.items()),
         f"  {cache.num_bytes:,} bytes of K and V, {str(first.dtype).removeprefix('torch.')}",
     ]
     return "\n".join(lines)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family, build_gemma3
+from families import FAMILIES, Family
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
-from mm_c2c.errors import AlignmentError, InputError
+from mm_c2c.errors import AlignmentError, InputError, UnsupportedError
 from mm_c2c.rope import derotate
 from mm_c2c.sources import SourceInput, source_class
 
@@ -236,6 +236,21 @@ def test_two_pictures_of_a_row_are_told_apart(source: Any, family: Family) -> No
         assert 1e-3 * shows.min() > other.max()
 
 
+def test_pictures_of_unlike_shape_keep_their_own_grids(
+    source: Any, inputs: list[SourceInput], name: str
+) -> None:
+    if source.one_picture:
+        pytest.skip("a prompt shows one picture")
+    pictures = [picture for item in inputs for picture in item.images]
+    (grids,) = source.prefill([SourceInput(images=tuple(pictures))]).grids
+    for image, picture in enumerate(pictures):
+        (alone,) = source.prefill([SourceInput(images=(picture,))]).grids
+        if name == "llava_onevision":
+            alone = alone[:1]  # several pictures are shown whole only
+        here = tuple(grid for grid in grids if grid.image == image)
+        assert here == tuple(grid._replace(image=image) for grid in alone)
+
+
 # --- words ------------------------------------------------------------------------------------
 
 
@@ -296,9 +311,53 @@ def test_gradients_reach_the_fuser_and_none_the_source(
     assert all(p.grad is None for p in tiny_target.parameters())
 
 
+def build_source(name: str) -> Any:
+    tiny = FAMILIES[name].build()
+    return source_class(name, has_vision=True)(tiny.model, tiny.processor, f"tiny/{name}")
+
+
+def test_mllama_keeps_the_picture_alone_whatever_the_question(
+    pictures: list[Image.Image],
+) -> None:
+    source = build_source("mllama")
+    caches = [
+        source.prefill([SourceInput(text=text, images=(pictures[0],))]) for text in ("", *WORDS)
+    ]
+    assert caches[0].layer_indices == (1, 3)
+    for cache in caches[1:]:
+        for got, expected in zip(cache.layers, caches[0].layers, strict=True):
+            torch.testing.assert_close(got.keys, expected.keys, rtol=0, atol=0)
+
+
+def test_linear_layers_are_left_out() -> None:
+    for name in ("qwen3_5", "lfm2_vl"):
+        source = build_source(name)
+        cache = source.prefill([SourceInput(images=(painted((16, 16), None),))])
+        assert cache.layer_indices == (1, 3)
+        assert source.shape.num_layers == 2
+
+
+def test_gemma4_leaves_out_layers_with_other_heads_and_those_that_share() -> None:
+    source = build_source("gemma4")
+    cache = source.prefill([SourceInput(images=(painted((16, 16), None),))])
+    assert cache.layer_indices == (0, 1)  # 2 has longer heads, 3 to 5 keep no keys
+
+
+def test_florence2_refuses_a_task_by_its_token(pictures: list[Image.Image]) -> None:
+    source = build_source("florence2")
+    with pytest.raises(InputError, match="instead of <OD>, such as: Locate the objects"):
+        source.prefill([SourceInput(text="<OD>", images=(pictures[0],))])
+
+
+def test_blip2_over_an_encoder_decoder_is_refused() -> None:
+    tiny = FAMILIES["blip-2"].build()
+    tiny.model.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedError, match="tiny/t5: a BLIP-2 over an encoder-decoder"):
+        source_class("blip-2", has_vision=True)(tiny.model, tiny.processor, "tiny/t5")
+
+
 def test_gemma3_sees_a_picture_both_ways() -> None:
-    tiny = build_gemma3()
-    source = source_class("gemma3", has_vision=True)(tiny.model, tiny.processor, "tiny/gemma3")
+    source = build_source("gemma3")
     blank = np.zeros((42, 42, 3), dtype=np.uint8)
     painted = blank.copy()
     painted[28:, 28:] = 255

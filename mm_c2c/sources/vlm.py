@@ -346,9 +346,8 @@ class LlavaNextSource(VLMSource):
             image_newline=torch.ones(1),
             **settings,
         )
-        return [
-            _views_of_marks(whole_view(side, side), marks[side * side :, 0]) for marks in packed
-        ]
+        overview = whole_view(side, side)
+        return [(overview, _view_of_marks(marks[side * side :, 0])) for marks in packed]
 
 
 class Lfm2VLSource(VLMSource):
@@ -468,14 +467,15 @@ def trim_spans(spans: Tensor, text: str) -> Tensor:
     return torch.tensor(rows, device=spans.device)
 
 
-def _views_of_marks(overview: View, marks: Tensor) -> tuple[View, ...]:
-    """The overview and what follows it: 1 where a row ends, 0 at each patch."""
-    rows = int(marks.sum())
-    cols = len(marks) // rows - 1
-    if not cols:
-        return (overview._replace(cells=overview.cells + ((-1, -1),) * rows),)
-    cells = ((row, col if col < cols else -1) for row in range(rows) for col in range(cols + 1))
-    return overview, View(rows, cols, tuple(cells))
+def _view_of_marks(marks: Tensor) -> View:
+    """A view of rows that each end in a mark: 1 there, 0 at each patch."""
+    cells = []
+    row = col = cols = 0
+    for is_end in marks.bool().tolist():
+        cells.append((-1, -1) if is_end else (row, col))
+        row, col = (row + 1, 0) if is_end else (row, col + 1)
+        cols = max(cols, col)
+    return View(row if cols else 0, cols, tuple(cells))
 
 
 def by_row(
@@ -489,24 +489,30 @@ def by_row(
 def place(
     is_image: Tensor, rows: Sequence[Sequence[tuple[View, ...]]]
 ) -> tuple[Tensor, tuple[tuple[PatchGrid, ...], ...]]:
-    """`patches` and `grids` of a `SourceCache`."""
+    """`patches` and `grids` of a `SourceCache`.
+
+    Args:
+        is_image: `(batch, seq_len)`: where the views' positions stand.
+        rows: from `by_row`.
+    """
     patches = torch.full((*is_image.shape, 3), -1, device=is_image.device)
     grids = []
     for row, pictures in enumerate(rows):
-        views = [(image, view) for image, shown in enumerate(pictures) for view in shown]
-        grids.append(
-            tuple(PatchGrid(view.rows, view.cols, image) for image, view in views if view.rows)
-        )
-        cells = [
-            (index, *cell) if min(cell) >= 0 else (-1, -1, -1)
-            for index, (_, view) in enumerate(views)
-            for cell in view.cells
-        ]
+        in_row: list[PatchGrid] = []
+        cells = []
+        for image, view in (
+            (image, view) for image, shown in enumerate(pictures) for view in shown
+        ):
+            index = len(in_row)
+            cells += [(index, *c) if min(c) >= 0 else (-1, -1, -1) for c in view.cells]
+            if view.rows:
+                in_row.append(PatchGrid(view.rows, view.cols, image))
         found = int(is_image[row].sum())
         if found != len(cells):
             raise ShapeError(
-                f"row {row}: the prompt has {found} image positions, its grids {grids[row]} "
+                f"row {row}: the prompt has {found} image positions, its grids {in_row} "
                 f"fill {len(cells)}"
             )
         patches[row, is_image[row]] = torch.tensor(cells, device=is_image.device).view(-1, 3)
+        grids.append(tuple(in_row))
     return patches, tuple(grids)
