@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
-from unittest import mock
 
 import numpy as np
 import torch
@@ -549,10 +548,12 @@ def build_llava_onevision() -> TinyVLM:
 def pixtral_processor() -> type[Any]:
     """The class, whose module wants torchvision for the sake of one function."""
     name = "transformers.models.pixtral.image_processing_pixtral"
-    with mock.patch.dict(sys.modules, {name: image_processing_pil_pixtral}):
+    sys.modules[name] = image_processing_pil_pixtral
+    try:
         from transformers.models.pixtral.processing_pixtral import PixtralProcessor
-
-        return PixtralProcessor
+    finally:
+        del sys.modules[name]
+    return PixtralProcessor
 
 
 def build_pixtral(model_type: str = "llava", merge: int = 1, **own: Any) -> TinyVLM:

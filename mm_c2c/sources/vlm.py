@@ -361,7 +361,8 @@ class Lfm2VLSource(VLMSource):
         shapes = iter((-(-encoded["spatial_shapes"] // shrink)).tolist())
         views = []
         for prompt in self.processor.tokenizer.batch_decode(encoded["input_ids"]):
-            for shown in prompt.split(self.processor.image_start_token)[1:]:
+            for part in prompt.split(self.processor.image_start_token)[1:]:
+                shown, _, _ = part.partition(self.processor.image_end_token)
                 tags = re.findall(r"<\|img_row_(\d+)_col_(\d+)\|>", shown)
                 picture = []
                 if tags:
@@ -387,8 +388,8 @@ class Blip2Source(VLMSource):
     ) -> None:
         if model.config.is_encoder_decoder:
             raise UnsupportedError(
-                f"{name}: a BLIP-2 over an encoder-decoder language model (T5) keeps no cache of "
-                "its prompt; take one over OPT"
+                f"{name}: a BLIP-2 over an encoder-decoder language model (T5) cannot be read; "
+                "take one over OPT"
             )
         super().__init__(model, processor, name, revision)
 
