@@ -87,9 +87,9 @@ class LinkConfig:
         fuser: the fuser's shape.
         rows: rows of slots a picture gets.
         cols: columns of slots a picture gets.
-        pooling: what a slot takes of a picture's patches: `window` averages those that lie where
-            the slot lies; `resampler` learns, for each slot, what to look for in all of them.
-            For `slots` only.
+        pooling: what a slot takes of a picture's patches: `window` averages those of the finest
+            view that lie where the slot lies; `resampler` learns, for each slot, what to look for
+            in all of them, also where a source's queries have no place. For `slots` only.
     """
 
     source: str
@@ -710,11 +710,12 @@ def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
 
 
 def _check_one_picture(name: str, source: SourceCache) -> None:
-    """A row's slots hold one picture; a second one would be dropped without a word."""
+    """A row's slots hold one picture, in any number of views; a second one would be dropped."""
     for row, grids in enumerate(source.grids):
-        if len(grids) > 1:
+        pictures = len({grid.image for grid in grids})
+        if pictures > 1:
             raise ShapeError(
-                f"row {row} of source {name!r} has {len(grids)} pictures, its slots hold 1"
+                f"row {row} of source {name!r} has {pictures} pictures, its slots hold 1"
             )
 
 

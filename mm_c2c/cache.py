@@ -39,10 +39,19 @@ class PositionKind(IntEnum):
 
 
 class PatchGrid(NamedTuple):
-    """Rows and columns of one image's patches, after merging, in reading order."""
+    """The patches of one view of a picture, after merging; also a grid of slots.
+
+    Models show a picture whole, or finely (its tiles joined to one grid) beside a coarse overview.
+
+    Attributes:
+        rows: rows of patches.
+        cols: columns of patches.
+        image: which of the prompt's pictures the view shows.
+    """
 
     rows: int
     cols: int
+    image: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +100,9 @@ class SourceCache:
         layer_indices: the decoder layer each of `layers` came from.
         position_ids: `(batch, seq_len)`, or `(3, batch, seq_len)` for M-RoPE.
         kinds: `(batch, seq_len)` of `PositionKind`.
-        patches: `(batch, seq_len, 3)`: image index, row, column; -1 where no patch stands.
-        grids: for each row of the batch, the patch grid of each of its images.
+        patches: `(batch, seq_len, 3)`: index into the row's `grids`, row, column; -1 where no
+            patch stands.
+        grids: for each row of the batch, one patch grid a view of each of its pictures.
         spans: `(batch, seq_len, 2)`: start and end in `texts`, in characters; -1 without text.
         texts: for each row of the batch, the natural text that `spans` count in.
         rope: one entry a layer; None where the layer does not rotate its keys.

@@ -175,7 +175,7 @@ def _describe_cache(path: Path) -> str:
         f"  layers     {len(cache.layers)}{_skipping(cache.layer_indices)}, {heads}; {turned} with "
         "rotated keys",
         f"  positions  {cache.batch_size} x {cache.seq_len}: {kinds}",
-        *(f"  pictures   {count} of {grid} patches" for grid, count in grids.items()),
+        *(f"  views      {count} of {grid} patches" for grid, count in grids.items()),
         f"  {cache.num_bytes:,} bytes of K and V, {str(first.dtype).removeprefix('torch.')}",
     ]
     return "\n".join(lines)

@@ -56,7 +56,10 @@ def make_cache(images: list[list[PatchGrid]]) -> SourceCache:
         position_ids=torch.arange(seq_len).expand(batch, -1),
         kinds=torch.where(patches[..., 0] >= 0, PositionKind.IMAGE, PositionKind.TEXT),
         patches=patches,
-        grids=tuple(map(tuple, images)),
+        grids=tuple(
+            tuple(PatchGrid(grid.rows, grid.cols, image) for image, grid in enumerate(row))
+            for row in images
+        ),
         spans=empty_spans(batch, seq_len),
         texts=("",) * batch,
         rope=(None,),
@@ -71,7 +74,7 @@ def slots_of(cache: SourceCache, num_slots: int) -> Tensor:
 def image_states(cache: SourceCache, states: Tensor, row: int, image: int) -> Tensor:
     """`(1, channels, rows, cols)`: the states of one image as a picture."""
     grid = cache.grids[row][image]
-    return states[row, cache.patches[row, :, 0] == image].T.reshape(1, -1, *grid)
+    return states[row, cache.patches[row, :, 0] == image].T.reshape(1, -1, grid.rows, grid.cols)
 
 
 def test_gathering_is_the_weighted_sum_of_the_named_positions():
@@ -99,13 +102,13 @@ def test_gathering_is_the_weighted_sum_of_the_named_positions():
 @given(st.lists(grids, min_size=1, max_size=3), grids)
 def test_pooled_windows_are_those_of_adaptive_average_pooling(images, slots):
     cache = make_cache([[grid] for grid in images])
-    alignment = align_pooled(cache, slots, slots_of(cache, math.prod(slots)))
+    alignment = align_pooled(cache, slots, slots_of(cache, slots.rows * slots.cols))
     assert alignment.mask.all()
     assert (alignment.source_index[alignment.weights == 0] == 0).all()
     torch.testing.assert_close(alignment.weights.sum(2), torch.ones(alignment.mask.shape))
     states = torch.randn(cache.batch_size, cache.seq_len, 3)
     for row in range(cache.batch_size):
-        expected = F.adaptive_avg_pool2d(image_states(cache, states, row, 0), tuple(slots))
+        expected = F.adaptive_avg_pool2d(image_states(cache, states, row, 0), slots[:2])
         torch.testing.assert_close(alignment.gather(states)[row], expected.flatten(2)[0].T)
 
 
@@ -177,7 +180,7 @@ def test_a_row_without_image_is_named():
         align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4))
     with pytest.raises(AlignmentError, match="row 1 has no image with a patch grid"):
         align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=None)
-    with pytest.raises(AlignmentError, match="row 1 has no image with a patch grid"):
+    with pytest.raises(AlignmentError, match="row 1 has no image"):
         align_all(cache, 4, slots_of(cache, 4))
 
 
@@ -208,6 +211,30 @@ def test_rows_with_differing_numbers_of_images_are_refused_when_all_are_asked_fo
     cache = make_cache(TWO_ROWS)
     with pytest.raises(AlignmentError, match="row 1 gets 8 slots"):
         align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=None)
+
+
+def test_the_finest_view_of_an_image_is_pooled_and_all_views_are_read():
+    cache = make_cache([[PatchGrid(2, 2), PatchGrid(3, 4), PatchGrid(2, 3)]])
+    overview, fine, other = cache.grids[0]
+    cache = replace(cache, grids=((overview._replace(image=0), fine._replace(image=0), other),))
+    pooled = align_pooled(cache, PatchGrid(1, 1), slots_of(cache, 1))
+    read = pooled.source_index[pooled.weights > 0]
+    assert cache.patches[0, read, 0].tolist() == [1] * 12
+    pooled = align_pooled(cache, PatchGrid(1, 1), slots_of(cache, 2), image=None)
+    assert cache.patches[0, pooled.source_index[0, 1, 0], 0] == 2  # the second image's only view
+    everything = align_all(cache, 1, slots_of(cache, 1))
+    assert everything.source_index.shape[2] == 4 + 12 + 6
+
+
+def test_queries_without_a_grid_are_read_whole_and_cannot_be_pooled():
+    cache = make_cache([[PatchGrid(2, 2)], [PatchGrid(2, 2)]])
+    cache = replace(cache, patches=torch.full_like(cache.patches, -1), grids=((), ()))
+    with pytest.raises(AlignmentError, match=r"tiny sums a picture up in queries .*'resampler'"):
+        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4))
+    found = align_all(cache, 3, slots_of(cache, 3))
+    where = (cache.kinds[1] == PositionKind.IMAGE).nonzero().flatten()
+    assert found.source_index[1, 2].tolist() == where.tolist()
+    assert (patch_coordinates(cache) == 0).all()
 
 
 def test_no_slots_are_refused():

@@ -386,7 +386,7 @@ def test_slots_average_the_windows_of_the_grid(rig: Rig) -> None:
         windows = []
         for states in (bare, values):
             rows = [states[row][:, is_patch[row]] for row in range(2)]
-            image = torch.stack(rows).transpose(2, 3).flatten(1, 2).unflatten(2, grid)
+            image = torch.stack(rows).transpose(2, 3).flatten(1, 2).unflatten(2, grid[:2])
             windows.append(torch.nn.functional.adaptive_avg_pool2d(image, (2, 3)))
         pooled.append(torch.stack([w.flatten(2).transpose(1, 2) for w in windows], dim=2))
     seen: list[Tensor] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_c2c import CacheFuser, SourceInput
+from mm_c2c import CacheFuser, PatchGrid, SourceInput
 from mm_c2c.bridge import WEIGHTS_NAME, BridgeConfig, read_header
 from mm_c2c.config import from_dict
 from mm_c2c.images import load_image
@@ -24,7 +24,7 @@ def test_the_shipped_source_looks_and_speaks_offline() -> None:
     source = models.load_source()
     picture = load_image(ROOT / "demos" / "scene.webp")
     cache = source.prefill([SourceInput(images=(picture,))])
-    assert cache.grids == (((9, 9),),)
+    assert cache.grids == ((PatchGrid(9, 9),),)
     assert all(torch.isfinite(kv.keys).all() for kv in cache.layers)
     asked = SourceInput(text="How many things are there?", images=(picture,))
     answer = source.generate([asked], max_new_tokens=4, do_sample=False)[0]

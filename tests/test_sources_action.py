@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import build_frozen, train_tokenizer, vision_config
+from families import build_frozen, train_tokenizer, vision_config
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -166,7 +166,7 @@ def test_pi0_marks_cameras_words_state_and_actions(
         cache.shape == source.shape == CacheShape(num_layers=3, num_key_value_heads=1, head_dim=10)
     )
     assert cache.layer_indices == (0, 1, 2)
-    assert cache.grids == ((PatchGrid(3, 3),) * 2, (PatchGrid(3, 3),))
+    assert cache.grids == ((PatchGrid(3, 3, 0), PatchGrid(3, 3, 1)), (PatchGrid(3, 3, 0),))
     assert cache.texts == WORDS
     assert cache.origin == source.origin == ("tiny/pi0", None, "pi0")
     for row, cameras in enumerate((2, 1)):

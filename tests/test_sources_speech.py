@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_frozen, train_tokenizer
+from families import build_frozen, train_tokenizer
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,

@@ -57,7 +57,7 @@ def source_caches(draw: st.DrawFn) -> SourceCache:
         sizes = draw(st.integers(1, 3)), draw(st.integers(1, 5))
         return LayerKV(states(dtype, *sizes), states(dtype, *sizes))
 
-    grid = st.builds(PatchGrid, st.integers(1, 9), st.integers(1, 9))
+    grid = st.builds(PatchGrid, st.integers(1, 9), st.integers(1, 9), st.integers(0, 2))
     grids = st.lists(grid, max_size=2).map(tuple)
     return SourceCache(
         layers=tuple(layer() for _ in range(layers)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_c2c.align import Alignment
-from mm_c2c.cache import PatchGrid, SourceCache
+from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
 
 # Half a period of the finest wave is 1/128 of the image: finer than any grid in use (64 x 64).
@@ -22,7 +22,7 @@ NUM_FREQUENCIES = 8
 def align_pooled(
     cache: SourceCache, slots: PatchGrid, target_index: Tensor, image: int | None = 0
 ) -> Alignment:
-    """Pool each image's patch grid to a grid of slots, in reading order.
+    """Pool the finest view of an image to a grid of slots, in reading order.
 
     The windows are those of `torch.nn.functional.adaptive_avg_pool2d`: they cover every patch and
     may overlap by one; where the grid is smaller than the slots, neighbouring slots repeat a patch.
@@ -33,12 +33,19 @@ def align_pooled(
         slots: rows and columns of slots an image gets.
         target_index: `(batch, num_slots)` int64, positions of the slots in the target's prompt.
         image: which of a row's images; None takes all of them, one's slots after the other's.
+
+    Raises:
+        AlignmentError: a row lacks the image, or the source's queries have no patch grid.
     """
-    if min(slots) < 1:
+    if min(slots.rows, slots.cols) < 1:
         raise AlignmentError(f"expected at least one row and column of slots, got {slots}")
     rows = []
     for row in range(cache.batch_size):
-        images = _images(cache, row) if image is None else [image]
+        images = sorted({grid.image for grid in cache.grids[row]}) if image is None else [image]
+        if not images:
+            raise AlignmentError(
+                f"row {row} has no image with a patch grid{_queries_hint(cache, row)}"
+            )
         index, weights = _pool_row(cache, row, images, slots)
         _check_num_slots(len(index), target_index, row)
         rows.append((index, weights))
@@ -53,7 +60,9 @@ def align_pooled(
 
 
 def align_all(cache: SourceCache, num_slots: int, target_index: Tensor) -> Alignment:
-    """Let every slot read every patch of its row's images, with equal weights.
+    """Let every slot read all that a row's images left, with equal weights.
+
+    That is every patch of every view; of a source whose queries have no grid, every query.
 
     Args:
         cache: the source's cache; every row must have an image.
@@ -61,8 +70,8 @@ def align_all(cache: SourceCache, num_slots: int, target_index: Tensor) -> Align
         target_index: `(batch, num_slots)` int64, positions of the slots in the target's prompt.
 
     Returns:
-        An alignment whose k is the largest number of patches of a row; the entries beyond a
-        row's own patches weigh 0.
+        An alignment whose k is the largest number of such positions of a row; the entries beyond
+        a row's own weigh 0.
     """
     if num_slots < 1:
         raise AlignmentError(f"expected at least one slot, got {num_slots}")
@@ -82,7 +91,7 @@ def align_all(cache: SourceCache, num_slots: int, target_index: Tensor) -> Align
 
 
 def patch_coordinates(cache: SourceCache) -> Tensor:
-    """Where each patch lies in its image, whatever the image's grid.
+    """Where each patch lies in its image, whatever the grid of the view.
 
     Returns:
         `(batch, seq_len, 2)` float32: row and column of the patch's centre in (0, 1), from the
@@ -90,9 +99,9 @@ def patch_coordinates(cache: SourceCache) -> Tensor:
     """
     coordinates = torch.zeros((*cache.patches.shape[:2], 2), device=cache.patches.device)
     for row, grids in enumerate(cache.grids):
-        for image, grid in enumerate(grids):
-            positions = _patch_positions(cache, row, image)
-            size = torch.tensor(grid, device=coordinates.device)
+        for view, grid in enumerate(grids):
+            positions = _patch_positions(cache, row, view)
+            size = torch.tensor(grid[:2], device=coordinates.device)
             coordinates[row, positions] = (cache.patches[row, positions, 1:] + 0.5) / size
     return coordinates
 
@@ -170,36 +179,54 @@ def _fourier(coordinates: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def _images(cache: SourceCache, row: int) -> range:
-    """All images of a row; it must have one."""
-    if not cache.grids[row]:
-        raise AlignmentError(f"row {row} has no image with a patch grid")
-    return range(len(cache.grids[row]))
-
-
-def _patch_positions(cache: SourceCache, row: int, image: int) -> Tensor:
-    """Positions of one image's patches in reading order: `(rows * cols,)`."""
+def _finest_view(cache: SourceCache, row: int, image: int) -> int:
+    """The view of an image that has the most patches; the first of several."""
     grids = cache.grids[row]
-    if not 0 <= image < len(grids):
-        raise AlignmentError(f"row {row} has no image {image}: it has {len(grids)} patch grids")
-    grid, patches = grids[image], cache.patches[row]
-    if min(grid) < 1:
-        raise AlignmentError(f"row {row}, image {image}: its patch grid is empty, {grid}")
-    positions = (patches[:, 0] == image).nonzero().flatten()
+    views = [view for view, grid in enumerate(grids) if grid.image == image]
+    if not views:
+        raise AlignmentError(
+            f"row {row} has no image {image}: it has {len(grids)} patch grids"
+            f"{_queries_hint(cache, row)}"
+        )
+    return max(views, key=lambda view: grids[view].rows * grids[view].cols)
+
+
+def _queries_hint(cache: SourceCache, row: int) -> str:
+    """What to do about image positions that stand for no patch, where a row has such."""
+    if not (cache.kinds[row] == PositionKind.IMAGE).any():
+        return ""
+    return (
+        f"; {cache.origin.model_type} sums a picture up in queries that lie nowhere: use "
+        "pooling='resampler'"
+    )
+
+
+def _patch_positions(cache: SourceCache, row: int, view: int) -> Tensor:
+    """Positions of one view's patches in reading order: `(rows * cols,)`."""
+    grid, patches = cache.grids[row][view], cache.patches[row]
+    if min(grid.rows, grid.cols) < 1:
+        raise AlignmentError(f"row {row}, image {grid.image}: its patch grid is empty, {grid}")
+    positions = (patches[:, 0] == view).nonzero().flatten()
     cells = patches[positions, 1] * grid.cols + patches[positions, 2]
     positions = positions[cells.argsort()]
-    axes = (torch.arange(size, device=patches.device) for size in grid)
+    axes = (torch.arange(size, device=patches.device) for size in grid[:2])
     if not torch.equal(patches[positions, 1:], torch.cartesian_prod(*axes)):
         raise AlignmentError(
-            f"row {row}, image {image}: expected one position for each patch of a "
+            f"row {row}, image {grid.image}: expected one position for each patch of a "
             f"{grid.rows} x {grid.cols} grid, got {len(positions)} that do not fill it"
         )
     return positions
 
 
 def _positions_of_row(cache: SourceCache, row: int) -> Tensor:
-    """Positions of all patches of a row, image by image."""
-    return torch.cat([_patch_positions(cache, row, image) for image in _images(cache, row)])
+    """Positions of all patches of a row, view by view; without a grid, those of its queries."""
+    views = range(len(cache.grids[row]))
+    if not views:
+        positions = (cache.kinds[row] == PositionKind.IMAGE).nonzero().flatten()
+        if not len(positions):
+            raise AlignmentError(f"row {row} has no image")
+        return positions
+    return torch.cat([_patch_positions(cache, row, view) for view in views])
 
 
 def _pool_row(
@@ -208,8 +235,9 @@ def _pool_row(
     """Positions and weights of the windows of some of a row's images, `(num_slots, k)` each."""
     pooled = []
     for image in images:
-        positions = _patch_positions(cache, row, image)
-        cells, weights = (t.to(positions.device) for t in _windows(cache.grids[row][image], slots))
+        view = _finest_view(cache, row, image)
+        positions = _patch_positions(cache, row, view)
+        cells, weights = (t.to(positions.device) for t in _windows(cache.grids[row][view], slots))
         pooled.append((positions[cells].masked_fill(weights == 0, 0), weights))
     k = max(weights.shape[1] for _, weights in pooled)
     index, weights = (torch.cat([_widen(t, k) for t in part]) for part in zip(*pooled, strict=True))

@@ -9,10 +9,27 @@ from mm_c2c.errors import UnsupportedError
 from mm_c2c.sources.base import Source, SourceInput
 
 SOURCES: dict[str, str] = {
+    "blip-2": "mm_c2c.sources.vlm:Blip2Source",
+    "florence2": "mm_c2c.sources.cross_attention:Florence2Source",
     "gemma3": "mm_c2c.sources.vlm:Gemma3Source",
+    "gemma4": "mm_c2c.sources.vlm:Gemma4Source",
+    "glm4v": "mm_c2c.sources.vlm:QwenVLSource",
+    "idefics3": "mm_c2c.sources.vlm:IdeficsSource",
+    "internvl": "mm_c2c.sources.vlm:InternVLSource",
+    "kosmos-2": "mm_c2c.sources.vlm:Kosmos2Source",
+    "lfm2_vl": "mm_c2c.sources.vlm:Lfm2VLSource",
     "llava": "mm_c2c.sources.vlm:VLMSource",
+    "llava_next": "mm_c2c.sources.vlm:LlavaNextSource",
+    "llava_onevision": "mm_c2c.sources.vlm:LlavaNextSource",
+    "mistral3": "mm_c2c.sources.vlm:VLMSource",
+    "mllama": "mm_c2c.sources.cross_attention:MllamaSource",
     "paligemma": "mm_c2c.sources.vlm:PaliGemmaSource",
     "pi0": "mm_c2c.sources.action:PI0Source",
+    "qwen2_5_vl": "mm_c2c.sources.vlm:QwenVLSource",
+    "qwen2_vl": "mm_c2c.sources.vlm:QwenVLSource",
+    "qwen3_5": "mm_c2c.sources.vlm:QwenVLSource",
+    "qwen3_vl": "mm_c2c.sources.vlm:QwenVLSource",
+    "smolvlm": "mm_c2c.sources.vlm:IdeficsSource",
     "whisper": "mm_c2c.sources.speech:SpeechSource",
 }
 """`model_type` of the Hub to `module:Class`. Any other causal LM is read as text."""

@@ -120,7 +120,10 @@ class PI0Source:
             position_ids=position_ids,
             kinds=torch.cat([kinds, tail], dim=1),
             patches=torch.cat([camera_patches(is_image, grid), nowhere], dim=1),
-            grids=tuple((grid,) * len(item.images) for item in inputs),
+            grids=tuple(
+                tuple(grid._replace(image=camera) for camera in range(len(item.images)))
+                for item in inputs
+            ),
             spans=torch.cat([spans, nowhere[..., :2]], dim=1),
             texts=tuple(item.text.strip() for item in inputs),
             rope=tuple(specs[index] for index in indices),

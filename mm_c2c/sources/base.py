@@ -124,9 +124,9 @@ class FrozenReader:
         return shape, indices
 
     def _kept(self, cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
-        """As `read_layers`; layers that cannot be fused are refused by the model's name."""
+        """What `select_layers` hands on; layers that cannot be fused are refused by name."""
         try:
-            layers, indices = read_layers(cache)
+            layers, indices = self.select_layers(*read_layers(cache))
         except UnsupportedError as error:
             raise UnsupportedError(
                 f"{self} keeps no keys and values in any layer (a state-space model?): there is "
@@ -167,6 +167,12 @@ class FrozenReader:
         layers, indices = self._kept(cache)
         specs = self.rope(int(position_ids.max()) + 1)
         return layers, indices, tuple(specs[index] for index in indices)
+
+    def select_layers(
+        self, layers: tuple[LayerKV, ...], indices: tuple[int, ...]
+    ) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
+        """The layers that are handed on, with their indices: all that hold K and V."""
+        return layers, indices
 
     def rope(self, seq_len: int) -> tuple[RopeSpec | None, ...]:
         """How each decoder layer rotates its keys in a prompt of `seq_len` positions."""

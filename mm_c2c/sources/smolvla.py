@@ -126,7 +126,10 @@ class SmolVLASource:
             position_ids=position_ids,
             kinds=kinds,
             patches=camera_patches(kinds == PositionKind.IMAGE, grid),
-            grids=tuple((grid,) * len(item.images) for item in inputs),
+            grids=tuple(
+                tuple(grid._replace(image=camera) for camera in range(len(item.images)))
+                for item in inputs
+            ),
             spans=spans,
             texts=tuple(item.text.strip() for item in inputs),
             rope=(_rope(self.shape.head_dim),) * len(kept),

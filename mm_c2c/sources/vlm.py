@@ -2,30 +2,80 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from mm_c2c.align.tokens import locate_text
-from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
-from mm_c2c.errors import InputError, ShapeError
+from mm_c2c.cache import LayerKV, PatchGrid, PositionKind, SourceCache
+from mm_c2c.errors import InputError, ShapeError, UnsupportedError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
+
+
+class View(NamedTuple):
+    """One view of a picture: the grid of its patches, and which patch each image position holds.
+
+    Attributes:
+        rows: rows of patches; 0 for learned queries, which lie nowhere in the picture.
+        cols: columns of patches.
+        cells: row and column at each image position, in the order of the prompt; -1 where the
+            model puts something else there, such as the end of a row.
+    """
+
+    rows: int
+    cols: int
+    cells: tuple[tuple[int, int], ...]
+
+
+def whole_view(rows: int, cols: int) -> View:
+    """Patches in reading order."""
+    return View(rows, cols, tuple((row, col) for row in range(rows) for col in range(cols)))
+
+
+def queries(count: int) -> View:
+    """Positions that sum the picture up."""
+    return View(0, 0, ((-1, -1),) * count)
+
+
+def tiled_view(tile_rows: int, tile_cols: int, rows: int, cols: int) -> View:
+    """Tiles of `rows` x `cols` patches, one after the other, joined to one grid."""
+    cells = [
+        (tile_row * rows + row, tile_col * cols + col)
+        for tile_row in range(tile_rows)
+        for tile_col in range(tile_cols)
+        for row in range(rows)
+        for col in range(cols)
+    ]
+    return View(tile_rows * rows, tile_cols * cols, tuple(cells))
 
 
 class VLMSource(FrozenReader):
     """Reads pictures and a question as the model's own processor lays them out.
 
-    As it stands it serves LLaVA: square pictures, one token a patch, positions from 0.
+    As it stands it serves LLaVA (Pixtral among them) and Mistral 3: one view a picture, one token a
+    patch. Positions are the model's own where it computes them (M-RoPE), and else count from
+    `first_position`.
     """
 
     first_position = 0
     # What the processor appends to the rendered prompt.
     prompt_end = ""
+    # Generating reads on at the end of a prompt, which must not be padding.
+    padding_side = "left"
+    # Whether a prompt can show one picture only.
+    one_picture = False
 
     def __init__(
         self,
@@ -35,7 +85,7 @@ class VLMSource(FrozenReader):
         revision: str | None = None,
     ) -> None:
         super().__init__(model, name, revision)
-        self.processor = processor
+        self.processor: Any = processor  # each family's has attributes of its own
 
     def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
         """Read a batch of pictures, each with a question or without.
@@ -47,10 +97,11 @@ class VLMSource(FrozenReader):
         encoded = self._encode(inputs, rendered, return_offsets_mapping=True)
         offsets = encoded.pop("offset_mapping")
         mask = encoded["attention_mask"]
-        position_ids = count_positions(mask, self.first_position)
+        position_ids = self._position_ids(encoded)
         layers, indices, rope = self.read(encoded, position_ids)
-        grids = self.grids(inputs, encoded)
-        is_image = encoded["input_ids"] == self.model.config.image_token_id
+        is_image = self._is_image(encoded)
+        views = self.views(encoded, [picture for item in inputs for picture in item.images])
+        patches, grids = place(is_image, by_row(inputs, views))
         spans = torch.stack(
             [
                 self._spans(offsets[row], is_image[row], rendered[row], item)
@@ -66,7 +117,7 @@ class VLMSource(FrozenReader):
             layer_indices=indices,
             position_ids=position_ids,
             kinds=kinds,
-            patches=_patches(is_image, grids),
+            patches=patches,
             grids=grids,
             spans=spans,
             texts=tuple(item.text.strip() for item in inputs),
@@ -77,10 +128,16 @@ class VLMSource(FrozenReader):
     def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
         """The model's own answers."""
         encoded = self._encode(inputs, [self.render(item) for item in inputs])
-        out = self.model.generate(**self._known(encoded), **kwargs)
-        return self.processor.batch_decode(
-            out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        base = self.model.base_model
+        before = getattr(base, "rope_deltas", None)
+        try:
+            out = self.model.generate(**self._known(encoded), **kwargs)
+        finally:
+            # M-RoPE models keep the last prompt's offset between calls.
+            if hasattr(base, "rope_deltas"):
+                base.rope_deltas = before
+        start = 0 if self.model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+        return self.processor.batch_decode(out[:, start:], skip_special_tokens=True)
 
     def render(self, item: SourceInput) -> str:
         """The prompt in the model's own template, image placeholders unexpanded."""
@@ -89,13 +146,16 @@ class VLMSource(FrozenReader):
         turns: list[Any] = [{"role": "user", "content": parts}]
         return str(self.processor.apply_chat_template(turns, add_generation_prompt=True))
 
-    def grids(
-        self, inputs: Sequence[SourceInput], encoded: Mapping[str, Tensor]
-    ) -> tuple[tuple[PatchGrid, ...], ...]:
-        """Patch grid of each image of each row, after merging."""
-        patch = self.model.config.vision_config.patch_size
-        height, width = encoded["pixel_values"].shape[-2:]
-        return tuple((PatchGrid(height // patch, width // patch),) * len(i.images) for i in inputs)
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The views of each picture of the batch, in the order of the prompt."""
+        config = self.model.config
+        side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+        sizes = encoded.get("image_sizes")
+        if sizes is None:  # all alike
+            sizes = torch.tensor([encoded["pixel_values"].shape[-2:]] * len(pictures))
+        return [(whole_view(rows, cols),) for rows, cols in (sizes // side).tolist()]
 
     def _encode(
         self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
@@ -103,11 +163,33 @@ class VLMSource(FrozenReader):
         for row, item in enumerate(inputs):
             if not item.images:
                 raise InputError(f"row {row}: {self.origin.model} needs a picture, got none")
+            if self.one_picture and len(item.images) > 1:
+                raise InputError(
+                    f"row {row}: {self.origin.model} takes one picture, got {len(item.images)}"
+                )
         pictures = [list(item.images) for item in inputs]
         encoded = self.processor(
-            images=pictures, text=list(rendered), padding=True, return_tensors="pt", **kwargs
+            images=pictures,
+            text=list(rendered),
+            padding=True,
+            padding_side=self.padding_side,
+            return_tensors="pt",
+            **kwargs,
         )
-        return {key: value.to(self.model.device) for key, value in encoded.items()}
+        return {key: torch.as_tensor(v).to(self.model.device) for key, v in encoded.items()}
+
+    def _position_ids(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """`(batch, seq_len)`; `(3, batch, seq_len)` where the model tells rows and columns apart."""
+        find = getattr(self.model.base_model, "get_rope_index", None)
+        if find is None:
+            return count_positions(encoded["attention_mask"], self.first_position)
+        wanted = inspect.signature(find).parameters
+        position_ids, _ = find(**{key: encoded[key] for key in wanted if key in encoded})
+        return position_ids
+
+    def _is_image(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """`(batch, seq_len)`: where the model puts what it made of the pictures."""
+        return encoded["input_ids"] == self.model.config.image_token_id
 
     def _known(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in encoded.items() if key in self._known_arguments}
@@ -122,7 +204,8 @@ class VLMSource(FrozenReader):
         if not text:
             return torch.full_like(offsets, -1)
         start = self.render(replace(item, text=TEXT_MARK)).index(TEXT_MARK)
-        shift = int(offsets.max()) - len(rendered) - len(self.prompt_end)
+        end = int(offsets.masked_fill(is_image.unsqueeze(1), 0).max())
+        shift = end - len(rendered) - len(self.prompt_end)
         moved = (offsets - shift).masked_fill(is_image.unsqueeze(1), -1)
         moved = moved.masked_fill((offsets[:, 1] <= offsets[:, 0]).unsqueeze(1), -1)
         return locate_text(trim_spans(moved, rendered), rendered, text, start)
@@ -142,12 +225,237 @@ class PaliGemmaSource(VLMSource):
 class Gemma3Source(VLMSource):
     """Gemma 3: each picture pooled to a square of `mm_tokens_per_image`, without pan and scan."""
 
-    def grids(
-        self, inputs: Sequence[SourceInput], encoded: Mapping[str, Tensor]
-    ) -> tuple[tuple[PatchGrid, ...], ...]:
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
         """The same square for each picture."""
         side = math.isqrt(self.model.config.mm_tokens_per_image)
-        return tuple((PatchGrid(side, side),) * len(item.images) for item in inputs)
+        return [(whole_view(side, side),)] * len(pictures)
+
+
+class Gemma4Source(VLMSource):
+    """Gemma 4: patches pooled by squares; layers whose K and V are shaped unlike most are left out.
+
+    Those are the full-attention layers, one in a few, with longer heads. Of layers that share their
+    K and V, the one that made them is read.
+    """
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """One view: the grid of patches, pooled."""
+        size = self.model.config.vision_config.pooling_kernel_size
+        grids = (encoded["image_position_ids"].amax(1) + 1) // size
+        return [(whole_view(rows, cols),) for cols, rows in grids.tolist()]
+
+    def select_layers(
+        self, layers: tuple[LayerKV, ...], indices: tuple[int, ...]
+    ) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
+        """The layers of the most common geometry, since a fuser stacks its layers."""
+        sizes = [(kv.keys.shape[1], kv.keys.shape[3]) for kv in layers]
+        (common, _), *_ = Counter(sizes).most_common(1)
+        kept = [at for at, size in enumerate(sizes) if size == common]
+        return tuple(layers[at] for at in kept), tuple(indices[at] for at in kept)
+
+
+class QwenVLSource(VLMSource):
+    """Qwen2-VL, 2.5 and 3, Qwen3.5, GLM-4V: a grid as the picture is shaped, in M-RoPE."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """One view: the grid of patches, merged by squares."""
+        merge = self.model.config.vision_config.spatial_merge_size
+        sizes = (encoded["image_grid_thw"][:, 1:] // merge).tolist()
+        return [(whole_view(rows, cols),) for rows, cols in sizes]
+
+
+class IdeficsSource(VLMSource):
+    """Idefics 3 and SmolVLM: tiles, then the whole picture; a small one is shown whole only."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The tiles joined, and an overview as large as one tile."""
+        side = math.isqrt(self.processor.image_seq_len)
+        overview = whole_view(side, side)
+        views = []
+        for picture in pictures:
+            _, tile_rows, tile_cols = self.processor.image_processor.get_number_of_image_patches(
+                picture.height, picture.width
+            )
+            tiles = tiled_view(tile_rows, tile_cols, side, side)
+            views.append((tiles, overview) if tiles.cells else (overview,))
+        return views
+
+
+class InternVLSource(VLMSource):
+    """InternVL: tiles, then a thumbnail; a picture of one tile has none."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The tiles joined, and a thumbnail as large as one tile."""
+        shrink = self.processor.image_processor
+        side = math.isqrt(self.processor.image_seq_length)
+        views = []
+        for picture in pictures:
+            tile_cols, tile_rows = get_optimal_tiled_canvas(
+                (picture.height, picture.width),
+                (shrink.size["height"], shrink.size["width"]),
+                shrink.min_patches,
+                shrink.max_patches,
+            )
+            tiles = tiled_view(tile_rows, tile_cols, side, side)
+            views.append((tiles, whole_view(side, side)) if tile_rows * tile_cols > 1 else (tiles,))
+        return views
+
+
+class LlavaNextSource(VLMSource):
+    """LLaVA-NeXT and LLaVA-OneVision: an overview, then joined tiles cut to the picture.
+
+    The rows of the tiles end in a learned feature that is no patch. OneVision shows several pictures
+    of one prompt whole only, padded to a square.
+    """
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """What the model's own packing makes of features that only mark where a row ends."""
+        config = self.model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        sizes = encoded["image_sizes"].cpu()
+        in_row = encoded.get("batch_num_images", torch.ones(len(sizes), dtype=torch.long)).cpu()
+        tiled = (in_row == 1).repeat_interleave(in_row).tolist()
+        counts = [
+            image_size_to_num_patches(
+                size, config.image_grid_pinpoints, config.vision_config.image_size
+            )
+            if is_tiled
+            else 1
+            for size, is_tiled in zip(sizes, tiled, strict=True)
+        ]
+        pack = self.model.base_model.pack_image_features
+        wanted = {"vision_feature_select_strategy", "vision_aspect_ratio"}
+        settings = {
+            key: getattr(config, key) for key in wanted & set(inspect.signature(pack).parameters)
+        }
+        packed, _ = pack(
+            [torch.zeros(count, side * side, 1) for count in counts],
+            sizes,
+            image_newline=torch.ones(1),
+            **settings,
+        )
+        overview = whole_view(side, side)
+        return [(overview, _view_of_marks(marks[side * side :, 0])) for marks in packed]
+
+
+class Lfm2VLSource(VLMSource):
+    """LFM2-VL: tiles, then a thumbnail as the picture is shaped; a small picture is shown whole."""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """The tiles joined, and the thumbnail; the prompt's tags say how many tiles there are."""
+        shrink = self.model.config.downsample_factor
+        shapes = iter((-(-encoded["spatial_shapes"] // shrink)).tolist())
+        views = []
+        for prompt in self.processor.tokenizer.batch_decode(encoded["input_ids"]):
+            for part in prompt.split(self.processor.image_start_token)[1:]:
+                shown, _, _ = part.partition(self.processor.image_end_token)
+                tags = re.findall(r"<\|img_row_(\d+)_col_(\d+)\|>", shown)
+                picture = []
+                if tags:
+                    tile, *_ = [next(shapes) for _ in tags]
+                    picture.append(tiled_view(*map(int, tags[-1]), *tile))
+                if not tags or self.processor.image_thumbnail_token in shown:
+                    picture.append(whole_view(*next(shapes)))
+                views.append(tuple(picture))
+        return views
+
+
+class Blip2Source(VLMSource):
+    """BLIP-2 over a decoder: the picture summed up by queries, then the question."""
+
+    one_picture = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{name}: a BLIP-2 over an encoder-decoder language model (T5) cannot be read; "
+                "take one over OPT"
+            )
+        super().__init__(model, processor, name, revision)
+
+    def render(self, item: SourceInput) -> str:
+        """The words BLIP-2 was trained with; the processor puts the queries before them."""
+        text = item.text.strip()
+        return f"Question: {text} Answer:" if text else ""
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """Queries, without a grid."""
+        return [(queries(self.model.config.num_query_tokens),)] * len(pictures)
+
+
+class Kosmos2Source(VLMSource):
+    """KOSMOS-2: the picture summed up by queries, then the question; positions after padding's."""
+
+    one_picture = True
+
+    def render(self, item: SourceInput) -> str:
+        """The question; the processor puts the queries before it."""
+        return item.text.strip()
+
+    def views(
+        self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
+    ) -> Sequence[tuple[View, ...]]:
+        """Queries, without a grid."""
+        return [(queries(self.model.config.latent_query_num),)] * len(pictures)
+
+    def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
+        """Answers row by row, since the model counts padding when it writes."""
+        return [
+            text
+            for item in inputs
+            for text in super(Kosmos2Source, self).generate([item], **kwargs)
+        ]
+
+    def _encode(
+        self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Row by row, since the processor pads neither offsets nor on the side asked for."""
+        count = self.model.config.latent_query_num
+        rows = [
+            super(Kosmos2Source, self)._encode([item], [text], num_image_tokens=count, **kwargs)
+            for item, text in zip(inputs, rendered, strict=True)
+        ]
+        width = max(row["input_ids"].shape[1] for row in rows)
+        pad_id = self.processor.tokenizer.pad_token_id
+
+        def pad(key: str, value: Tensor) -> Tensor:
+            """On the left, along the sequence."""
+            missing = width - value.shape[1]
+            sides = (0, 0) * (value.ndim - 2) + (missing, 0)
+            return F.pad(value, sides, value=pad_id if key == "input_ids" else 0)
+
+        pixels = torch.cat([row.pop("pixel_values") for row in rows])
+        joined = {key: torch.cat([pad(key, row[key]) for row in rows]) for key in rows[0]}
+        return {**joined, "pixel_values": pixels}
+
+    def _is_image(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        return encoded["image_embeds_position_mask"].bool()
+
+    def _position_ids(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        padding = self.model.config.text_config.pad_token_id
+        return count_positions(encoded["attention_mask"], first=padding + 1)
 
 
 def trim_spans(spans: Tensor, text: str) -> Tensor:
@@ -160,21 +468,52 @@ def trim_spans(spans: Tensor, text: str) -> Tensor:
     return torch.tensor(rows, device=spans.device)
 
 
-def _patches(is_image: Tensor, grids: tuple[tuple[PatchGrid, ...], ...]) -> Tensor:
-    """`(batch, seq_len, 3)`: image, row and column of each patch, in reading order."""
+def _view_of_marks(marks: Tensor) -> View:
+    """A view of rows that each end in a mark: 1 there, 0 at each patch."""
+    cells = []
+    row = col = cols = 0
+    for is_end in marks.bool().tolist():
+        cells.append((-1, -1) if is_end else (row, col))
+        row, col = (row + 1, 0) if is_end else (row, col + 1)
+        cols = max(cols, col)
+    return View(row if cols else 0, cols, tuple(cells))
+
+
+def by_row(
+    inputs: Sequence[SourceInput], views: Sequence[tuple[View, ...]]
+) -> list[list[tuple[View, ...]]]:
+    """The views of each picture of each row."""
+    remaining = iter(views)
+    return [[next(remaining) for _ in item.images] for item in inputs]
+
+
+def place(
+    is_image: Tensor, rows: Sequence[Sequence[tuple[View, ...]]]
+) -> tuple[Tensor, tuple[tuple[PatchGrid, ...], ...]]:
+    """`patches` and `grids` of a `SourceCache`.
+
+    Args:
+        is_image: `(batch, seq_len)`: where the views' positions stand.
+        rows: from `by_row`.
+    """
     patches = torch.full((*is_image.shape, 3), -1, device=is_image.device)
-    for row, row_grids in enumerate(grids):
-        cells = [
-            (image, r, c)
-            for image, grid in enumerate(row_grids)
-            for r in range(grid.rows)
-            for c in range(grid.cols)
-        ]
+    grids = []
+    for row, pictures in enumerate(rows):
+        in_row: list[PatchGrid] = []
+        cells = []
+        for image, view in (
+            (image, view) for image, shown in enumerate(pictures) for view in shown
+        ):
+            index = len(in_row)
+            cells += [(index, *c) if min(c) >= 0 else (-1, -1, -1) for c in view.cells]
+            if view.rows:
+                in_row.append(PatchGrid(view.rows, view.cols, image))
         found = int(is_image[row].sum())
         if found != len(cells):
             raise ShapeError(
-                f"row {row}: the prompt has {found} image positions, its grids {row_grids} "
-                f"have {len(cells)} patches"
+                f"row {row}: the prompt has {found} image positions, its grids {in_row} "
+                f"fill {len(cells)}"
             )
         patches[row, is_image[row]] = torch.tensor(cells, device=is_image.device).view(-1, 3)
-    return patches
+        grids.append(tuple(in_row))
+    return patches, tuple(grids)
