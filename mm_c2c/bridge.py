@@ -519,7 +519,9 @@ class Bridge(nn.Module):
             if ids:
                 with torch.no_grad():
                     self.target.model(
-                        torch.tensor([ids], device=self.device), past_key_values=cache
+                        torch.tensor([ids], device=self.device),
+                        past_key_values=cache,
+                        **self.target.spared,
                     )
             self._prefix_memo[ids] = cache
         return self._prefix_memo[ids]
@@ -534,6 +536,7 @@ class Bridge(nn.Module):
                 attention_mask=mask[:, :-1],
                 position_ids=count_positions(mask)[:, done:-1],
                 past_key_values=cache,
+                **self.target.spared,
             )
         return cache
 

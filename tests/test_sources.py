@@ -208,6 +208,18 @@ def test_the_layers_are_those_of_a_plain_forward(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_prefill_computes_no_logits_but_the_last(
+    sources: dict[str, Any], pictures: list[Image.Image], name: str
+) -> None:
+    head = sources[name].model.get_output_embeddings()
+    seen: list[tuple[int, ...]] = []
+    hook = head.register_forward_hook(lambda _module, _inputs, out: seen.append(out.shape))
+    cache = sources[name].prefill(make_inputs(name, pictures))
+    hook.remove()
+    assert [shape[:2] for shape in seen] == [(cache.batch_size, 1)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_generate_gives_the_models_own_answer_to_each_row(
     sources: dict[str, Any], pictures: list[Image.Image], name: str
 ) -> None:

@@ -84,7 +84,11 @@ class FrozenReader:
         # `generate` and the like are untyped in transformers.
         self.model: Any = model.eval().requires_grad_(requires_grad=False)
         self.origin = CacheOrigin(name, revision, model.config.model_type)
-        self._known_arguments = frozenset(inspect.signature(model.forward).parameters)
+        # PaliGemma's processor gives labels too; a reader wants no loss.
+        self._known_arguments = frozenset(inspect.signature(model.forward).parameters) - {"labels"}
+        # Nobody reads the logits of a prefill, which are the largest tensor of it.
+        spared = {"logits_to_keep": 1}
+        self.spared = spared if spared.keys() <= self._known_arguments else {}
         self._specs: dict[int, tuple[RopeSpec | None, ...]] = {}
 
     @property
@@ -163,7 +167,13 @@ class FrozenReader:
         """
         known = {key: value for key, value in inputs.items() if key in self._known_arguments}
         cache = full_cache(self.model)
-        self.model(**known, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        self.model(
+            **known,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **self.spared,
+        )
         layers, indices = self._kept(cache)
         specs = self.rope(int(position_ids.max()) + 1)
         return layers, indices, tuple(specs[index] for index in indices)
