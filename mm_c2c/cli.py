@@ -1,4 +1,4 @@
-"""The command line: mm-c2c ask | fetch | inspect | evaluate."""
+"""The command line: mm-c2c ask | fetch | inspect | evaluate | diagnose."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="folder for all answers and the report")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as items=FILE")
     evaluate.set_defaults(run=_evaluate)
+
+    diagnose = commands.add_parser("diagnose", help="accuracy with parts of the fuser switched off")
+    diagnose.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    diagnose.add_argument("--out", type=Path, help="also write the JSON here")
+    diagnose.add_argument("overrides", nargs="*", metavar="key=value", help="such as limit=70")
+    diagnose.set_defaults(run=_diagnose)
     return parser
 
 
@@ -157,6 +163,16 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(json.dumps(summary))
     else:
         print(text_table(summary))
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    from mm_c2c.config import override
+    from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, text_table
+    from mm_c2c.reference.models import HERE
+
+    config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
+    result = diagnose(_load_bridge(), override(config, args.overrides), args.out)
+    print(json.dumps(result) if args.json else text_table(result))
 
 
 if __name__ == "__main__":
