@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -25,6 +25,7 @@ from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.results import write_json
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
+from mm_c2c.fuser import CacheFuser
 
 _PARTS = 5
 
@@ -77,11 +78,11 @@ def diagnose(
     for label, variant in tqdm(variants.items(), desc="variants", disable=not progress):
         results[label] = accuracy(hits_of(_ask(variant, items, config)), draws)
     pictures = [item.picture() for item in items[:: max(1, len(items) // config.rank_pictures)]]
-    closed = _with_gates(bridge, name, torch.zeros_like(bridge.fusers[name].gate_logits))
+    closed = _with_gates(bridge, name, torch.zeros_like(_fuser(bridge, name).gate_logits))
     result = {
         "n": len(items),
         "variants": {label: list(found) for label, found in results.items()},
-        "gates": bridge.fusers[name].gates().tolist(),
+        "gates": _fuser(bridge, name).gates().tolist(),
         "effective_rank": {
             "before": _ranks(closed, pictures[0]).tolist(),
             "after": torch.stack([_ranks(bridge, p) for p in pictures]).mean(0).tolist(),
@@ -144,8 +145,12 @@ def _slots_link(bridge: Bridge, source: str) -> str:
     return links[0].name
 
 
+def _fuser(bridge: Bridge, name: str) -> CacheFuser:
+    return cast(CacheFuser, bridge.fusers[name])
+
+
 def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str, Bridge]:
-    open_gates = torch.ones_like(bridge.fusers[name].gate_logits, dtype=torch.bool)
+    open_gates = torch.ones_like(_fuser(bridge, name).gate_logits, dtype=torch.bool)
     layers = len(open_gates)
     bounds = sorted({round(part * layers / _PARTS) for part in range(_PARTS + 1)})
     masks = {}
@@ -159,7 +164,7 @@ def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str,
     variants = {"whole": bridge}
     variants |= {label: _with_gates(bridge, name, mask) for label, mask in masks.items()}
     # A resampler has learned one number of slots.
-    pooled = bridge.fusers[name].resampler is None
+    pooled = _fuser(bridge, name).resampler is None
     for rows, cols in config.grids if pooled else ():
         variants[f"{rows} x {cols} slots"] = _with_grid(bridge, name, rows, cols)
     return variants
@@ -170,7 +175,7 @@ def _with_gates(bridge: Bridge, name: str, mask: Tensor) -> Bridge:
     new = Bridge(bridge.target, bridge.sources, bridge.config)
     new.load_state_dict(bridge.state_dict())
     with torch.no_grad():
-        new.fusers[name].gate_logits.masked_fill_(~mask.bool(), -torch.inf)
+        _fuser(new, name).gate_logits.masked_fill_(~mask.bool(), -torch.inf)
     return new.eval()
 
 
