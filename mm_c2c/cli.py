@@ -1,4 +1,4 @@
-"""The command line: mm-c2c ask | fetch | inspect | evaluate | diagnose."""
+"""The command line: mm-c2c ask | fetch | inspect | evaluate | diagnose | bench."""
 
 from __future__ import annotations
 
@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--out", type=Path, help="also write the JSON here")
     diagnose.add_argument("overrides", nargs="*", metavar="key=value", help="such as limit=70")
     diagnose.set_defaults(run=_diagnose)
+
+    bench = commands.add_parser("bench", help="speed of fusing, beside the paper's projector")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    bench.add_argument("overrides", nargs="*", metavar="key=value", help="such as positions=128")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -172,6 +177,14 @@ def _diagnose(args: argparse.Namespace) -> None:
 
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
     result = diagnose(_load_bridge(), override(config, args.overrides), args.out)
+    print(json.dumps(result) if args.json else text_table(result))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from mm_c2c.bench.run import BenchConfig, bench, text_table
+    from mm_c2c.config import override
+
+    result = bench(override(BenchConfig(), args.overrides))
     print(json.dumps(result) if args.json else text_table(result))
 
 
