@@ -151,7 +151,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override
-    from mm_c2c.evaluation.report import text_table, write_report
+    from mm_c2c.evaluation.report import new_figure, text_table, write_report
     from mm_c2c.evaluation.run import EvaluationConfig, evaluate
     from mm_c2c.reference.models import HERE
 
@@ -161,6 +161,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         config = EvaluationConfig(items=HERE / "unseen_style" / "items.jsonl")
     quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
     config = override(config, [*quick, *args.overrides])
+    if args.out:
+        new_figure(1, 1)  # the report needs it: better known now than after all questions
     summary = evaluate(_load_bridge(), config, args.out)
     if args.out:
         write_report(args.out)

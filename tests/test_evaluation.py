@@ -1,7 +1,9 @@
 """Arms, controls, runs that go on where they stopped, and what is counted about them."""
 
+import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,18 @@ from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
 from mm_c2c.cache import SourceCache, zeroed
-from mm_c2c.errors import ConfigError, InputError
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.arms import ARMS, Arm, Asked, Reply, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
-from mm_c2c.evaluation.report import markdown, page, text_table, write_readme, write_report
+from mm_c2c.evaluation.report import (
+    markdown,
+    new_figure,
+    page,
+    text_table,
+    write_readme,
+    write_report,
+)
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, split_rows
 from mm_c2c.evaluation.statistics import hits_of
 from mm_c2c.evaluation.summary import swap_outcomes
@@ -151,8 +160,6 @@ def test_a_stopped_run_goes_on_where_it_stopped(
 def test_a_folder_of_another_run_is_left_alone(
     bridge: Bridge, config: EvaluationConfig, tmp_path: Path
 ) -> None:
-    import dataclasses
-
     out = tmp_path / "run"
     evaluate(bridge, config, out, progress=False)
     kept = (out / "answers.jsonl").read_text()
@@ -233,3 +240,9 @@ def test_a_report_stands_beside_its_run_and_in_the_readme(
         write_readme(out / "report.md", "x")
     with pytest.raises(InputError, match="no finished run"):
         write_report(tmp_path)
+
+
+def test_a_missing_plotter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"mm-c2c\[evaluate\]"):
+        new_figure(1, 1)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, UnsupportedError
 
 _NAMES = {
     "fused": "**fused** (question-blind slots)",
@@ -101,13 +101,26 @@ def page(summary: dict[str, Any], title: str) -> str:
     )
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, sizes in inches.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError(
+            "plots need matplotlib; install it with: pip install 'mm-c2c[evaluate]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot_kinds(summary: dict[str, Any]) -> str:
     """SVG: accuracy of each arm by kind of question, with intervals."""
-    from matplotlib.figure import Figure
-
     kinds = list(summary["kinds"])
     arms = summary["arms"]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = new_figure(10, 3.6)
     axes = figure.subplots()
     width = 0.8 / len(arms)
     for index, (name, row) in enumerate(arms.items()):
@@ -132,11 +145,9 @@ def plot_kinds(summary: dict[str, Any]) -> str:
 
 def plot_times(summary: dict[str, Any]) -> str:
     """SVG: accuracy against time to the first token; empty where nothing was timed."""
-    from matplotlib.figure import Figure
-
     if not summary["time"]:
         return ""
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = new_figure(7, 3.4)
     axes = figure.subplots()
     for index, (name, row) in enumerate(summary["time"].items()):
         value, low, high = (100 * v for v in summary["arms"][name]["accuracy"])
