@@ -1,4 +1,4 @@
-"""The command line: mm-c2c ask | fetch | inspect | evaluate."""
+"""The command line: mm-c2c ask | fetch | inspect | evaluate | diagnose | bench."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mm_c2c.bridge import Bridge
 
-ARM_NAMES = ("fused", "blind", "caption_relay", "source")
+ASK_ARMS = ("fused", "blind", "caption_relay", "source")
 QUICK_ITEMS = 140
 
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="ask about a picture, all arms side by side")
     ask.add_argument("question")
     ask.add_argument("--image", type=Path, required=True, help="a picture file")
-    ask.add_argument("--only", choices=ARM_NAMES, help="run this arm alone")
+    ask.add_argument("--only", choices=ASK_ARMS, help="run this arm alone")
     ask.add_argument("--stream", action="store_true", help="print the answer as it is made")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
@@ -70,9 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--config", type=Path, help="YAML; the shipped scenes when left out")
     evaluate.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items only")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    evaluate.add_argument("--out", type=Path, help="also write the JSON, with all answers, here")
+    evaluate.add_argument("--out", type=Path, help="folder for all answers and the report")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as items=FILE")
     evaluate.set_defaults(run=_evaluate)
+
+    diagnose = commands.add_parser("diagnose", help="accuracy with parts of the fuser switched off")
+    diagnose.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    diagnose.add_argument("--out", type=Path, help="also write the JSON here")
+    diagnose.add_argument("overrides", nargs="*", metavar="key=value", help="such as limit=70")
+    diagnose.set_defaults(run=_diagnose)
+
+    bench = commands.add_parser("bench", help="speed of fusing, beside the paper's projector")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    bench.add_argument("overrides", nargs="*", metavar="key=value", help="such as positions=128")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -87,7 +98,8 @@ def _load_bridge() -> Bridge:
 
 
 def _ask(args: argparse.Namespace) -> None:
-    from mm_c2c.evaluation.baselines import arms, timed
+    from mm_c2c.evaluation.arms import Asked, Setting, build_arm
+    from mm_c2c.evaluation.clock import timed
     from mm_c2c.images import load_image
     from mm_c2c.reference.models import SOURCE_NAME
     from mm_c2c.reference.scenes import CAPTION_REQUEST
@@ -98,16 +110,15 @@ def _ask(args: argparse.Namespace) -> None:
         raise InputError("--stream goes with --only ARM and without --json")
     picture = load_image(args.image)
     bridge = _load_bridge()
-    named = arms(bridge, bridge.sources[SOURCE_NAME], CAPTION_REQUEST)
-    if args.only:
-        named = {args.only: named[args.only]}
+    setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
+    asked = Asked(picture, args.question)
     if args.stream:
-        printer = _printer(bridge, args.only)
-        named[args.only].answer(picture, args.question, printer)
+        build_arm(args.only, setting).answer([asked], _printer(bridge, args.only))
         return
+    named = {name: build_arm(name, setting) for name in ([args.only] if args.only else ASK_ARMS)}
     for arm in named.values():
-        timed(arm, bridge, picture, args.question)  # a warm-up, so that times compare
-    answers = {n: timed(arm, bridge, picture, args.question) for n, arm in named.items()}
+        timed(arm, bridge, asked)  # a warm-up, so that times compare
+    answers = {name: timed(arm, bridge, asked) for name, arm in named.items()}
     if args.json:
         report: dict[str, Any] = {
             "question": args.question,
@@ -154,8 +165,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from mm_c2c.config import load_config, override, to_dict
-    from mm_c2c.evaluation.run import EvaluationConfig, evaluate, table
+    from mm_c2c.config import load_config, override
+    from mm_c2c.evaluation.report import new_figure, text_table, write_report
+    from mm_c2c.evaluation.run import EvaluationConfig, evaluate
     from mm_c2c.reference.models import HERE
 
     if args.config:
@@ -164,16 +176,33 @@ def _evaluate(args: argparse.Namespace) -> None:
         config = EvaluationConfig(items=HERE / "unseen_style" / "items.jsonl")
     quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
     config = override(config, [*quick, *args.overrides])
-    result = evaluate(_load_bridge(), config)
-    # Folder and name: a result is read on other machines.
-    items = "/".join(config.items.parts[-2:])
-    result["config"] = {**to_dict(config), "items": items}
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        new_figure(1, 1)  # the report needs it: better known now than after all questions
+    summary = evaluate(_load_bridge(), config, args.out)
+    if args.out:
+        write_report(args.out)
     if args.json:
-        print(json.dumps({k: v for k, v in result.items() if k != "items"}))
+        print(json.dumps(summary))
     else:
-        print(table(result))
+        print(text_table(summary))
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    from mm_c2c.config import override
+    from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, text_table
+    from mm_c2c.reference.models import HERE
+
+    config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
+    result = diagnose(_load_bridge(), override(config, args.overrides), args.out)
+    print(json.dumps(result) if args.json else text_table(result))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from mm_c2c.bench.run import BenchConfig, bench, text_table
+    from mm_c2c.config import override
+
+    result = bench(override(BenchConfig(), args.overrides))
+    print(json.dumps(result) if args.json else text_table(result))
 
 
 if __name__ == "__main__":

@@ -90,12 +90,16 @@ def test_evaluate_takes_its_settings_from_the_command_line(
 ) -> None:
     row = {"image": picture.name, "kind": "what", "question": "What?", "answer": "cat"}
     (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(row)] * 3))
-    out = tmp_path / "result.json"
+    out = tmp_path / "run"
     settings = [f"items={tmp_path / 'mine.jsonl'}", "timed=1", "resamples=20", "limit=2"]
     assert main(["evaluate", "--json", "--out", str(out), *settings]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert printed["n"] == 2
     assert printed["config"]["resamples"] == 20
     assert printed["config"]["items"] == f"{tmp_path.name}/mine.jsonl"
-    assert "items" not in printed
-    assert len(json.loads(out.read_text())["items"]) == 2
+    # The items of a user have no true description, and a tiny pair has nothing to retain.
+    assert "true_description" not in printed["arms"]
+    assert printed["retention"]["over_blind"] == [None, None, None]
+    assert json.loads((out / "summary.json").read_text()) == printed
+    assert "n/a" in (out / "report.md").read_text()
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 2

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from mm_c2c import CacheFuser, PatchGrid, SourceInput
 from mm_c2c.bridge import WEIGHTS_NAME, BridgeConfig, read_header
 from mm_c2c.config import from_dict
+from mm_c2c.evaluation.report import markdown
+from mm_c2c.evaluation.tasks import is_right, load_items
 from mm_c2c.images import load_image
 from mm_c2c.inspection import describe
 from mm_c2c.reference import models
@@ -42,15 +45,20 @@ def test_the_shipped_fuser_fits_the_shipped_source_and_is_small() -> None:
 
 
 def test_the_shipped_evaluation_is_of_the_shipped_items() -> None:
-    result = json.loads((models.BRIDGE_FOLDER / "evaluation.json").read_text())
-    assert result["n"] >= 1000
-    for arm in result["arms"].values():
-        low, high = arm["interval"]
-        assert low <= arm["accuracy"] <= high
-    arms = {name: row["accuracy"] for name, row in result["arms"].items()}
-    for floor in ("blind", "zeroed"):
-        expected = (arms["fused"] - arms[floor]) / (arms["source"] - arms[floor])
-        assert math.isclose(result["retention"][f"over_{floor}"]["value"], expected)
+    run = models.BRIDGE_FOLDER / "evaluation"
+    rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    items = load_items(models.HERE / "unseen_style" / "items.jsonl")
+    asked = Counter((row["image"], row["question"], row["gold"]) for row in rows)
+    assert asked == Counter((item.image.name, item.question, item.answer) for item in items)
+    summary = json.loads((run / "summary.json").read_text())
+    for name, arm in summary["arms"].items():
+        right = sum(is_right(row["answers"][name], row["gold"]) for row in rows)
+        assert math.isclose(arm["accuracy"][0], right / len(rows))
+
+
+def test_the_readme_shows_the_shipped_evaluation() -> None:
+    summary = json.loads((models.BRIDGE_FOLDER / "evaluation" / "summary.json").read_text())
+    assert markdown(summary) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow

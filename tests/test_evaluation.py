@@ -1,70 +1,182 @@
-"""Arms, controls and what is counted about them."""
+"""Arms, controls, runs that go on where they stopped, and what is counted about them."""
 
+import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
-from mm_c2c.cache import zeroed
-from mm_c2c.evaluation.baselines import Fused, SourceAlone, arms, shuffled, timed
-from mm_c2c.evaluation.run import (
-    EvaluationConfig,
-    evaluate,
-    retention,
-    split_rows,
-    swap_outcomes,
-    table,
+from mm_c2c.cache import SourceCache, zeroed
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.evaluation.arms import ARMS, Arm, Asked, Reply, Setting, build_arm
+from mm_c2c.evaluation.arms.fused import Shuffled, Zeroed
+from mm_c2c.evaluation.clock import timed
+from mm_c2c.evaluation.report import (
+    markdown,
+    new_figure,
+    page,
+    text_table,
+    write_readme,
+    write_report,
 )
-from mm_c2c.evaluation.tasks import Item
+from mm_c2c.evaluation.run import EvaluationConfig, evaluate, split_rows
+from mm_c2c.evaluation.statistics import hits_of
+from mm_c2c.evaluation.summary import swap_outcomes
+from mm_c2c.evaluation.tasks import load_items
 from mm_c2c.reference import models
 
 
-def test_a_timed_answer_is_the_arms_own(bridge: Bridge, pictures: list[Image.Image]) -> None:
-    source = bridge.sources[models.SOURCE_NAME]
-    answer = timed(SourceAlone(source), bridge, pictures[0], "What?")
-    item = SourceInput(text="What?", images=(pictures[0],))
-    expected = source.generate([item], max_new_tokens=12, do_sample=False)[0]
-    assert answer.answer == expected.strip()
-    assert answer.relayed is None
-    relay = timed(arms(bridge, source, "Say.")["caption_relay"], bridge, pictures[0], "What?")
-    assert relay.relayed is not None
-    fused = timed(Fused(bridge), bridge, pictures[0], "What?")
-    assert fused.total_ms >= fused.ttft_ms > 0
+@pytest.fixture
+def setting(bridge: Bridge) -> Setting:
+    return Setting(bridge=bridge, source_name=models.SOURCE_NAME, request="Say.")
 
 
-def test_controls_move_or_empty_every_row(bridge: Bridge, pictures: list[Image.Image]) -> None:
-    source = bridge.sources[models.SOURCE_NAME]
-    cache = source.prefill([SourceInput(images=(picture,)) for picture in pictures])
-    moved = shuffled(cache)
-    for before, after in zip(cache.layers, moved.layers, strict=True):
-        assert before.keys[1].equal(after.keys[0])
-        assert not before.keys[0].equal(after.keys[0])
-    assert all(not kv.keys.any() and not kv.values.any() for kv in zeroed(cache).layers)
+@pytest.fixture
+def asked(pictures: list[Image.Image]) -> list[Asked]:
+    return [
+        Asked(picture, question, ("cat", "dog"), "a cat.")
+        for picture, question in zip(pictures, ("What?", "Where is it?"), strict=False)
+    ]
 
 
-def test_an_evaluation_counts_every_item_once(
-    bridge: Bridge, tmp_path: Path, pictures: list[Image.Image]
-) -> None:
+@pytest.fixture
+def items(tmp_path: Path, pictures: list[Image.Image]) -> Path:
+    """Five items, of which one is the last of its batch of two."""
     rows = []
     for index in range(5):
         pictures[index % 2].save(tmp_path / f"{index}.png")
         question = {"image": f"{index}.png", "kind": "what", "question": f"What {index}?"}
-        rows.append(json.dumps({**question, "answer": "cat"}))
+        rows.append(json.dumps({**question, "answer": "cat", "caption": "a cat."}))
     (tmp_path / "items.jsonl").write_text("\n".join(rows))
-    config = EvaluationConfig(items=tmp_path / "items.jsonl", batch_size=2, timed=1, resamples=20)
-    result = evaluate(bridge, config, progress=False)
-    assert result["n"] == 5
-    assert {name: row["n"] for name, row in result["arms"].items()} == dict.fromkeys(
-        ("fused", "blind", "caption_relay", "source", "shuffled", "zeroed"), 5
-    )
+    return tmp_path / "items.jsonl"
+
+
+@pytest.fixture
+def config(items: Path) -> EvaluationConfig:
+    return EvaluationConfig(items=items, batch_size=2, timed=1, resamples=20)
+
+
+class _Counting:
+    """An arm that notes how many questions it was asked."""
+
+    def __init__(self, arm: Arm, counts: dict[str, int], name: str) -> None:
+        self.arm, self.counts, self.name = arm, counts, name
+
+    def answer(self, asked: list[Asked], streamer: Any = None) -> list[Reply]:
+        self.counts[self.name] = self.counts.get(self.name, 0) + len(asked)
+        return self.arm.answer(asked, streamer)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_answers_a_batch_as_it_answers_each_row(
+    name: str, setting: Setting, asked: list[Asked]
+) -> None:
+    arm = build_arm(name, setting)
+    together = arm.answer(asked)
+    assert all(isinstance(reply.answer, str) for reply in together)
+    if name != "shuffled":  # which is about the batch
+        assert together == [arm.answer([row])[0] for row in asked]
+
+
+def test_a_timed_answer_is_the_arms_own(setting: Setting, asked: list[Asked]) -> None:
+    alone = timed(build_arm("source", setting), setting.bridge, asked[0])
+    item = SourceInput(text="What?", images=(asked[0].picture,))
+    expected = setting.source.generate([item], max_new_tokens=12, do_sample=False)[0]
+    assert alone.answer == expected.strip()
+    assert alone.relayed is None
+    assert timed(build_arm("caption_relay", setting), setting.bridge, asked[0]).relayed is not None
+    fused = timed(build_arm("fused", setting), setting.bridge, asked[0])
+    assert fused.total_ms >= fused.ttft_ms > 0
+
+
+def test_controls_move_or_empty_every_row(setting: Setting, asked: list[Asked]) -> None:
+    cache = setting.source.prefill([SourceInput(images=(row.picture,)) for row in asked])
+    moved = Shuffled(setting).alter(cache)
+    for before, after in zip(cache.layers, moved.layers, strict=True):
+        assert before.keys[1].equal(after.keys[0])
+        assert not before.keys[0].equal(after.keys[0])
+    empty: SourceCache = Zeroed(setting).alter(cache)
+    assert all(not kv.keys.any() and not kv.values.any() for kv in empty.layers)
+    assert zeroed(cache).shape == empty.shape
+
+
+def test_relays_hand_over_what_they_say(setting: Setting, asked: list[Asked]) -> None:
+    relayed = {
+        name: build_arm(name, setting).answer(asked)[0].relayed
+        for name in ("caption_relay", "answer_relay", "true_description")
+    }
+    look = SourceInput(text="Say.", images=(asked[0].picture,))
+    written = setting.source.generate([look], max_new_tokens=64, do_sample=False)[0]
+    assert relayed["caption_relay"] == written.strip()
+    assert relayed["true_description"] == "a cat."
+    assert relayed["answer_relay"] == build_arm("source", setting).answer(asked)[0].answer
+    with pytest.raises(InputError, match="no true description"):
+        build_arm("true_description", setting).answer([asked[0]._replace(description=None)])
+
+
+def test_an_unknown_arm_names_the_closest(setting: Setting) -> None:
+    with pytest.raises(ConfigError, match="closest: fused"):
+        build_arm("fussed", setting)
+
+
+def test_an_evaluation_counts_every_item_once(bridge: Bridge, config: EvaluationConfig) -> None:
+    summary = evaluate(bridge, config, progress=False)
+    assert summary["n"] == 5
+    assert list(summary["arms"]) == list(ARMS)
     # A fuser that was never trained changes nothing: whatever the cache, the answer is the same.
-    for item in result["items"]:
-        assert item["fused"] == item["shuffled"] == item["zeroed"]
-    assert result["time"]["fused"]["n"] == 1
-    assert "retention" in table(result)
+    for control in ("shuffled", "zeroed"):
+        test = summary["against"][control]["exact"]
+        assert (test["only_first"], test["only_second"], test["p_value"]) == (0, 0, 1.0)
+    assert summary["time"]["fused"]["n"] == 1
+    assert "first token" in text_table(summary)
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    expected = evaluate(bridge, config, out, progress=False)
+    whole = (out / "answers.jsonl").read_text()
+    # Stopped in the middle of the second batch's second line; its first line is dropped too.
+    lines = whole.splitlines(keepends=True)
+    (out / "answers.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    (out / "times.jsonl").write_text("")
+    counts: dict[str, int] = {}
+    monkeypatch.setattr(
+        "mm_c2c.evaluation.run.build_arm",
+        lambda name, setting: _Counting(build_arm(name, setting), counts, name),
+    )
+    found = evaluate(bridge, config, out, progress=False)
+    assert (out / "answers.jsonl").read_text() == whole
+    assert counts == dict.fromkeys(ARMS, 3 + 3)  # of five items, and by the clock
+    assert found["arms"] == expected["arms"]
+
+
+def test_a_folder_of_another_run_is_left_alone(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    evaluate(bridge, config, out, progress=False)
+    kept = (out / "answers.jsonl").read_text()
+    with pytest.raises(ConfigError, match="limit differ"):
+        evaluate(bridge, dataclasses.replace(config, limit=3), out, progress=False)
+    assert (out / "answers.jsonl").read_text() == kept
+
+
+def test_other_weights_do_not_go_on_with_a_run(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    evaluate(bridge, config, out, progress=False)
+    for fuser in bridge.fusers.values():
+        fuser.close()
+    with pytest.raises(ConfigError, match="fuser differ"):
+        evaluate(bridge, config, out, progress=False)
 
 
 def test_no_row_is_left_alone_where_it_could_not_be_shuffled() -> None:
@@ -75,25 +187,62 @@ def test_no_row_is_left_alone_where_it_could_not_be_shuffled() -> None:
 
 
 def test_a_swap_counts_where_the_neighbour_asks_alike_and_differs() -> None:
-    def item(question: str, answer: str) -> Item:
-        return Item(Path("a.png"), "what", question, answer, ("cat", "dog"))
+    def rows(said: list[str]) -> list[dict[str, Any]]:
+        asked = [("What?", "cat"), ("What?", "dog"), ("What?", "dog"), ("Who?", "cat")]
+        return [
+            {"question": question, "gold": gold, "answers": {"shuffled": answer}}
+            for (question, gold), answer in zip(asked, said, strict=True)
+        ]
 
-    items = [item("What?", "cat"), item("What?", "dog"), item("What?", "dog"), item("Who?", "cat")]
-    answers = {"source": ["cat", "dog", "cat", "cat"], "shuffled": ["Dog.", "dog", "cat", "cat"]}
-    counted = swap_outcomes(items, answers, [range(3), range(3, 4)])
+    source = hits_of([True, True, False, True])
+    batches = [range(3), range(3, 4)]
+    counted = swap_outcomes(rows(["Dog.", "dog", "cat", "cat"]), batches, source)
     # 0 takes 1's picture and says so; 2 takes 0's and says so; 1 and 2 agree; 3 is alone.
     assert counted["truth"] == {"n": 2, "follow": 1.0, "stay": 0.0, "neither": 0.0}
     assert counted["source_right"] == {"n": 1, "follow": 1.0, "stay": 0.0, "neither": 0.0}
-    stubborn = {**answers, "shuffled": ["cat", "dog", "bird", "cat"]}
-    counted = swap_outcomes(items, stubborn, [range(3), range(3, 4)])
+    counted = swap_outcomes(rows(["cat", "dog", "bird", "cat"]), batches, source)
     assert counted["truth"] == {"n": 2, "follow": 0.0, "stay": 0.5, "neither": 0.5}
-    assert math.isnan(swap_outcomes(items, answers, [range(3, 4)])["truth"]["follow"])
+    alone = swap_outcomes(rows(["cat"] * 4), [range(3, 4)], source)
+    assert math.isnan(alone["truth"]["follow"])
 
 
-@pytest.mark.parametrize(("fused", "kept"), [(0, 0.0), (1, 1 / 3), (3, 1.0)])
-def test_retention_is_the_share_of_what_the_source_adds(fused: int, kept: float) -> None:
-    def hits(count: int) -> list[bool]:
-        return [i < count for i in range(10)]
+def test_items_may_bring_their_own_options_and_no_kind(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"image": "a.png", "question": "Q?", "answer": "B", "options": ["A", "B"]}\n')
+    (item,) = load_items(path)
+    assert item == (tmp_path / "a.png", "question", "Q?", "B", ("A", "B"), None)
+    path.write_text("\n")
+    with pytest.raises(InputError, match="line 1"):
+        load_items(path)
+    path.write_text("")
+    with pytest.raises(InputError, match="holds no items"):
+        load_items(path)
 
-    right = {"fused": hits(2 + fused), "blind": hits(2), "source": hits(5)}
-    assert retention(right, "blind", range(10)) == pytest.approx(kept)
+
+def test_a_report_stands_beside_its_run_and_in_the_readme(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    out, readme = tmp_path / "run", tmp_path / "README.md"
+    summary = evaluate(bridge, config, out, progress=False)
+    readme.write_text("before\n<!-- results: mm-c2c evaluate -->\n<!-- end of results -->\nafter\n")
+    write_report(out, readme)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    read_back = json.loads((out / "summary.json").read_text())
+    assert markdown(read_back) in text
+    assert (out / "report.md").read_text() == markdown(read_back)
+    shown = (out / "report.html").read_text()
+    assert shown.count("<svg") == 2
+    assert "caption_relay_options" in shown
+    assert page(summary, "again").count("<tr>") == 1 + len(ARMS)
+    with pytest.raises(InputError, match="no lines"):
+        write_readme(out / "report.md", "x")
+    with pytest.raises(InputError, match="no finished run"):
+        write_report(tmp_path)
+
+
+def test_a_missing_plotter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"mm-c2c\[evaluate\]"):
+        new_figure(1, 1)

@@ -1,6 +1,7 @@
 """Sticker scenes, their truth, the tower and the shipped items."""
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mm_c2c.errors import InputError
 from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, load_items, normalise
 from mm_c2c.reference import models
 from mm_c2c.reference.concepts import CONCEPTS, GROUPS
+from mm_c2c.reference.knowledge import FACTS
 from mm_c2c.reference.scene_data import SPLITS
 from mm_c2c.reference.scenes import (
     KINDS,
@@ -140,7 +142,8 @@ def test_the_shipped_items_hold_every_kind_and_their_pictures() -> None:
 def test_answers_are_scored_fairly(said: str, exact: bool, wordy: bool) -> None:
     items = load_items(models.HERE / "unseen_style" / "items.jsonl")
     item = next(i for i in items if i.answer == "top left")
-    assert (is_right(said, item), is_right_in_a_sentence(said, item)) == (exact, wordy)
+    assert is_right(said, item.answer) == exact
+    assert is_right_in_a_sentence(said, item.answer, item.options) == wordy
 
 
 def test_numbers_count_in_words_and_digits() -> None:
@@ -151,3 +154,22 @@ def test_a_damaged_item_file_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text('{"image": "a.png"}\n')
     with pytest.raises(InputError, match="line 1"):
         load_items(tmp_path / "items.jsonl")
+
+
+def test_the_shipped_knowledge_items_are_balanced_and_true() -> None:
+    items = load_items(models.HERE / "unseen_style" / "knowledge.jsonl")
+    counts = Counter((item.kind, item.answer) for item in items)
+    assert {kind for kind, _ in counts} == set(FACTS)
+    assert all(counts[kind, "yes"] == counts[kind, "no"] for kind in FACTS)
+    for item in items:
+        place = re.search(r"the thing (.*?)(?: alive| fly| have wheels)?\?$", item.question)
+        assert place is not None
+        (name,) = re.findall(rf"(?:^|, )(?:an? )?(\w+) {place[1]}[,.]", item.description or "")
+        fact = FACTS[item.kind]
+        assert name in (fact.true_of if item.answer == "yes" else fact.false_of)
+
+
+def test_no_fact_is_both_true_and_false() -> None:
+    for fact in FACTS.values():
+        assert not fact.true_of & fact.false_of
+        assert fact.true_of | fact.false_of <= {concept.name for concept in CONCEPTS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Item(NamedTuple):
         question: what is asked.
         answer: the true answer.
         options: all answers this kind of question can have.
+        description: a true description of the picture, where the file has one.
     """
 
     image: Path
@@ -32,6 +34,7 @@ class Item(NamedTuple):
     question: str
     answer: str
     options: tuple[str, ...]
+    description: str | None = None
 
     def picture(self) -> Image.Image:
         """The picture, read from disk."""
@@ -39,29 +42,46 @@ class Item(NamedTuple):
 
 
 def load_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Read a JSONL of `{"image", "kind", "question", "answer"}`; pictures lie beside it.
+    """Read a JSONL of `{"image", "question", "answer"}`; pictures lie beside it.
+
+    A line may also have `kind`, its `options` (else: the answers of its kind) and a true `caption`.
 
     Args:
         path: the file.
         limit: keep so many, spread evenly over the file.
     """
-    rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"cannot read items from {path}: {error.strerror}") from error
+    rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append((path.parent / row["image"], row["kind"], row["question"], row["answer"]))
-        except (json.JSONDecodeError, KeyError) as error:
-            raise InputError(f"{path}, line {number}: expected an item, got {error}") from error
+            rows.append({"kind": "question", **row, "image": path.parent / row["image"]})
+            _ = row["question"], row["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{path}, line {number}: expected {{"image", "question", "answer"}}, got {error!r}'
+            ) from error
+    if not rows:
+        raise InputError(f"{path} holds no items")
     if limit is not None and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
-    options: dict[str, set[str]] = {}
-    for _, kind, _, answer in rows:
-        options.setdefault(kind, set()).add(answer)
-    return [Item(*row, options=tuple(sorted(options[row[1]]))) for row in rows]
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        answers.setdefault(row["kind"], set()).add(row["answer"])
+    return [
+        Item(
+            image=row["image"],
+            kind=row["kind"],
+            question=row["question"],
+            answer=row["answer"],
+            options=tuple(row.get("options", sorted(answers[row["kind"]]))),
+            description=row.get("caption"),
+        )
+        for row in rows
+    ]
 
 
 def normalise(text: str) -> str:
@@ -70,13 +90,13 @@ def normalise(text: str) -> str:
     return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def is_right(answer: str, item: Item) -> bool:
+def is_right(answer: str, gold: str) -> bool:
     """Exact match after normalising."""
-    return normalise(answer) == normalise(item.answer)
+    return normalise(answer) == normalise(gold)
 
 
-def is_right_in_a_sentence(answer: str, item: Item) -> bool:
+def is_right_in_a_sentence(answer: str, gold: str, options: Collection[str]) -> bool:
     """Whether a wordy answer names the true option, and no other one of its kind."""
-    options = sorted({normalise(o) for o in (*item.options, item.answer)}, key=len, reverse=True)
-    pattern = r"\b(" + "|".join(re.escape(option) for option in options) + r")\b"
-    return set(re.findall(pattern, normalise(answer))) == {normalise(item.answer)}
+    names = sorted({normalise(name) for name in (*options, gold)}, key=len, reverse=True)
+    pattern = r"\b(" + "|".join(re.escape(name) for name in names) + r")\b"
+    return set(re.findall(pattern, normalise(answer))) == {normalise(gold)}

@@ -1,6 +1,8 @@
 """Write one split's pictures and questions to a folder, as `mm-c2c evaluate` reads them.
 
 python -m mm_c2c.reference.make_items --split unseen_style --out FOLDER --artwork FOLDER
+
+`--knowledge` writes `knowledge.jsonl` instead, about the pictures that are there.
 """
 
 from __future__ import annotations
@@ -8,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mm_c2c.reference.scene_data import SPLITS, load_artworks, make_scene
+from mm_c2c.reference.knowledge import FACTS, knowledge_questions
+from mm_c2c.reference.scene_data import SPLITS, Artworks, load_artworks, make_scene
 from mm_c2c.reference.scenes import KINDS, caption, questions, render
 
 WEBP_QUALITY = 92
@@ -23,8 +27,12 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=150)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--artwork", type=Path, required=True)
+    parser.add_argument("--knowledge", action="store_true")
     args = parser.parse_args()
     artworks = load_artworks(args.split, args.artwork)
+    if args.knowledge:
+        write_knowledge(args.split, args.out, args.per_kind, artworks)
+        return
     names = sorted(set.intersection(*(set(drawn) for drawn in artworks.values())))
     names = [name for name in names if name in SPLITS[args.split].names]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -41,8 +49,29 @@ def main() -> None:
                 wanted[question.kind] -= 1
                 rows.append({"image": file, **question._asdict(), "caption": caption(scene)})
         number += 1
+    _write(args.out / "items.jsonl", rows)
+
+
+def write_knowledge(split: str, out: Path, per_kind: int, artworks: Artworks) -> None:
+    """Questions about the pictures in a folder, `yes` as often as `no`, as far as they go."""
+    rng = random.Random(SPLITS[split].first_seed)
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for path in sorted(out.glob("*.webp")):
+        scene = make_scene(split, int(path.stem), artworks)
+        for question in knowledge_questions(scene):
+            row = {"image": path.name, **question._asdict(), "caption": caption(scene)}
+            found.setdefault((question.kind, question.answer), []).append(row)
+    rows = []
+    for kind in FACTS:
+        count = min(per_kind // 2, *(len(found[kind, answer]) for answer in ("yes", "no")))
+        for answer in ("yes", "no"):
+            rows += rng.sample(found[kind, answer], count)
+    _write(out / "knowledge.jsonl", sorted(rows, key=lambda row: (row["image"], row["question"])))
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (args.out / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

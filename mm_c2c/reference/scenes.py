@@ -235,7 +235,7 @@ def _jitter(cut: Image.Image, rng: random.Random) -> Image.Image:
 
 def caption(scene: Scene) -> str:
     """A full description in reading order, such as `a cat in the top left, an egg at the top.`."""
-    parts = [f"{_one(s.name)} {_at(s.place)}" for s in scene.stickers]
+    parts = [f"{_one(s.name)} {at_place(s.place)}" for s in scene.stickers]
     return ", ".join(parts) + "."
 
 
@@ -250,7 +250,7 @@ def questions(scene: Scene, rng: random.Random, names: Sequence[str]) -> list[Qu
     present = {s.name for s in scene.stickers}
     pick = rng.choice(scene.stickers)
     asked = [
-        Question("what", f"What is {_at(pick.place)}?", pick.name),
+        Question("what", f"What is {at_place(pick.place)}?", pick.name),
         _kind_question(scene, rng),
         _where_question(scene, rng),
         _count_question(scene, rng),
@@ -296,7 +296,7 @@ def odd_one_out(scene: Scene) -> str | None:
 
 def _kind_question(scene: Scene, rng: random.Random) -> Question:
     pick = rng.choice(scene.stickers)
-    return Question("kind", f"What kind of thing is {_at(pick.place)}?", pick.group)
+    return Question("kind", f"What kind of thing is {at_place(pick.place)}?", pick.group)
 
 
 def _where_question(scene: Scene, rng: random.Random) -> Question:
@@ -325,7 +325,8 @@ def _relation_questions(scene: Scene) -> list[Question]:
     return found
 
 
-def _at(place: str) -> str:
+def at_place(place: str) -> str:
+    """`at the top`, `in the top left`."""
     return _AT.get(place, f"in the {place}")
 
 

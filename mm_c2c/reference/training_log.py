@@ -56,7 +56,8 @@ def plot(logs: list[Path], out: Path) -> None:
         for name, values in log.items():
             if name not in ("step", "seconds"):
                 panel.plot(log["step"], values, label=name.replace("_", " "), linewidth=1.2)
-        panel.set(title=path.parent.name, xlabel="step", yscale="log")
+        part = path.stem.removeprefix("log").replace("_", " ")
+        panel.set(title=f"{path.parent.name}{part}", xlabel="step", yscale="log")
         panel.grid(alpha=0.3, which="both")
         panel.legend(frameon=False)
     figure.savefig(out, dpi=120)

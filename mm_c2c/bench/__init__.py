@@ -1,0 +1,1 @@
+"""Speed as ratios inside one run, beside a plain form of the paper's projector."""

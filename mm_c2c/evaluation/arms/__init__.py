@@ -1,0 +1,130 @@
+"""The arms of a comparison: each answers questions about pictures in its own way.
+
+An arm starts from raw pictures and questions and ends with the last token. Adding one is a class
+with one method in a file of this folder, and a line in `ARMS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from mm_c2c.bridge import Bridge
+from mm_c2c.errors import ConfigError
+from mm_c2c.sources.base import Source, SourceInput
+from mm_c2c.sources.text import encode_chats
+
+MAX_NEW_TOKENS = 12
+CAPTION_TOKENS = 64
+
+ARMS: dict[str, str] = {
+    "fused": "fused:Fused",
+    "fused_and_caption": "fused:FusedAndCaption",
+    "blind": "alone:Blind",
+    "caption_relay": "relay:CaptionRelay",
+    "caption_relay_options": "relay:CaptionRelayWithOptions",
+    "answer_relay": "relay:AnswerRelay",
+    "true_description": "relay:TrueDescription",
+    "source": "alone:SourceAlone",
+    "shuffled": "fused:Shuffled",
+    "zeroed": "fused:Zeroed",
+}
+"""Name to `file:Class`, in the order of the tables; the controls come last."""
+
+
+class Asked(NamedTuple):
+    """One question about one picture.
+
+    Attributes:
+        picture: RGB.
+        question: what is asked.
+        options: answers that this kind of question can have; empty where that is open.
+        description: a true description of the picture, where there is one.
+    """
+
+    picture: Image.Image
+    question: str
+    options: tuple[str, ...] = ()
+    description: str | None = None
+
+
+class Reply(NamedTuple):
+    """An arm's answer, and the text that was handed to the target on the way, if any."""
+
+    answer: str
+    relayed: str | None = None
+
+
+class Arm(Protocol):
+    """One way to answer."""
+
+    def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
+        """Answer a batch; a streamer, for a batch of one, gets the answer's tokens as they come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every arm is built from.
+
+    Attributes:
+        bridge: with the frozen models.
+        source_name: the source that looks.
+        request: what the source is asked for when it writes a caption.
+    """
+
+    bridge: Bridge
+    source_name: str
+    request: str
+
+    @property
+    def source(self) -> Source:
+        """The source that looks."""
+        return self.bridge.sources[self.source_name]
+
+
+def build_arm(name: str, setting: Setting) -> Arm:
+    """An arm by its name.
+
+    Raises:
+        ConfigError: no arm of that name.
+    """
+    if name not in ARMS:
+        close = difflib.get_close_matches(name, ARMS, n=1)
+        hint = f"; closest: {close[0]}" if close else ""
+        raise ConfigError(f"no arm {name!r}; known: {', '.join(ARMS)}{hint}")
+    module, _, kind = ARMS[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(setting)
+
+
+@torch.no_grad()
+def target_answers(
+    bridge: Bridge, prompts: Sequence[str], streamer: BaseStreamer | None = None
+) -> list[str]:
+    """The target's own answers to a batch of prompts, in its chat template."""
+    encoded, _ = encode_chats(
+        bridge.target.tokenizer, list(prompts), bridge.device, bridge.config.system
+    )
+    out = bridge.target.model.generate(**encoded, **options(streamer))
+    texts = bridge.target.tokenizer.batch_decode(
+        out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [text.strip() for text in texts]
+
+
+def captions(setting: Setting, asked: Sequence[Asked]) -> list[str]:
+    """What the source writes about each picture, without knowing the question."""
+    looks = [SourceInput(text=setting.request, images=(row.picture,)) for row in asked]
+    written = setting.source.generate(looks, max_new_tokens=CAPTION_TOKENS, do_sample=False)
+    return [text.strip() for text in written]
+
+
+def options(streamer: BaseStreamer | None) -> dict[str, Any]:
+    """How every arm decodes its answer: greedily, a few tokens."""
+    return {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}

@@ -1,0 +1,36 @@
+"""Each model by itself: the target without the picture, the source without the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers.generation.streamers import BaseStreamer
+
+from mm_c2c.evaluation.arms import Asked, Reply, Setting, options, target_answers
+from mm_c2c.sources.base import SourceInput
+
+
+@dataclass(frozen=True)
+class Blind:
+    """The target alone: the same prompt without slots; the picture is not looked at."""
+
+    setting: Setting
+
+    def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
+        """See `Arm`."""
+        questions = [row.question for row in asked]
+        return [Reply(text) for text in target_answers(self.setting.bridge, questions, streamer)]
+
+
+@dataclass(frozen=True)
+class SourceAlone:
+    """The source answers itself."""
+
+    setting: Setting
+
+    def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
+        """See `Arm`."""
+        looks = [SourceInput(text=row.question, images=(row.picture,)) for row in asked]
+        answers = self.setting.source.generate(looks, **options(streamer))
+        return [Reply(text.strip()) for text in answers]

@@ -1,0 +1,296 @@
+"""A run's summary as tables: in the terminal, in Markdown, and as a page with plots.
+
+python -m mm_c2c.evaluation.report RUN_FOLDER [--readme README.md]
+
+writes `report.md` and `report.html` beside the run's `summary.json`; `--readme` also replaces what
+stands between the two `results` comments of that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_c2c.errors import InputError, UnsupportedError
+
+_NAMES = {
+    "fused": "**fused** (question-blind slots)",
+    "fused_and_caption": "fused, and the caption as words",
+    "blind": "blind target",
+    "caption_relay": "caption relay, generic",
+    "caption_relay_options": "caption relay, options shown",
+    "answer_relay": "answer relay: the target repeats the source's answer",
+    "true_description": "the target reads a true description",
+    "source": "source answers itself",
+    "shuffled": "control: another picture's cache",
+    "zeroed": "control: empty cache",
+}
+_MARKS = ("<!-- results: mm-c2c evaluate -->", "<!-- end of results -->")
+
+
+def text_table(summary: dict[str, Any]) -> str:
+    """For a terminal."""
+    kinds = list(summary["kinds"])
+    rows = [
+        ["arm", "all", "95 %", "wordy", *kinds, "first token", "total"],
+        *([name, *_arm_cells(summary, name, kinds)] for name in summary["arms"]),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        row[0].ljust(widths[0])
+        + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *(_plain(line) for line in _findings(summary))])
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """For a page that renders Markdown: one table of arms, one of kinds, and what follows."""
+    times = next(iter(summary["time"].values()), {"n": 0})["n"]
+    head = (
+        f"{summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
+        "normalising, 95 % bootstrap intervals; *wordy* also accepts a sentence that names the "
+        "right option and no other."
+    )
+    if times:
+        head += f" Times: median of {times} warm runs, raw picture and question in."
+    kinds = list(summary["kinds"])
+    arms = [
+        ["", "accuracy", "95 %", "wordy", "first token", "total"],
+        *(
+            [_NAMES.get(name, name), *cells[:3], *cells[-2:]]
+            for name, cells in ((n, _arm_cells(summary, n, kinds)) for n in summary["arms"])
+        ),
+    ]
+    by_kind = [
+        ["", *(f"{kind} ({count})" for kind, count in summary["kinds"].items())],
+        *(
+            [name.replace("_", " "), *_arm_cells(summary, name, kinds)[3:-2]]
+            for name in summary["arms"]
+        ),
+    ]
+    found = "\n".join(f"- {line}" for line in _findings(summary))
+    return f"{head}\n\n{_pipe_table(arms)}\n\n{_pipe_table(by_kind)}\n\n{found}\n"
+
+
+def page(summary: dict[str, Any], title: str) -> str:
+    """One HTML file with its plots inside."""
+    kinds = list(summary["kinds"])
+    head = ["arm", "accuracy", "95 %", "wordy", *kinds, "first token", "total"]
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (name, *cells)) + "</tr>"
+        for name, cells in ((n, _arm_cells(summary, n, kinds)) for n in summary["arms"])
+    )
+    found = "".join(f"<li>{html.escape(_plain(line))}</li>" for line in _findings(summary))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1><p>n = {summary['n']:,}, exact match after normalising, "
+        "95 % bootstrap intervals.</p>"
+        f"<figure>{plot_kinds(summary)}</figure><figure>{plot_times(summary)}</figure>"
+        '<div class="scroll"><table><tr>'
+        + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        + f"</tr>{body}</table></div><ul>{found}</ul></html>"
+    )
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, sizes in inches.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError(
+            "plots need matplotlib; install it with: pip install 'mm-c2c[evaluate]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_kinds(summary: dict[str, Any]) -> str:
+    """SVG: accuracy of each arm by kind of question, with intervals."""
+    kinds = list(summary["kinds"])
+    arms = summary["arms"]
+    figure = new_figure(10, 3.6)
+    axes = figure.subplots()
+    width = 0.8 / len(arms)
+    for index, (name, row) in enumerate(arms.items()):
+        values = [row["accuracy"], *(row["kinds"][kind] for kind in kinds)]
+        places = [i + (index - (len(arms) - 1) / 2) * width for i in range(len(values))]
+        axes.bar(
+            places,
+            [100 * v[0] for v in values],
+            width,
+            yerr=[[100 * (v[0] - v[1]) for v in values], [100 * (v[2] - v[0]) for v in values]],
+            error_kw={"linewidth": 0.8},
+            label=name.replace("_", " "),
+            color=f"C{index}",
+        )
+    axes.set_xticks(range(len(kinds) + 1), ["all", *kinds])
+    axes.set_ylabel("right, %")
+    axes.set_ylim(0, 100)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    return _svg(figure)
+
+
+def plot_times(summary: dict[str, Any]) -> str:
+    """SVG: accuracy against time to the first token; empty where nothing was timed."""
+    if not summary["time"]:
+        return ""
+    figure = new_figure(7, 3.4)
+    axes = figure.subplots()
+    for index, (name, row) in enumerate(summary["time"].items()):
+        value, low, high = (100 * v for v in summary["arms"][name]["accuracy"])
+        axes.errorbar(
+            row["ttft_ms"], value, yerr=[[value - low], [high - value]], fmt="o", color=f"C{index}"
+        )
+        axes.annotate(
+            name.replace("_", " "), (row["ttft_ms"], value), (6, 4), textcoords="offset points"
+        )
+    axes.set_xlabel("first token, ms (median)")
+    axes.set_ylabel("right, %")
+    axes.set_ylim(-3, 100)
+    axes.set_xlim(0, 1.25 * max(row["ttft_ms"] for row in summary["time"].values()))
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def write_readme(path: Path, text: str) -> None:
+    """Replace what stands between the two comments.
+
+    Raises:
+        InputError: the file has no such comments.
+    """
+    old = path.read_text(encoding="utf-8")
+    begin, end = _MARKS
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(old):
+        raise InputError(f"{path} has no lines {begin!r} and {end!r} to write results between")
+    path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", old), encoding="utf-8")
+
+
+def write_report(run: Path, readme: Path | None = None) -> None:
+    """Write `report.md` and `report.html` of a run, and a README's results."""
+    try:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{run} holds no finished run ({error.strerror}: summary.json); "
+            "make one with mm-c2c evaluate --out"
+        ) from error
+    text = markdown(summary)
+    (run / "report.md").write_text(text, encoding="utf-8")
+    (run / "report.html").write_text(page(summary, summary["config"]["items"]), encoding="utf-8")
+    if readme is not None:
+        write_readme(readme, text)
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;font-size:.85rem}.scroll{overflow-x:auto}"
+    "td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
+    "td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{width:100%;height:auto}"
+)
+
+
+def _arm_cells(summary: dict[str, Any], name: str, kinds: Iterable[str]) -> list[str]:
+    """Accuracy, interval, wordy, each kind, first token, total."""
+    row = summary["arms"][name]
+    value, low, high = row["accuracy"]
+    time = summary["time"].get(name)
+    return [
+        _percent(value),
+        f"{_percent(low)} to {_percent(high)}",
+        _percent(row["in_a_sentence"][0]),
+        *(_percent(row["kinds"][kind][0]) for kind in kinds),
+        f"{time['ttft_ms']:.0f} ms" if time else "",
+        f"{time['total_ms']:.0f} ms" if time else "",
+    ]
+
+
+def _findings(summary: dict[str, Any]) -> list[str]:
+    """What the arms come to, one sentence each."""
+    lines = []
+    for floor, kept in summary.get("retention", {}).items():
+        over = {"over_blind": "blind", "over_zeroed": "empty cache"}[floor]
+        shown = "n/a" if None in kept else "{:.2f} ({:.2f} to {:.2f})".format(*kept)
+        lines.append(f"Retention, (fused - {over}) / (source - {over}): {shown}.")
+    for name, tests in summary.get("against", {}).items():
+        exact, wordy = tests["exact"], tests["in_a_sentence"]
+        lines.append(
+            f"Fused against `{name}`: {_points(exact)} exact, {_points(wordy)} with wordy answers "
+            "(McNemar)."
+        )
+    if recovered := summary.get("recovered"):
+        value, low, high = recovered["share"]
+        lines.append(
+            f"Know but cannot tell: of {recovered['n']} questions that the source answers right "
+            f"and its caption relay does not, fused answers {_percent(value)} % "
+            f"({_percent(low)} to {_percent(high)})."
+        )
+    if swap := summary.get("swap"):
+        truth, known = swap["truth"], swap["source_right"]
+        lines.append(
+            f"Swapped picture, of {truth['n']} questions that two pictures answer differently: "
+            f"{_percent(truth['follow'])} % of the answers are true of the swapped one, "
+            f"{_percent(truth['stay'])} % of the own one; of the {known['n']} that the source "
+            f"answers right for both, {_percent(known['follow'])} % and "
+            f"{_percent(known['stay'])} %."
+        )
+    time = summary["time"]
+    if {"fused", "caption_relay"} <= time.keys():
+        ratio = time["caption_relay"]["ttft_ms"] / time["fused"]["ttft_ms"]
+        lines.append(f"First token: fused {ratio:.1f} times as fast as the caption relay.")
+    return lines
+
+
+def _points(test: dict[str, Any]) -> str:
+    value, low, high = (100 * x for x in test["difference"])
+    p = test["p_value"]
+    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f}, {chance})"
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f}"
+
+
+def _plain(line: str) -> str:
+    return line.replace("`", "").replace("*", "")
+
+
+def _pipe_table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _svg(figure: Any) -> str:
+    with io.StringIO() as file:
+        # No date and no random ids: the same summary gives the same file.
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def main() -> None:
+    """Read the command line and write a run's report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--readme", type=Path, help="also replace this file's results")
+    args = parser.parse_args()
+    write_report(args.run, args.readme)
+
+
+if __name__ == "__main__":
+    main()

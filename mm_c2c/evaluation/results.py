@@ -1,0 +1,61 @@
+"""Files of a run that survive being stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Rows that are kept as they come, one JSON object a line.
+
+    What an earlier run left is read back, as far as it is whole.
+
+    Args:
+        path: the file; None keeps rows in memory only.
+        ends: counts of rows at which the file may end; rows beyond the last such count came from
+            a write that was cut off and are dropped.
+    """
+
+    def __init__(self, path: Path | None, ends: Sequence[int]) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path is None or not path.exists():
+            return
+        found = _read_whole(path)
+        whole = max((end for end in ends if end <= len(found)), default=0)
+        self.rows = found[:whole]
+        scratch = path.with_suffix(".part")
+        scratch.write_text(_lines(self.rows), encoding="utf-8")
+        scratch.replace(path)
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows, in the file too."""
+        self.rows += rows
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_lines(rows))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    scratch.replace(path)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _read_whole(path: Path) -> list[dict[str, Any]]:
+    """Rows up to the first that is cut off."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

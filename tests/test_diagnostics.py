@@ -1,0 +1,103 @@
+"""Parts of a fuser switched off, and effective ranks."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mm_c2c import Bridge
+from mm_c2c.bridge import BridgeConfig
+from mm_c2c.cache import read_layers
+from mm_c2c.errors import ConfigError
+from mm_c2c.evaluation import diagnostics
+from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, effective_rank, text_table
+from mm_c2c.reference.models import SOURCE_NAME
+
+
+@pytest.fixture
+def trained(bridge: Bridge) -> Bridge:
+    """A bridge whose fuser does something."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for param in bridge.fusers.parameters():
+            param.normal_(std=0.5)
+    return bridge
+
+
+@pytest.fixture
+def config(tmp_path: Path, pictures: list[Image.Image]) -> DiagnosticsConfig:
+    rows = []
+    for index, picture in enumerate(pictures[:2]):
+        picture.save(tmp_path / f"{index}.png")
+        rows.append(json.dumps({"image": f"{index}.png", "question": "What?", "answer": "cat"}))
+    (tmp_path / "items.jsonl").write_text("\n".join(rows))
+    return DiagnosticsConfig(
+        items=tmp_path / "items.jsonl", grids=((1, 1), (3, 3)), resamples=20, batch_size=2
+    )
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    for count in (1, 2, 5):
+        basis = torch.linalg.qr(torch.randn(8, 8))[0][:count]
+        states = basis.repeat_interleave(3, dim=0)
+        assert effective_rank(states).item() == pytest.approx(count, rel=1e-4)
+    assert effective_rank(torch.zeros(2, 4, 3)).tolist() == [0.0, 0.0]
+    # Two directions, one with three times the strength of the other: entropy of (3/4, 1/4).
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    uneven = torch.diag(torch.tensor([3.0, 1.0]))
+    assert effective_rank(uneven).item() == pytest.approx(math.exp(entropy))
+
+
+def test_a_variant_fuses_only_what_it_says(
+    trained: Bridge, config: DiagnosticsConfig, pictures: list[Image.Image]
+) -> None:
+    before = {name: weight.clone() for name, weight in trained.state_dict().items()}
+    (name,) = trained.fusers
+    variants = diagnostics._variants(trained, name, config)
+    whole = read_layers(trained.perceive(pictures[0]).past_key_values)[0]
+    closed = diagnostics._with_gates(trained, name, torch.zeros(len(whole), 2))
+    alone = read_layers(closed.perceive(pictures[0]).past_key_values)[0]
+    keys = read_layers(variants["keys only"].perceive(pictures[0]).past_key_values)[0]
+    for layer, (own, fused, found) in enumerate(zip(alone, whole, keys, strict=True)):
+        assert not torch.equal(own.values, fused.values), layer
+        torch.testing.assert_close(found.keys, fused.keys)
+        assert torch.equal(found.values, own.values)
+    values = read_layers(variants["values only"].perceive(pictures[0]).past_key_values)[0]
+    for own, fused, found in zip(alone, whole, values, strict=True):
+        assert torch.equal(found.keys, own.keys)
+        torch.testing.assert_close(found.values, fused.values)
+    first = read_layers(variants["first 1 layers only"].perceive(pictures[0]).past_key_values)[0]
+    torch.testing.assert_close(first[0].values, whole[0].values)
+    assert torch.equal(first[1].values, alone[1].values)
+    assert variants["3 x 3 slots"].config.links[0].num_slots == 9
+    assert all(torch.equal(before[n], weight) for n, weight in trained.state_dict().items())
+
+
+def test_a_diagnosis_has_a_row_for_every_variant(
+    trained: Bridge, config: DiagnosticsConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "diagnosis.json"
+    result = diagnose(trained, config, out, progress=False)
+    assert result["n"] == 2
+    assert json.loads(out.read_text()) == result
+    assert {"whole", "keys only", "values only", "1 x 1 slots"} <= result["variants"].keys()
+    ranks = result["effective_rank"]
+    assert ranks["before"] != ranks["after"]
+    table = text_table(result)
+    assert all(label in table for label in result["variants"])
+
+
+def test_only_a_single_link_with_slots_is_diagnosed(
+    bridge: Bridge, config: DiagnosticsConfig
+) -> None:
+    (link,) = bridge.config.links
+    aligned = dataclasses.replace(link, geometry="aligned")
+    other = Bridge(bridge.target, bridge.sources, BridgeConfig(links=(aligned,), slot_token="a"))
+    with pytest.raises(ConfigError, match="must have one link, with slots"):
+        diagnose(other, config, progress=False)
+    with pytest.raises(ConfigError, match=SOURCE_NAME):
+        diagnose(bridge, dataclasses.replace(config, source="other"), progress=False)
