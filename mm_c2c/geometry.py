@@ -153,7 +153,8 @@ def find(name: str) -> Geometry:
 
     register()
     try:
-        config = AutoConfig.from_pretrained(name)
+        # A bare word is a misspelt name of the table: no use asking the Hub for it.
+        config = AutoConfig.from_pretrained(name, local_files_only="/" not in name)
     except (OSError, ValueError) as error:
         close = difflib.get_close_matches(name.lower(), aliases, n=1, cutoff=0)
         raise InputError(
@@ -174,7 +175,8 @@ def _aliases(known: str) -> set[str]:
     """Names in lower case that mean one entry of the table."""
     whole = known.lower()
     short = whole.rpartition("/")[2]
-    return {whole, short, *(short.removesuffix(suffix) for suffix in _SUFFIXES)}
+    # Without an ending of its own, a short name stays as it is.
+    return {whole, *(short.removesuffix(suffix) for suffix in _SUFFIXES)}
 
 
 def _picture(config: Any) -> tuple[int | None, str | None]:

@@ -184,10 +184,7 @@ def test_no_two_models_share_a_name() -> None:
         assert find(name.rpartition("/")[2]).name == name
 
 
-def test_an_unknown_model_lists_the_known_ones_and_the_closest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_an_unknown_model_lists_the_known_ones_and_the_closest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"closest: Qwen/Qwen3-8B; known: Qwen/Qwen2\.5-0\.5B-Ins"):
         find("qwen3-9b")
     (tmp_path / "config.json").write_text("{}")
