@@ -17,6 +17,7 @@ from mm_c2c.evaluation.arms import ARMS, Arm, Asked, Reply, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.report import (
+    brief,
     markdown,
     new_figure,
     page,
@@ -230,7 +231,8 @@ def test_a_report_stands_beside_its_run_and_in_the_readme(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     read_back = json.loads((out / "summary.json").read_text())
-    assert markdown(read_back) in text
+    assert brief(read_back) in text
+    assert brief(read_back) in markdown(read_back)
     assert (out / "report.md").read_text() == markdown(read_back)
     shown = (out / "report.html").read_text()
     assert shown.count("<svg") == 2
