@@ -31,6 +31,8 @@ _NAMES = {
     "shuffled": "control: another picture's cache",
     "zeroed": "control: empty cache",
 }
+_CONTROLS = ("shuffled", "zeroed")
+_AXIS = "right, wordy or not, %"
 _MARKS = ("<!-- results: mm-c2c evaluate -->", "<!-- end of results -->")
 
 
@@ -127,14 +129,14 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plot_kinds(summary: dict[str, Any]) -> str:
-    """SVG: accuracy of each arm by kind of question, with intervals."""
+    """SVG: what each arm got right by kind of question, in whatever words, with intervals."""
     kinds = list(summary["kinds"])
     arms = summary["arms"]
     figure = new_figure(10, 3.6)
     axes = figure.subplots()
     width = 0.8 / len(arms)
     for index, (name, row) in enumerate(arms.items()):
-        values = [row["accuracy"], *(row["kinds"][kind] for kind in kinds)]
+        values = [row["in_a_sentence"], *(row["kinds_in_a_sentence"][kind] for kind in kinds)]
         places = [i + (index - (len(arms) - 1) / 2) * width for i in range(len(values))]
         axes.bar(
             places,
@@ -146,7 +148,7 @@ def plot_kinds(summary: dict[str, Any]) -> str:
             color=f"C{index}",
         )
     axes.set_xticks(range(len(kinds) + 1), ["all", *kinds])
-    axes.set_ylabel("right, %")
+    axes.set_ylabel(_AXIS)
     axes.set_ylim(0, 100)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
@@ -154,24 +156,32 @@ def plot_kinds(summary: dict[str, Any]) -> str:
 
 
 def plot_times(summary: dict[str, Any]) -> str:
-    """SVG: accuracy against time to the first token; empty where nothing was timed."""
+    """SVG: what each arm got right, in whatever words, against the time to its first token.
+
+    Empty where nothing was timed; controls are left out.
+    """
     if not summary["time"]:
         return ""
     figure = new_figure(7, 3.4)
     axes = figure.subplots()
     for index, (name, row) in enumerate(summary["time"].items()):
-        value, low, high = (100 * v for v in summary["arms"][name]["accuracy"])
+        if name in _CONTROLS:
+            continue
+        value, low, high = (100 * v for v in summary["arms"][name]["in_a_sentence"])
         axes.errorbar(
-            row["ttft_ms"], value, yerr=[[value - low], [high - value]], fmt="o", color=f"C{index}"
-        )
-        axes.annotate(
-            name.replace("_", " "), (row["ttft_ms"], value), (6, 4), textcoords="offset points"
+            row["ttft_ms"],
+            value,
+            yerr=[[value - low], [high - value]],
+            fmt="o",
+            color=f"C{index}",
+            label=name.replace("_", " "),
         )
     axes.set_xlabel("first token, ms (median)")
-    axes.set_ylabel("right, %")
-    axes.set_ylim(-3, 100)
-    axes.set_xlim(0, 1.25 * max(row["ttft_ms"] for row in summary["time"].values()))
+    axes.set_ylabel(_AXIS)
+    axes.set_ylim(0, 100)
+    axes.set_xlim(0, None)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
     return _svg(figure)
 
 

@@ -41,7 +41,7 @@ def summarise(
 
     Returns:
         Plain values, ready for JSON. For each arm `accuracy`, `in_a_sentence` (a wordy answer may
-        name the option) and `kinds`; `against` the arm `fused` the paired tests; `retention` over
+        name the option), and either by kind; `against` the arm `fused` the paired tests; `retention` over
         the blind target and over an empty cache, which knows the form of the answers; `recovered`
         of the items that the source knows and its caption relay misses; `swap`; `time`. Values
         with an interval are [value, low, high]; None where there is nothing to divide by. What
@@ -63,6 +63,10 @@ def summarise(
                 "in_a_sentence": accuracy(wordy[name], draws),
                 "kinds": {
                     kind: _accuracy_within(hits[name][where], resamples, seed)
+                    for kind, where in kinds.items()
+                },
+                "kinds_in_a_sentence": {
+                    kind: _accuracy_within(wordy[name][where], resamples, seed)
                     for kind, where in kinds.items()
                 },
             }
