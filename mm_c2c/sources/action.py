@@ -32,7 +32,7 @@ from mm_c2c.sources.base import (
     count_positions,
     full_cache,
 )
-from mm_c2c.sources.vlm import VLMSource, trim_spans
+from mm_c2c.sources.vlm import VLMSource, place, trim_spans, whole_view
 
 
 class PI0Source:
@@ -113,17 +113,14 @@ class PI0Source:
 
         position_ids = count_positions(torch.cat([mask, torch.ones_like(tail)], dim=1))
         specs = self._prefix.rope(int(position_ids.max()) + 1)
-        grid = self._grid(encoded["pixel_values"])
+        patches, grids = place_cameras(is_image, inputs, self._grid(encoded["pixel_values"]))
         return SourceCache(
             layers=layers,
             layer_indices=indices,
             position_ids=position_ids,
             kinds=torch.cat([kinds, tail], dim=1),
-            patches=torch.cat([camera_patches(is_image, grid), nowhere], dim=1),
-            grids=tuple(
-                tuple(grid._replace(image=camera) for camera in range(len(item.images)))
-                for item in inputs
-            ),
+            patches=torch.cat([patches, nowhere], dim=1),
+            grids=grids,
             spans=torch.cat([spans, nowhere[..., :2]], dim=1),
             texts=tuple(item.text.strip() for item in inputs),
             rope=tuple(specs[index] for index in indices),
@@ -392,14 +389,15 @@ def stack_noise(inputs: Sequence[SourceInput], shape: tuple[int, int], seed: int
     return torch.stack([noise.cpu().float() for noise in rows])
 
 
-def camera_patches(is_image: Tensor, grid: PatchGrid) -> Tensor:
-    """`(batch, seq_len, 3)`: camera, row and column of each patch, in reading order; -1 elsewhere.
+def place_cameras(
+    is_image: Tensor, inputs: Sequence[SourceInput], grid: PatchGrid
+) -> tuple[Tensor, tuple[tuple[PatchGrid, ...], ...]]:
+    """`patches` and `grids` of a `SourceCache`: each camera is shown whole, one after the other.
 
     Args:
-        is_image: `(batch, seq_len)` bool, one camera after the other.
+        is_image: `(batch, seq_len)` bool.
+        inputs: the rows, with a picture a camera.
         grid: of every camera.
     """
-    rows, cols = grid.rows, grid.cols
-    rank = is_image.cumsum(-1) - 1
-    place = torch.stack([rank // (rows * cols), rank // cols % rows, rank % cols], dim=-1)
-    return place.masked_fill(~is_image.unsqueeze(-1), -1)
+    view = whole_view(grid.rows, grid.cols)
+    return place(is_image, [[(view,)] * len(item.images) for item in inputs])

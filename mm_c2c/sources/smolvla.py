@@ -21,7 +21,7 @@ from mm_c2c.cache import (
 )
 from mm_c2c.errors import InputError, ShapeError, UnsupportedError
 from mm_c2c.rope import RopeSpec
-from mm_c2c.sources.action import camera_patches, stack_noise, stack_states
+from mm_c2c.sources.action import place_cameras, stack_noise, stack_states
 from mm_c2c.sources.base import SourceInput
 
 # LeRobot's names for what a policy sees.
@@ -118,6 +118,7 @@ class SmolVLASource:
             position_ids = torch.cat([position_ids, ahead], dim=1)
             kinds = torch.cat([kinds, torch.full_like(ahead, PositionKind.ACTION)], dim=1)
             spans = torch.cat([spans, spans.new_full((*ahead.shape, 2), -1)], dim=1)
+        patches, grids = place_cameras(kinds == PositionKind.IMAGE, inputs, grid)
         layers, indices = read_layers(cache)
         kept = [i for i, kv in enumerate(layers) if kv.keys.shape[2] == kinds.shape[1]]
         return SourceCache(
@@ -125,11 +126,8 @@ class SmolVLASource:
             layer_indices=tuple(indices[i] for i in kept),
             position_ids=position_ids,
             kinds=kinds,
-            patches=camera_patches(kinds == PositionKind.IMAGE, grid),
-            grids=tuple(
-                tuple(grid._replace(image=camera) for camera in range(len(item.images)))
-                for item in inputs
-            ),
+            patches=patches,
+            grids=grids,
             spans=spans,
             texts=tuple(item.text.strip() for item in inputs),
             rope=(_rope(self.shape.head_dim),) * len(kept),
