@@ -237,6 +237,7 @@ def test_a_report_stands_beside_its_run_and_in_the_readme(
     shown = (out / "report.html").read_text()
     assert shown.count("<svg") == 2
     assert "caption_relay_options" in shown
+    assert page(summary, "again") == page(summary, "again")
     assert page(summary, "again").count("<tr>") == 1 + len(ARMS)
     with pytest.raises(InputError, match="no lines"):
         write_readme(out / "report.md", "x")

@@ -60,8 +60,10 @@ def text_table(summary: dict[str, Any]) -> str:
 def brief(summary: dict[str, Any]) -> str:
     """For a README: the table of arms, and what follows from it."""
     times = next(iter(summary["time"].values()), {"n": 0})["n"]
+    arms = ", ".join(summary["config"]["arms"])
+    command = f'mm-c2c evaluate "arms=[{arms}]"' if arms else "mm-c2c evaluate"
     head = (
-        f"{summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
+        f"`{command}`: {summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
         "normalising, 95 % bootstrap intervals; *wordy* also accepts a sentence that names the "
         "right option and no other; *fused ahead by* counts wordy answers as right, in points "
         "(McNemar's p < 0.001 where not said)."
@@ -294,8 +296,10 @@ def _pipe_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _svg(figure: Any) -> str:
-    with io.StringIO() as file:
-        # No date and no random ids: the same summary gives the same file.
+    from matplotlib import rc_context
+
+    # No date and no random ids: the same summary gives the same file.
+    with io.StringIO() as file, rc_context({"svg.hashsalt": "mm_c2c"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
         text = file.getvalue()
     return text[text.index("<svg") :]
