@@ -1,4 +1,4 @@
-"""The command line: mm-c2c ask | fetch | inspect | evaluate | diagnose | bench."""
+"""The command line: mm-c2c ask | fetch | inspect | evaluate | prompts | diagnose | bench."""
 
 from __future__ import annotations
 
@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="folder for all answers and the report")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as items=FILE")
     evaluate.set_defaults(run=_evaluate)
+
+    prompts = commands.add_parser("prompts", help="find the words a caption relay does best with")
+    prompts.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    prompts.add_argument("--out", type=Path, help="also write the JSON here, for `evaluate`")
+    prompts.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="items=FILE, of the training split"
+    )
+    prompts.set_defaults(run=_prompts)
 
     diagnose = commands.add_parser("diagnose", help="accuracy with parts of the fuser switched off")
     diagnose.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -185,6 +193,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(json.dumps(summary))
     else:
         print(text_table(summary))
+
+
+def _prompts(args: argparse.Namespace) -> None:
+    from mm_c2c.config import parse_overrides
+    from mm_c2c.evaluation.prompt_search import PromptSearchConfig, search_prompts, text_table
+
+    config = parse_overrides(PromptSearchConfig, args.overrides)
+    result = search_prompts(_load_bridge(), config, args.out)
+    print(json.dumps(result) if args.json else text_table(result))
 
 
 def _diagnose(args: argparse.Namespace) -> None:

@@ -53,6 +53,14 @@ def override(config: T, overrides: Sequence[str]) -> T:
     return from_dict(type(config), data)
 
 
+def parse_overrides(kind: type[T], overrides: Sequence[str]) -> T:
+    """A config from `key=value` or `key.sub=value` alone, values in YAML."""
+    data: dict[str, Any] = {}
+    for text in overrides:
+        _set(data, text)
+    return from_dict(kind, data)
+
+
 def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass, and those inside it, from plain values; unknown keys are errors."""
     if not isinstance(data, Mapping):

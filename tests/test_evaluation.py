@@ -13,7 +13,7 @@ from PIL import Image
 from mm_c2c import Bridge, SourceInput
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
-from mm_c2c.evaluation.arms import ARMS, Arm, Asked, Reply, Setting, build_arm
+from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Reply, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.report import (
@@ -30,6 +30,9 @@ from mm_c2c.evaluation.statistics import hits_of
 from mm_c2c.evaluation.summary import swap_outcomes
 from mm_c2c.evaluation.tasks import load_items
 from mm_c2c.reference import models
+
+# Those that want files are in test_baselines.py.
+PLAIN_ARMS = [name for name in ARMS if name not in FILES]
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ class _Counting:
         return self.arm.answer(asked, streamer)
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", PLAIN_ARMS)
 def test_an_arm_answers_a_batch_as_it_answers_each_row(
     name: str, setting: Setting, asked: list[Asked]
 ) -> None:
@@ -128,7 +131,7 @@ def test_an_unknown_arm_names_the_closest(setting: Setting) -> None:
 def test_an_evaluation_counts_every_item_once(bridge: Bridge, config: EvaluationConfig) -> None:
     summary = evaluate(bridge, config, progress=False)
     assert summary["n"] == 5
-    assert list(summary["arms"]) == list(ARMS)
+    assert list(summary["arms"]) == PLAIN_ARMS
     # A fuser that was never trained changes nothing: whatever the cache, the answer is the same.
     for control in ("shuffled", "zeroed"):
         test = summary["against"][control]["exact"]
@@ -154,7 +157,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(
     )
     found = evaluate(bridge, config, out, progress=False)
     assert (out / "answers.jsonl").read_text() == whole
-    assert counts == dict.fromkeys(ARMS, 3 + 3)  # of five items, and by the clock
+    assert counts == dict.fromkeys(PLAIN_ARMS, 3 + 3)  # of five items, and by the clock
     assert found["arms"] == expected["arms"]
 
 
@@ -238,7 +241,7 @@ def test_a_report_stands_beside_its_run_and_in_the_readme(
     assert shown.count("<svg") == 2
     assert "caption_relay_options" in shown
     assert page(summary, "again") == page(summary, "again")
-    assert page(summary, "again").count("<tr>") == 1 + len(ARMS)
+    assert page(summary, "again").count("<tr>") == 1 + len(PLAIN_ARMS)
     with pytest.raises(InputError, match="no lines"):
         write_readme(out / "report.md", "x")
     with pytest.raises(InputError, match="no finished run"):

@@ -1,6 +1,7 @@
 """The trainings of the reference pair: a few steps, resumed, and gone on from."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from mm_c2c import Target
-from mm_c2c.reference import train_fuser, train_source
+from mm_c2c import Bridge, SourceInput, Target
+from mm_c2c.cache import SourceCache
+from mm_c2c.config import load_config
+from mm_c2c.errors import ConfigError
+from mm_c2c.evaluation.arms import FILES, Asked, Setting, build_arm
+from mm_c2c.reference import train_baseline, train_fuser, train_source
 from mm_c2c.reference.concepts import CONCEPTS
+from mm_c2c.reference.models import SOURCE_NAME, load_source
 from mm_c2c.reference.scene_data import read_shard, write_shard
 from mm_c2c.reference.tower import EfficientNetLite0
+from mm_c2c.reference.train_baseline import BaselineTrainingConfig
 from mm_c2c.reference.train_fuser import FuserTrainingConfig
 from mm_c2c.reference.train_source import SourceTrainingConfig
-from mm_c2c.reference.training_log import read_log
+from mm_c2c.training.log import read_log
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
@@ -89,22 +98,27 @@ def test_a_training_can_start_from_a_trained_source(
     torch.testing.assert_close(weights(tmp_path / "model"), weights(start))
 
 
-def test_a_fuser_training_goes_on_where_it_stopped(
-    source_config: SourceTrainingConfig,
-    tiny_target: Any,
-    tiny_target_tokenizer: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    targets = []
+@pytest.fixture
+def targets(
+    tiny_target: Any, tiny_target_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> list[Target]:
+    """The tiny targets that trainings have loaded."""
+    loaded = []
 
     def load_target(dtype: torch.dtype) -> Target:
         model = copy.deepcopy(tiny_target).to(dtype)
-        targets.append(Target(model, tiny_target_tokenizer, "tiny"))
-        return targets[-1]
+        loaded.append(Target(model, tiny_target_tokenizer, "tiny"))
+        return loaded[-1]
 
     monkeypatch.setattr(train_fuser, "load_target", load_target)
-    config = FuserTrainingConfig(
+    monkeypatch.setattr(train_baseline, "load_target", load_target)
+    return loaded
+
+
+@pytest.fixture
+def fuser_config(source_config: SourceTrainingConfig, tmp_path: Path) -> FuserTrainingConfig:
+    """Two steps a phase."""
+    return FuserTrainingConfig(
         data=source_config.data,
         source=source_config.out / "model",
         out=tmp_path / "first",
@@ -119,6 +133,12 @@ def test_a_fuser_training_goes_on_where_it_stopped(
         save_every=1,
         log_every=1,
     )
+
+
+def test_a_fuser_training_goes_on_where_it_stopped(
+    fuser_config: FuserTrainingConfig, targets: list[Target], tiny_target: Any, tmp_path: Path
+) -> None:
+    config = replace(fuser_config, dtype="bfloat16")
     train_fuser.train(config)
     before = weights(config.out / "bridge")
     train_fuser.train(replace(config, steps=4))
@@ -141,3 +161,146 @@ def test_a_fuser_training_goes_on_where_it_stopped(
     train_fuser.train(onward)
     kept = weights(onward.out / "bridge")
     assert all(torch.equal(after[name], kept[name]) for name in after)
+
+
+def test_a_stopped_training_ends_as_one_that_was_not(
+    fuser_config: FuserTrainingConfig, targets: list[Target], tmp_path: Path
+) -> None:
+    config = replace(fuser_config, reconstruct_steps=0, steps=3, drop=0.5)
+    train_fuser.train(replace(config, out=tmp_path / "whole"))
+    draw = train_fuser.draw_questions
+    calls = []
+
+    def stop(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_fuser, "draw_questions", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_fuser.train(config)
+    train_fuser.train(config)
+    whole, stopped = weights(tmp_path / "whole" / "bridge"), weights(config.out / "bridge")
+    assert all(whole[name].equal(stopped[name]) for name in whole)
+    with pytest.raises(ConfigError, match="other parts"):
+        train_fuser.train(replace(config, layers="proportional"))
+
+
+def test_a_shuffled_training_shows_each_scene_the_next_ones_cache(
+    fuser_config: FuserTrainingConfig, targets: list[Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(fuser_config, reconstruct_steps=0, steps=2, scenes=3, drop=0.0)
+    read, fuse = train_fuser.FeatureReader.read, Bridge.fuse_slots
+    seen: list[SourceCache] = []
+    shown: list[SourceCache] = []
+
+    def note_read(self: Any, features: torch.Tensor) -> SourceCache:
+        seen.append(read(self, features))
+        return seen[-1]
+
+    def note_fuse(self: Bridge, caches: Any) -> Any:
+        shown.extend(caches.values())
+        return fuse(self, caches)
+
+    monkeypatch.setattr(train_fuser.FeatureReader, "read", note_read)
+    monkeypatch.setattr(Bridge, "fuse_slots", note_fuse)
+    for shuffled, order in ((False, [0, 1, 2]), (True, [1, 2, 0])):
+        seen.clear()
+        shown.clear()
+        train_fuser.train(replace(config, shuffled=shuffled, out=config.out / str(shuffled)))
+        assert len(seen) == len(shown) == 2
+        for own, other in zip(seen, shown, strict=True):
+            assert other.layers[0].values.equal(own.layers[0].values[order])
+            assert not own.layers[0].values[0].equal(own.layers[0].values[1])
+    with pytest.raises(ConfigError, match="at least 2 scenes"):
+        replace(config, shuffled=True, scenes=1)
+
+
+def test_a_reader_describes_a_picture_as_the_source_does(
+    source_config: SourceTrainingConfig, pictures: list[Image.Image]
+) -> None:
+    source = load_source(source_config.out / "model")
+    looks = [SourceInput(text="Describe it.", images=(picture,)) for picture in pictures]
+    pixels = source.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    features = source.model.model.vision_tower.features(pixels)
+    expected = source.generate(looks, max_new_tokens=64, do_sample=False)
+    found = train_fuser.FeatureReader(source).describe(features, "Describe it.")
+    assert found == [text.strip() for text in expected]
+    assert any(found)
+
+
+@pytest.mark.parametrize("kind", train_baseline.KINDS)
+def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
+    kind: str,
+    fuser_config: FuserTrainingConfig,
+    targets: list[Target],
+    tiny_target: Any,
+    pictures: list[Image.Image],
+    tmp_path: Path,
+) -> None:
+    if kind == "tuned_relay":
+        pytest.importorskip("peft")
+    train_fuser.train(replace(fuser_config, reconstruct_steps=0))
+    config = BaselineTrainingConfig(
+        kind=kind,
+        data=fuser_config.data,
+        source=fuser_config.source,
+        bridge=fuser_config.out / "bridge",
+        out=tmp_path / "baseline",
+        parameters=5000,
+        steps=2,
+        warmup=1,
+        easy_steps=1,
+        scenes=2,
+        save_every=1,
+        log_every=1,
+    )
+
+    def result() -> dict[str, torch.Tensor]:
+        (path,) = (config.out / kind).glob("*.safetensors")
+        return load(path.read_bytes())
+
+    train_baseline.train(config)
+    before = result()
+    train_baseline.train(replace(config, steps=4))
+    after = result()
+    assert read_log(config.out / "log.csv")["step"] == [1, 2, 3, 4]
+    assert before.keys() == after.keys()
+    assert all(not before[name].equal(after[name]) for name in before if "lora_A" not in name)
+    assert abs(sum(weight.numel() for weight in after.values()) - 5000) < 750
+    frozen = tiny_target.state_dict()
+    for target in targets:
+        assert all(w.equal(frozen[name]) for name, w in target.model.state_dict().items())
+
+    source = load_source(config.source)
+    bridge = Bridge.from_pretrained(config.bridge, targets[-1], {SOURCE_NAME: source})
+    setting = Setting(
+        bridge=bridge,
+        source_name=SOURCE_NAME,
+        request="Say.",
+        **{FILES[kind]: config.out / kind},  # type: ignore[arg-type]
+    )
+    asked = [Asked(picture, "What is it?") for picture in pictures]
+    assert len(build_arm(kind, setting).answer(asked)) == 2
+
+
+def test_a_baseline_of_no_known_kind_is_refused(fuser_config: FuserTrainingConfig) -> None:
+    with pytest.raises(ConfigError, match="tuned_relay, soft_prompt"):
+        BaselineTrainingConfig(
+            kind="tuned", data=fuser_config.data, source=fuser_config.source, out=fuser_config.out
+        )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path: Path) -> None:
+    command = path.read_text().splitlines()[0]
+    name, file = re.fullmatch(r"# python -m mm_c2c\.reference\.(\w+) (\S+)", command).groups()  # type: ignore[union-attr]
+    assert file == f"configs/{path.name}"
+    kinds = {
+        "train_source": SourceTrainingConfig,
+        "train_fuser": FuserTrainingConfig,
+        "train_baseline": BaselineTrainingConfig,
+    }
+    load_config(kinds[name], path)

@@ -6,7 +6,7 @@ import pytest
 
 from mm_c2c.errors import ConfigError
 from mm_c2c.reference import models
-from mm_c2c.reference.training_log import append_log, cut_log, plot, read_log
+from mm_c2c.training.log import append_log, cut_log, plot, read_log
 
 
 def test_the_shipped_logs_are_whole_and_fall() -> None:

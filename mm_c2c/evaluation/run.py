@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from mm_c2c.bridge import Bridge
 from mm_c2c.config import to_dict
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.arms import ARMS, Arm, Asked, Setting, build_arm
+from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Setting, build_arm
+from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.results import JsonLines, write_json
 from mm_c2c.evaluation.summary import summarise
@@ -35,8 +36,11 @@ class EvaluationConfig:
         items: JSONL of questions, pictures beside it.
         source: name of the source in the bridge.
         arms: which to run, by name; when empty all, without `true_description` where an item has
-            none.
+            none, and without those whose `prompts`, `adapter` or `connector` is not given.
         request: what the source is asked for when it writes a caption.
+        prompts: as in `Setting`.
+        adapter: as in `Setting`.
+        connector: as in `Setting`.
         limit: ask only so many; None asks all.
         batch_size: items at once, for accuracy.
         timed: items that are also run one at a time, by the clock, after two to warm up.
@@ -47,7 +51,10 @@ class EvaluationConfig:
     items: Path
     source: str = "stickers"
     arms: tuple[str, ...] = ()
-    request: str = "Describe the picture."
+    request: str = GENERIC_REQUEST
+    prompts: Path | None = None
+    adapter: Path | None = None
+    connector: Path | None = None
     limit: int | None = None
     batch_size: int = 48
     timed: int = 10
@@ -77,11 +84,13 @@ def evaluate(
         ConfigError: the folder holds a run with other settings.
     """
     items = _apart(load_items(config.items, config.limit))
-    setting = Setting(bridge=bridge, source_name=config.source, request=config.request)
-    arms = {name: build_arm(name, setting) for name in config.arms or _possible_arms(items)}
+    given = {key: getattr(config, key) for key in FILES.values()}
+    setting = Setting(bridge=bridge, source_name=config.source, request=config.request, **given)
+    arms = {name: build_arm(name, setting) for name in config.arms or _possible_arms(items, given)}
     # Folder and name: a result is read on other machines.
     settings = {**to_dict(config), "items": "/".join(config.items.parts[-2:])}
     settings["fuser"] = _fingerprint(bridge)
+    settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:
         _claim(out, settings)
     batches = split_rows(len(items), config.batch_size)
@@ -110,13 +119,15 @@ def split_rows(count: int, batch_size: int) -> list[range]:
     return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
 
-def _possible_arms(items: Sequence[Item]) -> list[str]:
-    described = all(item.description is not None for item in items)
-    return [name for name in ARMS if described or name != "true_description"]
+def _possible_arms(items: Sequence[Item], given: Mapping[str, Path | None]) -> list[str]:
+    left_out = {name for name, key in FILES.items() if given[key] is None}
+    if any(item.description is None for item in items):
+        left_out.add("true_description")
+    return [name for name in ARMS if name not in left_out]
 
 
 def _answer_rows(arms: dict[str, Arm], batch: Sequence[Item]) -> list[dict[str, Any]]:
-    asked = [_asked(item) for item in batch]
+    asked = [to_asked(item) for item in batch]
     replies = {name: arm.answer(asked) for name, arm in arms.items()}
     return [
         {
@@ -135,12 +146,13 @@ def _time_row(arms: dict[str, Arm], bridge: Bridge, item: Item) -> dict[str, Any
     """One item by the clock, arm after arm, so that what slows the machine slows all."""
     row: dict[str, Any] = {"image": item.image.name, "question": item.question}
     for name, arm in arms.items():
-        answer = timed(arm, bridge, _asked(item))
+        answer = timed(arm, bridge, to_asked(item))
         row[name] = {k: v for k, v in answer._asdict().items() if k not in ("answer", "relayed")}
     return row
 
 
-def _asked(item: Item) -> Asked:
+def to_asked(item: Item) -> Asked:
+    """An item as an arm gets it, its picture read from disk."""
     return Asked(item.picture(), item.question, item.options, item.description)
 
 
@@ -166,6 +178,16 @@ def _fingerprint(bridge: Bridge) -> str:
     for name, weights in sorted(bridge.fusers.state_dict().items()):
         digest.update(name.encode())
         digest.update(weights.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint_files(path: Path) -> str:
+    """The same for a file, or for all files of a folder."""
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; configs/README.md says what makes it")
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mm_c2c.errors import ConfigError
 from mm_c2c.reference.concepts import CONCEPTS
 from mm_c2c.reference.scenes import Scene, Sticker, render, sample_scene
 from mm_c2c.reference.stickers import DEV_STYLE, TEST_STYLE, TRAIN_STYLES, load_stickers
@@ -103,6 +104,38 @@ def read_shard(path: Path) -> tuple[Tensor, list[Scene]]:
         scenes = json.loads(file.metadata()["scenes"])
         features = file.get_tensor("features")
     return features, [_scene(entry) for entry in scenes]
+
+
+class ScenePool:
+    """All scenes that a training draws from, with the frozen tower's features of them.
+
+    Args:
+        folder: of shards.
+
+    Raises:
+        ConfigError: the folder holds no training shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.shards = [read_shard(path) for path in sorted(folder.glob("train-*.safetensors"))]
+        if not self.shards:
+            raise ConfigError(f"no train-*.safetensors in {folder}; run scene_data first")
+        self.all = [(s, i) for s, (_, scenes) in enumerate(self.shards) for i in range(len(scenes))]
+        self.easy = [(s, i) for s, i in self.all if len(self.shards[s][1][i].stickers) <= 2]
+
+    def draw(
+        self, rng: random.Random, count: int, *, easily: bool = False
+    ) -> tuple[Tensor, list[Scene]]:
+        """Features `(count, patches, 1536)` and truth of scenes.
+
+        Args:
+            rng: source of randomness.
+            count: how many.
+            easily: only scenes of one and two stickers.
+        """
+        picked = rng.sample(self.easy if easily else self.all, count)
+        features = torch.stack([self.shards[s][0][i] for s, i in picked]).float()
+        return features, [self.shards[s][1][i] for s, i in picked]
 
 
 def _scene(entry: dict[str, Any]) -> Scene:

@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
-from mm_c2c.reference.scene_data import SPLITS, read_shard
+from mm_c2c.reference.scene_data import SPLITS, ScenePool, read_shard
 from mm_c2c.reference.scenes import (
     CAPTION_REQUEST,
     KINDS,
@@ -43,7 +43,8 @@ from mm_c2c.reference.source import (
     build_tokenizer,
     load_model,
 )
-from mm_c2c.reference.training_log import append_log, cut_log
+from mm_c2c.training.log import append_log, cut_log
+from mm_c2c.training.loop import cosine_rate
 
 logger = logging.getLogger(__name__)
 
@@ -227,17 +228,15 @@ def train(config: SourceTrainingConfig) -> None:
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine_rate(step, config.warmup, config.steps)
+    )
 
-    shards = [read_shard(path) for path in sorted(config.data.glob("train-*.safetensors"))]
-    if not shards:
-        raise ConfigError(f"no train-*.safetensors in {config.data}; run scene_data first")
-    where = [(s, i) for s, (_, scenes) in enumerate(shards) for i in range(len(scenes))]
-    easy = [(s, i) for s, i in where if len(shards[s][1][i].stickers) <= 2]
+    pool = ScenePool(config.data)
     # Scenes with an odd one out are few, and the question is the hardest: they come twice.
-    where += [(s, i) for s, i in where if odd_one_out(shards[s][1][i])]
+    pool.all += [(s, i) for s, i in pool.all if odd_one_out(pool.shards[s][1][i])]
     if config.start is None:
-        model.model.vision_tower.standardise(shards[0][0][:256])
+        model.model.vision_tower.standardise(pool.shards[0][0][:256])
     dev_features, dev_scenes = read_shard(config.data / "dev-0000.safetensors")
 
     config.out.mkdir(parents=True, exist_ok=True)
@@ -256,9 +255,7 @@ def train(config: SourceTrainingConfig) -> None:
     model.train()
     started = time.monotonic()
     for step in range(first, config.steps):
-        picked = rng.sample(easy if step < config.easy_steps else where, config.batch_size)
-        scenes = [shards[s][1][i] for s, i in picked]
-        features = torch.stack([shards[s][0][i] for s, i in picked]).float()
+        features, scenes = pool.draw(rng, config.batch_size, easily=step < config.easy_steps)
         packed = pack_questions(
             tokenizer, [draw_questions(s, rng, config) for s in scenes], features.shape[1]
         )
@@ -322,13 +319,6 @@ def _build(
     )
     model.model.vision_tower.convolutions.load_state_dict(load_file(config.tower))
     return model, tokenizer
-
-
-def _rate(step: int, config: SourceTrainingConfig) -> float:
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / (config.steps - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import difflib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +31,9 @@ ARMS: dict[str, str] = {
     "blind": "alone:Blind",
     "caption_relay": "relay:CaptionRelay",
     "caption_relay_options": "relay:CaptionRelayWithOptions",
+    "question_aware_relay": "relay:QuestionAwareRelay",
+    "tuned_relay": "tuned:TunedRelay",
+    "soft_prompt": "soft_prompt:SoftPrompt",
     "answer_relay": "relay:AnswerRelay",
     "true_description": "relay:TrueDescription",
     "source": "alone:SourceAlone",
@@ -37,6 +41,13 @@ ARMS: dict[str, str] = {
     "zeroed": "fused:Zeroed",
 }
 """Name to `file:Class`, in the order of the tables; the controls come last."""
+
+FILES = {
+    "question_aware_relay": "prompts",
+    "tuned_relay": "adapter",
+    "soft_prompt": "connector",
+}
+"""Arms that want something trained or found before, and the attribute of `Setting` that says where."""
 
 
 class Asked(NamedTuple):
@@ -77,51 +88,85 @@ class Setting:
         bridge: with the frozen models.
         source_name: the source that looks.
         request: what the source is asked for when it writes a caption.
+        prompts: result of `mm-c2c prompts`, for the arm `question_aware_relay`.
+        adapter: folder of a trained LoRA, for the arm `tuned_relay`.
+        connector: folder of a trained connector, for the arm `soft_prompt`.
     """
 
     bridge: Bridge
     source_name: str
     request: str
+    prompts: Path | None = None
+    adapter: Path | None = None
+    connector: Path | None = None
 
     @property
     def source(self) -> Source:
         """The source that looks."""
         return self.bridge.sources[self.source_name]
 
+    def file_of(self, arm: str) -> Path:
+        """Where the arm's own file or folder is.
+
+        Raises:
+            ConfigError: the setting does not say.
+        """
+        found: Path | None = getattr(self, FILES[arm])
+        if found is None:
+            raise ConfigError(
+                f"the arm {arm!r} wants `{FILES[arm]}=PATH`; configs/README.md says what makes it"
+            )
+        return found
+
 
 def build_arm(name: str, setting: Setting) -> Arm:
     """An arm by its name.
 
     Raises:
-        ConfigError: no arm of that name.
+        ConfigError: no arm of that name, or one whose file is not given.
     """
     if name not in ARMS:
         close = difflib.get_close_matches(name, ARMS, n=1)
         hint = f"; closest: {close[0]}" if close else ""
         raise ConfigError(f"no arm {name!r}; known: {', '.join(ARMS)}{hint}")
+    if name in FILES:
+        setting.file_of(name)
     module, _, kind = ARMS[name].partition(":")
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(setting)
 
 
 @torch.no_grad()
 def target_answers(
-    bridge: Bridge, prompts: Sequence[str], streamer: BaseStreamer | None = None
+    bridge: Bridge,
+    prompts: Sequence[str],
+    streamer: BaseStreamer | None = None,
+    model: Any = None,
 ) -> list[str]:
-    """The target's own answers to a batch of prompts, in its chat template."""
+    """The target's own answers to a batch of prompts, in its chat template.
+
+    Args:
+        bridge: with the target.
+        prompts: one a row.
+        streamer: for a batch of one.
+        model: stands in for the target's model; None takes that.
+    """
     encoded, _ = encode_chats(
         bridge.target.tokenizer, list(prompts), bridge.device, bridge.config.system
     )
-    out = bridge.target.model.generate(**encoded, **options(streamer))
+    out = (model or bridge.target.model).generate(**encoded, **options(streamer))
     texts = bridge.target.tokenizer.batch_decode(
         out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [text.strip() for text in texts]
 
 
-def captions(setting: Setting, asked: Sequence[Asked]) -> list[str]:
-    """What the source writes about each picture, without knowing the question."""
-    looks = [SourceInput(text=setting.request, images=(row.picture,)) for row in asked]
-    written = setting.source.generate(looks, max_new_tokens=CAPTION_TOKENS, do_sample=False)
+def captions(source: Source, requests: Sequence[str], asked: Sequence[Asked]) -> list[str]:
+    """What the source writes about each picture when it is asked for that."""
+    looks = [
+        SourceInput(text=request, images=(row.picture,))
+        for request, row in zip(requests, asked, strict=True)
+    ]
+    written = source.generate(looks, max_new_tokens=CAPTION_TOKENS, do_sample=False)
     return [text.strip() for text in written]
 
 

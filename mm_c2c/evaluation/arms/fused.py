@@ -59,7 +59,7 @@ class FusedAndCaption(Fused):
 
     def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
         """See `Arm`."""
-        written = captions(self.setting, asked)
+        written = captions(self.setting.source, [self.setting.request] * len(asked), asked)
         questions = [
             f"The picture shows: {text}\n{row.question}"
             for text, row in zip(written, asked, strict=True)

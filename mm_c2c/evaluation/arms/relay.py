@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers.generation.streamers import BaseStreamer
 
@@ -16,6 +17,7 @@ from mm_c2c.evaluation.arms import (
     captions,
     target_answers,
 )
+from mm_c2c.evaluation.arms.prompts import OPTIONS_LINE, RelayPrompt, read_winner
 from mm_c2c.sources.base import SourceInput
 
 
@@ -34,11 +36,11 @@ class CaptionRelay:
 
     def write(self, asked: Sequence[Asked]) -> list[str]:
         """The text that is relayed."""
-        return captions(self.setting, asked)
+        return captions(self.setting.source, [self.setting.request] * len(asked), asked)
 
     def prompt(self, text: str, asked: Asked) -> str:
         """What the target reads."""
-        return f"The picture shows: {text}\n{asked.question}"
+        return RelayPrompt().ask_target(text, asked.question)
 
 
 class CaptionRelayWithOptions(CaptionRelay):
@@ -46,8 +48,30 @@ class CaptionRelayWithOptions(CaptionRelay):
 
     def prompt(self, text: str, asked: Asked) -> str:
         """The caption, the question and its options."""
-        shown = f"\nAnswer with one of: {', '.join(asked.options)}." if asked.options else ""
-        return super().prompt(text, asked) + shown
+        return RelayPrompt(options_line=OPTIONS_LINE).ask_target(
+            text, asked.question, asked.options
+        )
+
+
+class QuestionAwareRelay(CaptionRelay):
+    """A caption relay in the words that a prompt search found best.
+
+    The source writes with the question in view where the winning request holds it.
+    """
+
+    def write(self, asked: Sequence[Asked]) -> list[str]:
+        """Captions, asked for by the winning request."""
+        requests = [self.wording.ask_source(row.question) for row in asked]
+        return captions(self.setting.source, requests, asked)
+
+    def prompt(self, text: str, asked: Asked) -> str:
+        """In the winning words."""
+        return self.wording.ask_target(text, asked.question, asked.options)
+
+    @cached_property
+    def wording(self) -> RelayPrompt:
+        """What the search found."""
+        return read_winner(self.setting.file_of("question_aware_relay"))
 
 
 class TrueDescription(CaptionRelay):

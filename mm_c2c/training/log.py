@@ -1,6 +1,6 @@
 """The log of a training, a CSV of one row each few steps, and its curves.
 
-python -m mm_c2c.reference.training_log LOG.csv [LOG.csv ...] --out curves.png
+python -m mm_c2c.training.log LOG.csv [LOG.csv ...] --out curves.png
 """
 
 from __future__ import annotations

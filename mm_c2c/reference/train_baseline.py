@@ -1,0 +1,177 @@
+"""Train what the fuser is compared with, on the fuser's scenes and questions.
+
+python -m mm_c2c.reference.train_baseline configs/baseline_tuned_relay.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from mm_c2c.bridge import Bridge
+from mm_c2c.config import load_config
+from mm_c2c.errors import ConfigError
+from mm_c2c.evaluation.arms.prompts import RelayPrompt
+from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig
+from mm_c2c.evaluation.arms.tuned import add_adapter
+from mm_c2c.reference.models import BRIDGE_FOLDER, SOURCE_NAME, load_source, load_target
+from mm_c2c.reference.scene_data import ScenePool
+from mm_c2c.reference.scenes import CAPTION_REQUEST, Question
+from mm_c2c.reference.train_fuser import (
+    DTYPES,
+    FeatureReader,
+    answer_loss,
+    answer_turns,
+    draw_questions,
+    turns_loss,
+)
+from mm_c2c.sources.text import render_chat
+from mm_c2c.sources.vlm import VLMSource
+from mm_c2c.training.loop import Loop, cosine_rate
+
+KINDS = ("tuned_relay", "soft_prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineTrainingConfig:
+    """Settings of one training.
+
+    Attributes:
+        kind: `tuned_relay` puts a LoRA into the target, which reads the source's captions;
+            `soft_prompt` trains a connector from the source's vision tower into the frozen target.
+        data: folder of shards written by `scene_data`.
+        source: folder of the trained source.
+        out: where checkpoints, the log and the result (in `out/KIND`) go.
+        bridge: folder of the fuser it is compared with: its prompt is taken.
+        parameters: about so many are trained; the reference fuser has 3,419,432.
+        steps: optimiser steps.
+        scenes: pictures a step.
+        questions: questions a picture; a request to describe it comes on top.
+        learning_rate: of AdamW after the warm-up; falls to zero along a cosine.
+        warmup: steps of the warm-up.
+        easy_steps: steps in which only scenes of one and two stickers are shown.
+        save_every: steps between checkpoints.
+        log_every: steps between rows of the log.
+        dtype: of the frozen target while training; see `FuserTrainingConfig`.
+        seed: of weights, data order and questions.
+    """
+
+    kind: str
+    data: Path
+    source: Path
+    out: Path
+    bridge: Path = BRIDGE_FOLDER
+    parameters: int = 3_419_432
+    steps: int = 400
+    scenes: int = 8
+    questions: int = 4
+    learning_rate: float = 1e-3
+    warmup: int = 20
+    easy_steps: int = 60
+    save_every: int = 25
+    log_every: int = 5
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.steps <= self.warmup:
+            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+class _Baseline(NamedTuple):
+    """What is trained, what a batch of features and questions costs it, and how it is saved."""
+
+    module: nn.Module
+    loss: Callable[[Tensor, list[list[Question]]], Tensor]
+    save: Callable[[], None]
+
+
+def train(config: BaselineTrainingConfig) -> None:
+    """Run, or go on with, one training."""
+    torch.manual_seed(config.seed)
+    source = load_source(config.source)
+    target = load_target(dtype=DTYPES[config.dtype])
+    bridge = Bridge.from_pretrained(config.bridge, target, {SOURCE_NAME: source})
+    build = _tuned_relay if config.kind == "tuned_relay" else _soft_prompt
+    baseline = build(config, bridge, source)
+    pool = ScenePool(config.data)
+
+    def loss(step: int, rng: random.Random) -> Tensor:
+        features, scenes = pool.draw(rng, config.scenes, easily=step < config.easy_steps)
+        return baseline.loss(features, draw_questions(scenes, rng, config.questions))
+
+    trained = [p for p in baseline.module.parameters() if p.requires_grad]
+    Loop(
+        out=config.out,
+        steps=config.steps,
+        save_every=config.save_every,
+        log_every=config.log_every,
+        seed=config.seed,
+    ).run(
+        baseline.module,
+        [torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.98))],
+        lambda step: cosine_rate(step, config.warmup, config.steps),
+        loss,
+        baseline.save,
+    )
+
+
+def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
+    """The target with a LoRA, on what the arm of that name will show it."""
+    wrapped, model = add_adapter(bridge.target, config.parameters)
+    reader = FeatureReader(source)
+    tokenizer, prompt = bridge.target.tokenizer, RelayPrompt()
+
+    def loss(features: Tensor, asked: list[list[Question]]) -> Tensor:
+        turns = []
+        for caption, questions in zip(
+            reader.describe(features, CAPTION_REQUEST), asked, strict=True
+        ):
+            shown = [prompt.ask_target(caption, q.question) for q in questions]
+            texts = [render_chat(tokenizer, text, bridge.config.system) for text in shown]
+            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            turns.append(answer_turns(tokenizer, ids, questions))
+        return turns_loss(model, turns, DynamicCache(config=model.config))
+
+    def save() -> None:
+        # "auto" would ask the Hub whether the vocabulary has grown.
+        wrapped.save_pretrained(config.out / config.kind, save_embedding_layers=False)
+
+    return _Baseline(wrapped, loss, save)
+
+
+def _soft_prompt(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
+    """A connector from the vision tower, on what the arm of that name will show the target."""
+    tower = source.model.model.vision_tower
+    shape = ConnectorConfig.of_budget(tower.config.hidden_size, bridge, config.parameters)
+    connector = Connector(shape)
+
+    def loss(features: Tensor, asked: list[list[Question]]) -> Tensor:
+        with torch.no_grad():
+            states = tower.encode(features)
+        return answer_loss(bridge, connector.perceive(bridge, states), asked)
+
+    return _Baseline(connector, loss, lambda: connector.save_pretrained(config.out / config.kind))
+
+
+def main() -> None:
+    """Read the config named on the command line and train."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    train(load_config(BaselineTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The loop that trainings share, and their log."""
