@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,27 @@ def test_a_folder_of_another_run_is_left_alone(
     with pytest.raises(ConfigError, match="limit differ"):
         evaluate(bridge, dataclasses.replace(config, limit=3), out, progress=False)
     assert (out / "answers.jsonl").read_text() == kept
+
+
+def test_a_folder_that_another_process_writes_in_is_refused(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    holder = (
+        "import sys, pathlib; from mm_c2c.evaluation.results import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="another process is writing"):
+            evaluate(bridge, config, out, progress=False)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.kill()
+    # Killed, it could not tidy up: the lock's file is still there, and stops nobody.
+    assert (out / ".lock").exists()
+    assert evaluate(bridge, config, out, progress=False)["n"] == 5
 
 
 def test_other_weights_do_not_go_on_with_a_run(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mm_c2c.errors import ConfigError
 
 
 class JsonLines:
@@ -37,6 +42,34 @@ class JsonLines:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_lines(rows))
+
+
+@contextmanager
+def hold(folder: Path | None) -> Iterator[None]:
+    """Keep a run's folder to this process, so that no other one writes between its lines.
+
+    The system lets go of the lock when the process ends, however it ends: the file `.lock` that
+    stays behind stops nobody.
+
+    Args:
+        folder: made if it is not there; None holds nothing.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            f"another process is writing its run into {folder}; wait until it is done, or give "
+            "another folder"
+        ) from error
+    with lock:
+        yield
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -21,7 +21,7 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
 from mm_c2c.evaluation.clock import timed
-from mm_c2c.evaluation.results import JsonLines, write_json
+from mm_c2c.evaluation.results import JsonLines, hold, write_json
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
 
@@ -81,8 +81,15 @@ def evaluate(
         The summary, see `summarise`.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a run with other settings, or another process writes in it.
     """
+    with hold(out):
+        return _run(bridge, config, out, progress=progress)
+
+
+def _run(
+    bridge: Bridge, config: EvaluationConfig, out: Path | None, *, progress: bool
+) -> dict[str, Any]:
     items = _apart(load_items(config.items, config.limit))
     given = {key: getattr(config, key) for key in FILES.values()}
     setting = Setting(bridge=bridge, source_name=config.source, request=config.request, **given)
@@ -158,7 +165,6 @@ def to_asked(item: Item) -> Asked:
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Take a folder for this run, or go on with the run in it if its settings are the same."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
     if not path.exists():
         write_json(path, settings)
