@@ -33,6 +33,7 @@ from mm_c2c.align.patches import (
     ResamplerConfig,
     align_all,
     align_pooled,
+    line_up,
     patch_coordinates,
 )
 from mm_c2c.align.tokens import align_tokens, locate_text, token_spans
@@ -41,6 +42,7 @@ from mm_c2c.cache import (
     CacheShape,
     LayerKV,
     PatchGrid,
+    PositionKind,
     SourceCache,
     fork,
     join_rows,
@@ -66,6 +68,7 @@ from mm_c2c.sources.text import render_chat
 
 GEOMETRIES = ("slots", "aligned")
 POOLINGS = ("window", "resampler")
+KINDS = tuple(kind.name.lower() for kind in PositionKind if kind != PositionKind.PAD)
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
@@ -82,8 +85,8 @@ class LinkConfig:
 
     Attributes:
         source: name of the source.
-        geometry: `slots` gives a picture places of its own in the target's prompt; `aligned` adds
-            to the words that both models read.
+        geometry: `slots` gives a picture, or other positions of the source, places of their own
+            in the target's prompt; `aligned` adds to the words that both models read.
         fuser: the fuser's shape.
         rows: rows of slots a picture gets.
         cols: columns of slots a picture gets.
@@ -92,6 +95,9 @@ class LinkConfig:
         pooling: what a slot takes of a picture's patches: `window` averages those of the finest
             view that lie where the slot lies; `resampler` learns, for each slot, what to look for
             in all of them, also where a source's queries have no place. For `slots` only.
+        kinds: what the slots draw on in place of patches: positions of these kinds, such as
+            `("state", "action")`, as a picture of one row in the prompt's order. With rows 1 and
+            cols their number, a position gets a slot; fewer are pooled. For `slots` only.
     """
 
     source: str
@@ -101,6 +107,7 @@ class LinkConfig:
     cols: int = 4
     images: int = 1
     pooling: str = "window"
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
@@ -121,11 +128,22 @@ class LinkConfig:
                 f"images counts pictures that get slots, and geometry 'aligned' has none, got "
                 f"{self.images}; leave images at 1, the source may see any number"
             )
+        unknown = sorted(set(self.kinds) - set(KINDS))
+        if unknown or len(set(self.kinds)) != len(self.kinds):
+            raise ConfigError(
+                f"kinds must be some of {', '.join(KINDS)}, each once, got {', '.join(self.kinds)}"
+            )
+        if self.kinds and (self.geometry, self.rows, self.images) != ("slots", 1, 1):
+            raise ConfigError(
+                f"positions of kind {' and '.join(self.kinds)} stand in one line: expected geometry "
+                f"'slots', rows 1 and images 1, got {self.geometry!r}, {self.rows} and "
+                f"{self.images}; set cols to the number of slots"
+            )
 
     @property
     def name(self) -> str:
         """What the link's weights are saved under."""
-        return f"{self.source}_{self.geometry}"
+        return "_".join([self.source, self.geometry, *self.kinds])
 
     @property
     def num_slots(self) -> int:
@@ -285,8 +303,6 @@ class Bridge(nn.Module):
         """
         self._check_names(caches)
         links = [link for link in self.config.links if link.num_slots and link.source in caches]
-        for link in links:
-            _check_pictures(link, caches[link.source])
         sizes = {caches[link.source].batch_size for link in links} or {1}
         if len(sizes) > 1:
             raise ShapeError(f"the sources' caches differ in batch size: {sorted(sizes)}")
@@ -562,6 +578,9 @@ class Bridge(nn.Module):
 
     def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
         """What each slot takes of its row's patches; `index` as in `align_pooled`."""
+        if link.kinds:
+            source = line_up(source, [PositionKind[kind.upper()] for kind in link.kinds])
+        _check_pictures(link, source)
         if link.pooling == "window":
             return align_pooled(source, PatchGrid(link.rows, link.cols), index, image=None)
         resampler: Any = self.fusers[link.name].resampler

@@ -194,7 +194,8 @@ def _slots(link: LinkConfig) -> str:
     if link.geometry == "aligned":
         return "aligned to the words of the question"
     several = f", for each of {link.images} pictures" if link.images > 1 else ""
-    return f"slots   {link.rows} x {link.cols}{several}"
+    drawn = f", of {' and '.join(link.kinds)}" if link.kinds else ""
+    return f"slots   {link.rows} x {link.cols}{several}{drawn}"
 
 
 def _describe_model(what: str) -> str:

@@ -15,6 +15,7 @@ from mm_c2c.align.patches import (
     ResamplerConfig,
     align_all,
     align_pooled,
+    line_up,
     patch_coordinates,
 )
 from mm_c2c.cache import (
@@ -237,6 +238,36 @@ def test_queries_without_a_grid_are_read_whole_and_cannot_be_pooled():
     where = (cache.kinds[1] == PositionKind.IMAGE).nonzero().flatten()
     assert found.source_index[1, 2].tolist() == where.tolist()
     assert (patch_coordinates(cache) == 0).all()
+
+
+def test_positions_of_other_kinds_are_pooled_in_the_prompts_order():
+    cache = make_cache(TWO_ROWS)
+    cache.kinds[:, -2] = PositionKind.STATE
+    cache.kinds[:, 1::3] = PositionKind.ACTION
+    lined = line_up(cache, [PositionKind.STATE, PositionKind.ACTION])
+    states = torch.randn(2, cache.seq_len, 3)
+    chosen = cache.kinds >= PositionKind.STATE
+    count = int(chosen[0].sum())
+    assert lined.grids == ((PatchGrid(1, count),),) * 2
+    for cols in (count, 4, 1):
+        found = align_pooled(lined, PatchGrid(1, cols), slots_of(cache, cols)).gather(states)
+        for row in range(2):
+            line = states[row, chosen[row]]
+            expected = F.adaptive_avg_pool1d(line.T, cols).T
+            torch.testing.assert_close(found[row], expected)
+            if cols == count:  # a slot each
+                torch.testing.assert_close(found[row], line)
+    read = by_position(align_all(lined, 2, slots_of(cache, 2)), cache.seq_len)
+    assert ((read > 0) == chosen.unsqueeze(1)).all()
+    along = (torch.arange(count) + 0.5) / count
+    torch.testing.assert_close(patch_coordinates(lined)[chosen][:count, 1], along)
+
+
+def test_a_row_without_such_positions_is_named():
+    cache = make_cache(TWO_ROWS)
+    cache.kinds[0, 3] = PositionKind.ACTION
+    with pytest.raises(AlignmentError, match="row 1 of tiny has no position of kind STATE or ACT"):
+        line_up(cache, [PositionKind.STATE, PositionKind.ACTION])
 
 
 def test_no_slots_are_refused():

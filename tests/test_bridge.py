@@ -865,6 +865,14 @@ def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
             replace(link, **{name: 0})
     with pytest.raises(ConfigError, match="'aligned' has none, got 2; leave images at 1"):
         replace(link, geometry="aligned", images=2)
+    for kinds in (("states",), ("pad",), ("state", "state")):
+        with pytest.raises(ConfigError, match=f"some of template, text, .*, got {kinds[0]}"):
+            replace(link, kinds=kinds, rows=1)
+    line = replace(link, kinds=("state", "action"), rows=1)
+    assert (line.name, line.num_slots) == ("eyes_slots_state_action", 3)
+    for change in ({"rows": 2}, {"images": 2}, {"geometry": "aligned"}):
+        with pytest.raises(ConfigError, match="state and action stand in one line: expected geom"):
+            replace(line, **change)
     with pytest.raises(ConfigError, match="'aligned' has none; leave pooling at 'window'"):
         replace(link, geometry="aligned", pooling="resampler")
     for links in ((), (link, link)):
@@ -1072,7 +1080,7 @@ def test_a_bridge_with_explicit_layers_comes_back_bit_for_bit(rig: Rig, tmp_path
 def test_a_bridge_saved_before_there_were_later_settings_still_loads(rig: Rig, saved: Path) -> None:
     header = json.loads((saved / "config.json").read_text())
     link = header["bridge"]["links"][0]
-    del link["pooling"], link["images"], link["fuser"]["pairs"]
+    del link["pooling"], link["images"], link["kinds"], link["fuser"]["pairs"]
     (saved / "config.json").write_text(json.dumps(header))
     assert not any("resampler" in key for key in load_file(saved / "model.safetensors"))
     assert load(rig, saved).config == rig.bridge([EYES]).config

@@ -29,6 +29,11 @@ def test_a_saved_bridge_is_described(
         tmp_path
     )
     assert "slots   2 x 2, for each of 2 pictures\n" in describe(str(tmp_path))
+    links = tuple(replace(link, kinds=("state", "action"), rows=1) for link in bridge.config.links)
+    Bridge(bridge.target, bridge.sources, replace(bridge.config, links=links)).save_pretrained(
+        tmp_path
+    )
+    assert "slots   1 x 2, of state and action\n" in describe(str(tmp_path))
 
 
 def test_a_cache_file_is_described(

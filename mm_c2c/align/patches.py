@@ -86,6 +86,38 @@ def align_all(
     return _stack_rows(rows, target_index)
 
 
+def line_up(cache: SourceCache, kinds: Sequence[PositionKind]) -> SourceCache:
+    """Put the positions of some kinds in a grid of one row, in the prompt's order.
+
+    So what lies nowhere in a picture, such as a robot's state and actions, can be pooled or
+    resampled as patches are.
+
+    Args:
+        cache: a source's cache; every row must have such positions.
+        kinds: what to take.
+
+    Returns:
+        The cache with this grid in place of its own.
+
+    Raises:
+        AlignmentError: a row has no position of these kinds.
+    """
+    chosen = torch.isin(cache.kinds, torch.tensor(kinds, device=cache.kinds.device))
+    counts = chosen.sum(1).tolist()
+    if not all(counts):
+        names = " or ".join(kind.name for kind in kinds)
+        raise AlignmentError(
+            f"row {counts.index(0)} of {cache.origin.model} has no position of kind {names}"
+        )
+    zeros, places = torch.zeros_like(cache.kinds), chosen.cumsum(1) - 1
+    patches = torch.stack([zeros, zeros, places], dim=2)
+    return replace(
+        cache,
+        patches=patches.masked_fill(~chosen.unsqueeze(2), -1),
+        grids=tuple((PatchGrid(1, count),) for count in counts),
+    )
+
+
 def patch_coordinates(cache: SourceCache) -> Tensor:
     """Where each patch lies in its image, whatever the grid of the view.
 
