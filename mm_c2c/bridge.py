@@ -33,6 +33,7 @@ from mm_c2c.align.patches import (
     ResamplerConfig,
     align_all,
     align_pooled,
+    line_up,
     patch_coordinates,
 )
 from mm_c2c.align.tokens import align_tokens, locate_text, token_spans
@@ -41,6 +42,7 @@ from mm_c2c.cache import (
     CacheShape,
     LayerKV,
     PatchGrid,
+    PositionKind,
     SourceCache,
     fork,
     join_rows,
@@ -66,6 +68,7 @@ from mm_c2c.sources.text import render_chat
 
 GEOMETRIES = ("slots", "aligned")
 POOLINGS = ("window", "resampler")
+KINDS = tuple(kind.name.lower() for kind in PositionKind if kind != PositionKind.PAD)
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
@@ -82,14 +85,19 @@ class LinkConfig:
 
     Attributes:
         source: name of the source.
-        geometry: `slots` gives a picture places of its own in the target's prompt; `aligned` adds
-            to the words that both models read.
+        geometry: `slots` gives a picture, or other positions of the source, places of their own
+            in the target's prompt; `aligned` adds to the words that both models read.
         fuser: the fuser's shape.
         rows: rows of slots a picture gets.
         cols: columns of slots a picture gets.
+        images: pictures a row of the batch shows the source, such as a robot's cameras or the
+            frames of a video; the slots of one follow those of the other. For `slots` only.
         pooling: what a slot takes of a picture's patches: `window` averages those of the finest
             view that lie where the slot lies; `resampler` learns, for each slot, what to look for
             in all of them, also where a source's queries have no place. For `slots` only.
+        kinds: what the slots draw on in place of patches: positions of these kinds, such as
+            `("state", "action")`, as a picture of one row in the prompt's order. With rows 1 and
+            cols their number, a position gets a slot; fewer are pooled. For `slots` only.
     """
 
     source: str
@@ -97,7 +105,9 @@ class LinkConfig:
     fuser: FuserConfig
     rows: int = 4
     cols: int = 4
+    images: int = 1
     pooling: str = "window"
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
@@ -110,18 +120,35 @@ class LinkConfig:
                 "pooling 'resampler' shares patches among slots, and geometry 'aligned' has none; "
                 "leave pooling at 'window' or set geometry to 'slots'"
             )
-        if min(self.rows, self.cols) < 1:
-            raise ConfigError(f"rows and cols must be at least 1, got {self.rows} and {self.cols}")
+        for name in ("rows", "cols", "images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.geometry == "aligned" and self.images > 1:
+            raise ConfigError(
+                f"images counts pictures that get slots, and geometry 'aligned' has none, got "
+                f"{self.images}; leave images at 1, the source may see any number"
+            )
+        unknown = sorted(set(self.kinds) - set(KINDS))
+        if unknown or len(set(self.kinds)) != len(self.kinds):
+            raise ConfigError(
+                f"kinds must be some of {', '.join(KINDS)}, each once, got {', '.join(self.kinds)}"
+            )
+        if self.kinds and (self.geometry, self.rows, self.images) != ("slots", 1, 1):
+            raise ConfigError(
+                f"positions of kind {' and '.join(self.kinds)} stand in one line: expected geometry "
+                f"'slots', rows 1 and images 1, got {self.geometry!r}, {self.rows} and "
+                f"{self.images}; set cols to the number of slots"
+            )
 
     @property
     def name(self) -> str:
         """What the link's weights are saved under."""
-        return f"{self.source}_{self.geometry}"
+        return "_".join([self.source, self.geometry, *self.kinds])
 
     @property
     def num_slots(self) -> int:
-        """Slots a picture gets."""
-        return self.rows * self.cols if self.geometry == "slots" else 0
+        """Slots a row of the batch gets."""
+        return self.images * self.rows * self.cols if self.geometry == "slots" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +303,6 @@ class Bridge(nn.Module):
         """
         self._check_names(caches)
         links = [link for link in self.config.links if link.num_slots and link.source in caches]
-        for link in links:
-            _check_one_picture(link.source, caches[link.source])
         sizes = {caches[link.source].batch_size for link in links} or {1}
         if len(sizes) > 1:
             raise ShapeError(f"the sources' caches differ in batch size: {sorted(sizes)}")
@@ -553,11 +578,14 @@ class Bridge(nn.Module):
 
     def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
         """What each slot takes of its row's patches; `index` as in `align_pooled`."""
+        if link.kinds:
+            source = line_up(source, [PositionKind[kind.upper()] for kind in link.kinds])
+        _check_pictures(link, source)
         if link.pooling == "window":
-            return align_pooled(source, PatchGrid(link.rows, link.cols), index)
+            return align_pooled(source, PatchGrid(link.rows, link.cols), index, image=None)
         resampler: Any = self.fusers[link.name].resampler
         states = _source_states(link, source).flatten(2)
-        alignment = align_all(source, link.num_slots, index)
+        alignment = align_all(source, link.rows * link.cols, index, image=None)
         return resampler(states, patch_coordinates(source), alignment)
 
     def _write(
@@ -699,7 +727,7 @@ def _build_resampler(link: LinkConfig) -> PatchResampler | None:
         return None
     shape = link.fuser.source
     width = shape.num_layers * 2 * shape.width
-    return PatchResampler(ResamplerConfig(num_slots=link.num_slots, source_width=width))
+    return PatchResampler(ResamplerConfig(num_slots=link.rows * link.cols, source_width=width))
 
 
 def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
@@ -712,13 +740,15 @@ def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
     return states.permute(1, 3, 0, 4, 2, 5)
 
 
-def _check_one_picture(name: str, source: SourceCache) -> None:
-    """A row's slots hold one picture, in any number of views; a second one would be dropped."""
+def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
+    """A row's slots hold so many pictures, each in any number of views."""
     for row, grids in enumerate(source.grids):
         pictures = len({grid.image for grid in grids})
-        if pictures > 1:
+        # Without a grid there may be one picture, summed up in queries: the aligner's to judge.
+        if max(pictures, 1) != link.images:
             raise ShapeError(
-                f"row {row} of source {name!r} has {pictures} pictures, its slots hold 1"
+                f"row {row} of source {link.source!r} has {pictures} pictures, its slots hold "
+                f"{link.images}; show it {link.images}, or build the link with images={pictures}"
             )
 
 

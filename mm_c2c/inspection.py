@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mm_c2c.bridge import CONFIG_NAME, WEIGHTS_NAME, read_header
-from mm_c2c.cache import PositionKind
+from mm_c2c.bridge import CONFIG_NAME, WEIGHTS_NAME, BridgeConfig, LinkConfig, read_header
+from mm_c2c.cache import CacheShape, PositionKind
+from mm_c2c.config import from_dict
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.geometry import CacheLayout, cache_layout, pair_costs
 from mm_c2c.geometry import find as find_geometry
@@ -142,19 +143,16 @@ def _describe_bridge(folder: Path) -> str:
     except (OSError, SafetensorError) as error:
         raise MismatchError(f"{weights} is missing or damaged: {error}") from error
     lines = [f"bridge to {header['target']['model']} ({header['target']['model_type']})"]
-    for link in header["bridge"]["links"]:
-        fuser = link["fuser"]
-        name = f"{link['source']}_{link['geometry']}"
-        count = sum(size for key, size in sizes.items() if key.startswith(f"{name}."))
-        origin = header["sources"][link["source"]]
+    for link in from_dict(BridgeConfig, header["bridge"]).links:
+        fuser = link.fuser
+        count = sum(size for key, size in sizes.items() if key.startswith(f"{link.name}."))
+        origin = header["sources"][link.source]
         lines += [
-            f"  {name}: from {origin['model']} ({origin['model_type']})",
-            f"    source  {_geometry(fuser['source'])}",
-            f"    target  {_geometry(fuser['target'])}",
-            f"    fuser   {fuser['preset']}, layers {fuser['layers']}, {count:,} parameters",
-            f"    slots   {link['rows']} x {link['cols']}"
-            if link["geometry"] == "slots"
-            else "    aligned to the words of the question",
+            f"  {link.name}: from {origin['model']} ({origin['model_type']})",
+            f"    source  {_geometry(fuser.source)}",
+            f"    target  {_geometry(fuser.target)}",
+            f"    fuser   {fuser.preset}, layers {fuser.layers}, {count:,} parameters",
+            f"    {_slots(link)}",
         ]
     lines.append(f"  {weights.stat().st_size:,} bytes")
     return "\n".join(lines)
@@ -188,11 +186,16 @@ def _skipping(indices: Sequence[int]) -> str:
     return f" ({', '.join(map(str, indices))})"
 
 
-def _geometry(shape: dict[str, int]) -> str:
-    return (
-        f"{shape['num_layers']} layers, {shape['num_key_value_heads']} KV heads "
-        f"of {shape['head_dim']}"
-    )
+def _geometry(shape: CacheShape) -> str:
+    return f"{shape.num_layers} layers, {shape.num_key_value_heads} KV heads of {shape.head_dim}"
+
+
+def _slots(link: LinkConfig) -> str:
+    if link.geometry == "aligned":
+        return "aligned to the words of the question"
+    several = f", for each of {link.images} pictures" if link.images > 1 else ""
+    drawn = f", of {' and '.join(link.kinds)}" if link.kinds else ""
+    return f"slots   {link.rows} x {link.cols}{several}{drawn}"
 
 
 def _describe_model(what: str) -> str:

@@ -15,6 +15,7 @@ from mm_c2c.align.patches import (
     ResamplerConfig,
     align_all,
     align_pooled,
+    line_up,
     patch_coordinates,
 )
 from mm_c2c.cache import (
@@ -31,6 +32,7 @@ from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
 unhurried = settings(max_examples=60, deadline=None)
 sides = st.integers(1, 7)
 grids = st.builds(PatchGrid, sides, sides)
+TWO_IMAGES = [[PatchGrid(2, 3), PatchGrid(3, 3)], [PatchGrid(4, 5), PatchGrid(2, 2)]]
 TWO_ROWS = [[PatchGrid(2, 3)], [PatchGrid(4, 5), PatchGrid(3, 3)]]
 
 
@@ -113,7 +115,7 @@ def test_pooled_windows_are_those_of_adaptive_average_pooling(images, slots):
 
 
 def test_a_named_image_is_pooled_from_its_own_patches():
-    cache = make_cache([[PatchGrid(2, 3), PatchGrid(3, 3)], [PatchGrid(4, 5), PatchGrid(2, 2)]])
+    cache = make_cache(TWO_IMAGES)
     slots = PatchGrid(2, 2)
     states = torch.randn(2, cache.seq_len, 3)
     found = align_pooled(cache, slots, slots_of(cache, 4), image=1).gather(states)
@@ -123,7 +125,7 @@ def test_a_named_image_is_pooled_from_its_own_patches():
 
 
 def test_the_slots_of_several_images_follow_each_other():
-    cache = make_cache([[PatchGrid(2, 3), PatchGrid(3, 3)], [PatchGrid(4, 5), PatchGrid(2, 2)]])
+    cache = make_cache(TWO_IMAGES)
     slots = PatchGrid(2, 2)
     states = torch.randn(2, cache.seq_len, 3)
     together = align_pooled(cache, slots, slots_of(cache, 8), image=None).gather(states)
@@ -154,24 +156,24 @@ def test_patches_need_not_lie_in_reading_order():
         torch.testing.assert_close(found[0, slot], states[0, here][0])
 
 
-def test_every_slot_may_read_every_patch_and_nothing_else():
-    cache = make_cache(TWO_ROWS)
-    alignment = align_all(cache, 3, slots_of(cache, 3))
-    assert alignment.source_index.shape == (2, 3, 29)
-    assert alignment.mask.all()
-    weights = torch.zeros(2, 3, cache.seq_len).scatter_add(
-        2, alignment.source_index, alignment.weights
-    )
-    is_patch = (cache.patches[..., 0] >= 0).float()
-    expected = (is_patch / is_patch.sum(1, keepdim=True)).unsqueeze(1).expand(-1, 3, -1)
-    torch.testing.assert_close(weights, expected)
+def test_every_slot_may_read_every_patch_of_its_image_and_nothing_else():
+    cache = make_cache(TWO_IMAGES)
+    both = by_position(align_all(cache, 3, slots_of(cache, 6), image=None), cache.seq_len)
+    for image in range(2):
+        alignment = align_all(cache, 3, slots_of(cache, 3), image=image)
+        assert alignment.mask.all()
+        is_patch = (cache.patches[..., 0] == image).float()
+        expected = (is_patch / is_patch.sum(1, keepdim=True)).unsqueeze(1).expand(-1, 3, -1)
+        torch.testing.assert_close(by_position(alignment, cache.seq_len), expected)
+        torch.testing.assert_close(both[:, 3 * image : 3 * image + 3], expected)
 
 
 @pytest.mark.parametrize("image", [1, -1])
 def test_an_image_out_of_range_is_named(image):
     cache = make_cache(TWO_ROWS)
-    with pytest.raises(AlignmentError, match=f"row 0 has no image {image}: it has 1 patch grids"):
-        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=image)
+    for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
+        with pytest.raises(AlignmentError, match=f"row 0 has no image {image}: it has 1 patch gri"):
+            align(cache, size, slots_of(cache, 4), image=image)
 
 
 def test_a_row_without_image_is_named():
@@ -209,8 +211,9 @@ def test_target_positions_must_be_as_many_as_the_slots(num_slots):
 
 def test_rows_with_differing_numbers_of_images_are_refused_when_all_are_asked_for():
     cache = make_cache(TWO_ROWS)
-    with pytest.raises(AlignmentError, match="row 1 gets 8 slots"):
-        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=None)
+    for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
+        with pytest.raises(AlignmentError, match="row 1 gets 8 slots"):
+            align(cache, size, slots_of(cache, 4), image=None)
 
 
 def test_the_finest_view_of_an_image_is_pooled_and_all_views_are_read():
@@ -222,8 +225,8 @@ def test_the_finest_view_of_an_image_is_pooled_and_all_views_are_read():
     assert cache.patches[0, read, 0].tolist() == [1] * 12
     pooled = align_pooled(cache, PatchGrid(1, 1), slots_of(cache, 2), image=None)
     assert cache.patches[0, pooled.source_index[0, 1, 0], 0] == 2  # the second image's only view
-    everything = align_all(cache, 1, slots_of(cache, 1))
-    assert everything.source_index.shape[2] == 4 + 12 + 6
+    read = align_all(cache, 1, slots_of(cache, 2), image=None)
+    assert (read.weights > 0).sum(2).tolist() == [[4 + 12, 6]]
 
 
 def test_queries_without_a_grid_are_read_whole_and_cannot_be_pooled():
@@ -235,6 +238,36 @@ def test_queries_without_a_grid_are_read_whole_and_cannot_be_pooled():
     where = (cache.kinds[1] == PositionKind.IMAGE).nonzero().flatten()
     assert found.source_index[1, 2].tolist() == where.tolist()
     assert (patch_coordinates(cache) == 0).all()
+
+
+def test_positions_of_other_kinds_are_pooled_in_the_prompts_order():
+    cache = make_cache(TWO_ROWS)
+    cache.kinds[:, -2] = PositionKind.STATE
+    cache.kinds[:, 1::3] = PositionKind.ACTION
+    lined = line_up(cache, [PositionKind.STATE, PositionKind.ACTION])
+    states = torch.randn(2, cache.seq_len, 3)
+    chosen = cache.kinds >= PositionKind.STATE
+    count = int(chosen[0].sum())
+    assert lined.grids == ((PatchGrid(1, count),),) * 2
+    for cols in (count, 4, 1):
+        found = align_pooled(lined, PatchGrid(1, cols), slots_of(cache, cols)).gather(states)
+        for row in range(2):
+            line = states[row, chosen[row]]
+            expected = F.adaptive_avg_pool1d(line.T, cols).T
+            torch.testing.assert_close(found[row], expected)
+            if cols == count:  # a slot each
+                torch.testing.assert_close(found[row], line)
+    read = by_position(align_all(lined, 2, slots_of(cache, 2)), cache.seq_len)
+    assert ((read > 0) == chosen.unsqueeze(1)).all()
+    along = (torch.arange(count) + 0.5) / count
+    torch.testing.assert_close(patch_coordinates(lined)[chosen][:count, 1], along)
+
+
+def test_a_row_without_such_positions_is_named():
+    cache = make_cache(TWO_ROWS)
+    cache.kinds[0, 3] = PositionKind.ACTION
+    with pytest.raises(AlignmentError, match="row 1 of tiny has no position of kind STATE or ACT"):
+        line_up(cache, [PositionKind.STATE, PositionKind.ACTION])
 
 
 def test_no_slots_are_refused():
@@ -319,13 +352,25 @@ def test_the_resampler_weighs_every_patch_and_nothing_else(resampler):
     cache = make_cache(TWO_ROWS)
     readable = align_all(cache, 4, slots_of(cache, 4))
     found = resampler(torch.randn(2, cache.seq_len, 5), patch_coordinates(cache), readable)
-    assert found.weights.shape == (2, 4, 29)
+    assert found.weights.shape == (2, 4, 20)
     assert found.weights.dtype == torch.float32
     torch.testing.assert_close(found.weights.sum(2), torch.ones(2, 4))
-    is_patch = (cache.patches[..., 0] >= 0).unsqueeze(1).expand(-1, 4, -1)
+    is_patch = (cache.patches[..., 0] == 0).unsqueeze(1).expand(-1, 4, -1)
     assert ((by_position(found, cache.seq_len) > 0) == is_patch).all()
     for name in ("source_index", "target_index", "mask"):
         assert torch.equal(getattr(found, name), getattr(readable, name))
+
+
+@torch.no_grad()
+def test_the_resampler_asks_the_same_of_each_image(resampler):
+    cache = make_cache(TWO_IMAGES)
+    states, coordinates = torch.randn(2, cache.seq_len, 5), patch_coordinates(cache)
+    both = resampler(states, coordinates, align_all(cache, 4, slots_of(cache, 8), image=None))
+    for image in range(2):
+        alone = align_all(cache, 4, slots_of(cache, 4), image=image)
+        expected = by_position(resampler(states, coordinates, alone), cache.seq_len)
+        found = by_position(both, cache.seq_len)[:, 4 * image : 4 * image + 4]
+        torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()
@@ -365,7 +410,7 @@ def test_the_resamplers_weights_pass_gradients_to_all_it_is_made_of(resampler):
     for name, parameter in resampler.named_parameters():
         assert parameter.grad is not None, name
         assert (parameter.grad.abs().amax(-1) > 1e-6).all(), name
-    assert (states.grad != 0).any(2).tolist() == (cache.patches[..., 0] >= 0).tolist()
+    assert (states.grad != 0).any(2).tolist() == (cache.patches[..., 0] == 0).tolist()
 
 
 @torch.no_grad()

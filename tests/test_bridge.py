@@ -70,11 +70,17 @@ class Rig:
         )
 
     def bridge(
-        self, links: Sequence[tuple[str, ...]], *, fresh: bool = False, **fuser: Any
+        self,
+        links: Sequence[tuple[str, ...]],
+        *,
+        fresh: bool = False,
+        images: int = 1,
+        **fuser: Any,
     ) -> Bridge:
         """A bridge with random weights; the same links get the same weights."""
         config = BridgeConfig(
-            links=tuple(self.link(*link, **fuser) for link in links), slot_token=SLOT
+            links=tuple(replace(self.link(*link, **fuser), images=images) for link in links),
+            slot_token=SLOT,
         )
         bridge = Bridge(self.target, self.sources, config)
         if not fresh:
@@ -788,11 +794,27 @@ def test_sources_must_agree_in_number_of_rows(rig: Rig) -> None:
         bridge.fuse_slots(caches)
 
 
-def test_several_pictures_in_one_row_are_refused(rig: Rig) -> None:
-    bridge = rig.bridge([EYES])
-    cache = rig.sources["eyes"].prefill([SourceInput(images=tuple(rig.pictures))])
-    with pytest.raises(ShapeError, match="row 0 of source 'eyes' has 2 pictures, its slots hold 1"):
+@pytest.mark.parametrize(("images", "found"), [(1, 2), (2, 1), (3, 2)])
+def test_another_number_of_pictures_than_the_slots_hold_is_refused(
+    rig: Rig, images: int, found: int
+) -> None:
+    bridge = rig.bridge([EYES], images=images)
+    shown = [tuple(rig.pictures * 2)[:images], tuple(rig.pictures)[:found]]
+    cache = rig.sources["eyes"].prefill([SourceInput(images=pictures) for pictures in shown])
+    message = (
+        f"row 1 of source 'eyes' has {found} pictures, its slots hold {images}; show it {images}, "
+        f"or build the link with images={found}"
+    )
+    with pytest.raises(ShapeError, match=message):
         bridge.fuse_slots({"eyes": cache})
+
+
+def test_queries_without_a_grid_are_one_picture(rig: Rig) -> None:
+    cache = two_pictures(rig)
+    cache = replace(cache, patches=torch.full_like(cache.patches, -1), grids=((), ()))
+    rig.bridge([ATTENTIVE_EYES]).fuse_slots({"eyes": cache})
+    with pytest.raises(ShapeError, match="row 0 of source 'eyes' has 0 pictures, its slots hold 2"):
+        rig.bridge([ATTENTIVE_EYES], images=2).fuse_slots({"eyes": cache})
 
 
 def test_slots_of_a_row_without_a_picture_are_refused(rig: Rig) -> None:
@@ -838,6 +860,19 @@ def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
         replace(link, geometry="slot")
     with pytest.raises(ConfigError, match="pooling must be one of window, resampler, got 'mean'"):
         replace(link, pooling="mean")
+    for name in ("rows", "cols", "images"):
+        with pytest.raises(ConfigError, match=f"^{name} must be at least 1, got 0"):
+            replace(link, **{name: 0})
+    with pytest.raises(ConfigError, match="'aligned' has none, got 2; leave images at 1"):
+        replace(link, geometry="aligned", images=2)
+    for kinds in (("states",), ("pad",), ("state", "state")):
+        with pytest.raises(ConfigError, match=f"some of template, text, .*, got {kinds[0]}"):
+            replace(link, kinds=kinds, rows=1)
+    line = replace(link, kinds=("state", "action"), rows=1)
+    assert (line.name, line.num_slots) == ("eyes_slots_state_action", 3)
+    for change in ({"rows": 2}, {"images": 2}, {"geometry": "aligned"}):
+        with pytest.raises(ConfigError, match="state and action stand in one line: expected geom"):
+            replace(line, **change)
     with pytest.raises(ConfigError, match="'aligned' has none; leave pooling at 'window'"):
         replace(link, geometry="aligned", pooling="resampler")
     for links in ((), (link, link)):
@@ -850,11 +885,6 @@ def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
         Bridge(rig.target, rig.sources, replace(config, slot_token=" xylophone"))
     with pytest.raises(MismatchError, match="source 'eyes': the fuser was made for"):
         Bridge(rig.target, {"eyes": rig.sources["second"]}, config)
-
-
-def test_a_picture_gets_a_row_and_a_column_at_least(rig: Rig) -> None:
-    with pytest.raises(ConfigError, match="rows and cols must be at least 1, got 0 and 3"):
-        replace(rig.link(*EYES), rows=0)
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -908,6 +938,95 @@ def test_a_model_that_is_read_is_frozen(rig: Rig, role: str) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+# --- several pictures of a row ----------------------------------------------------------------
+
+
+def two_pictures(rig: Rig) -> SourceCache:
+    """Two rows of two pictures, in either order; the shorter words are padded."""
+    shown = (rig.pictures, rig.pictures[::-1])
+    return rig.sources["eyes"].prefill(
+        [
+            SourceInput(text=text, images=tuple(pictures))
+            for text, pictures in zip(QUESTIONS, shown, strict=True)
+        ]
+    )
+
+
+def fuser_inputs(bridge: Bridge, cache: SourceCache) -> Tensor:
+    """`(layers, batch, slots, 2, width)`: what the slots take of a cache."""
+    seen: list[Tensor] = []
+    handle = bridge.fusers["eyes_slots"].register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0])
+    )
+    bridge.fuse_slots({"eyes": cache})
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@EACH_POOLING
+def test_a_closed_bridge_of_several_pictures_leaves_the_target_untouched(
+    rig: Rig, eyes_link: tuple[str, ...], training: bool
+) -> None:
+    bridge = rig.bridge([eyes_link], images=2).train(training)
+    caches = {"eyes": two_pictures(rig)}
+    opened = bridge.fuse(bridge.fuse_slots(caches), QUESTIONS)
+    closed = close(bridge).fuse(bridge.fuse_slots(caches), QUESTIONS)
+    assert ((closed["input_ids"] == bridge._slot_id).sum(1) >= 12).all()
+    own = target_alone(rig.target.model, closed, prefix_len(bridge, closed))
+    assert_same_cache(closed["past_key_values"], own["past_key_values"], **EXACT)
+    logits = read_on(rig.target.model, closed)
+    torch.testing.assert_close(logits, read_on(rig.target.model, own), **EXACT)
+    assert ((read_on(rig.target.model, opened) - logits)[:, -1].abs().amax(1) > 0.01).all()
+
+
+@torch.no_grad()
+@EACH_POOLING
+def test_each_picture_fills_its_own_slots_in_order(rig: Rig, eyes_link: tuple[str, ...]) -> None:
+    cache = two_pictures(rig)
+    both = fuser_inputs(rig.bridge([eyes_link], images=2), cache)
+    assert both.shape[2] == 12
+    for image in range(2):
+        elsewhere = (cache.patches[..., :1] != image).expand_as(cache.patches)
+        alone = cache.patches.masked_fill(elsewhere, -1)
+        alone[..., 0].clamp_(max=0)
+        grids = tuple((grids[image]._replace(image=0),) for grids in cache.grids)
+        expected = fuser_inputs(rig.bridge([eyes_link]), replace(cache, patches=alone, grids=grids))
+        torch.testing.assert_close(both[:, :, 6 * image : 6 * image + 6], expected)
+    assert not torch.allclose(both[:, :, :6], both[:, :, 6:])
+
+
+@EACH_POOLING
+def test_rows_of_several_pictures_do_not_feel_each_other(
+    rig: Rig, eyes_link: tuple[str, ...]
+) -> None:
+    bridge, cache = rig.bridge([eyes_link], images=2), two_pictures(rig)
+    assert (cache.kinds == 0).any()  # padding
+    both = read_on(rig.target.model, bridge.fuse(bridge.fuse_slots({"eyes": cache}), QUESTIONS))
+    for rows in ([1, 0], [0], [1]):
+        some = bridge.fuse_slots({"eyes": cache.select(torch.tensor(rows))})
+        asked = bridge.fuse(some, [QUESTIONS[row] for row in rows])
+        found = read_on(rig.target.model, asked)[:, -1]
+        torch.testing.assert_close(found, both[rows, -1], **CLOSE)
+
+
+@EACH_POOLING
+def test_a_saved_bridge_holds_as_many_pictures_as_before(
+    rig: Rig, tmp_path: Path, eyes_link: tuple[str, ...]
+) -> None:
+    bridge = rig.bridge([eyes_link], images=2)
+    bridge.save_pretrained(tmp_path)
+    loaded = Bridge.from_pretrained(tmp_path, rig.target, rig.sources)
+    assert loaded.config == bridge.config
+    assert loaded.config.links[0].images == 2
+    caches = {"eyes": two_pictures(rig)}
+    seen = [b.fuse_slots(caches).past_key_values for b in (bridge, loaded)]
+    assert_same_cache(*seen, **EXACT)
+    # What is learned serves any number of pictures.
+    one = rig.bridge([eyes_link])
+    assert [p.shape for p in one.parameters()] == [p.shape for p in bridge.parameters()]
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
@@ -958,12 +1077,10 @@ def test_a_bridge_with_explicit_layers_comes_back_bit_for_bit(rig: Rig, tmp_path
     assert_same_cache(*caches, **EXACT)
 
 
-def test_a_bridge_saved_before_there_were_resamplers_and_pairs_still_loads(
-    rig: Rig, saved: Path
-) -> None:
+def test_a_bridge_saved_before_there_were_later_settings_still_loads(rig: Rig, saved: Path) -> None:
     header = json.loads((saved / "config.json").read_text())
     link = header["bridge"]["links"][0]
-    del link["pooling"], link["fuser"]["pairs"]
+    del link["pooling"], link["images"], link["kinds"], link["fuser"]["pairs"]
     (saved / "config.json").write_text(json.dumps(header))
     assert not any("resampler" in key for key in load_file(saved / "model.safetensors"))
     assert load(rig, saved).config == rig.bridge([EYES]).config

@@ -1,5 +1,6 @@
 """What `mm-c2c inspect` says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,17 @@ def test_a_saved_bridge_is_described(
     count = sum(p.numel() for p in bridge.fusers.parameters())
     assert f"{count:,} parameters" in printed
     assert "3 layers, 2 KV heads of 8" in printed
-    assert "slots   2 x 2" in printed
+    assert "slots   2 x 2\n" in printed
+    links = tuple(replace(link, images=2) for link in bridge.config.links)
+    Bridge(bridge.target, bridge.sources, replace(bridge.config, links=links)).save_pretrained(
+        tmp_path
+    )
+    assert "slots   2 x 2, for each of 2 pictures\n" in describe(str(tmp_path))
+    links = tuple(replace(link, kinds=("state", "action"), rows=1) for link in bridge.config.links)
+    Bridge(bridge.target, bridge.sources, replace(bridge.config, links=links)).save_pretrained(
+        tmp_path
+    )
+    assert "slots   1 x 2, of state and action\n" in describe(str(tmp_path))
 
 
 def test_a_cache_file_is_described(

@@ -39,7 +39,7 @@ from mm_c2c import (
     save_cache,
 )
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, zeroed
-from mm_c2c.errors import ConfigError, InputError, ShapeError, UnsupportedError
+from mm_c2c.errors import AlignmentError, ConfigError, InputError, ShapeError, UnsupportedError
 from mm_c2c.rope import derotate
 from mm_c2c.sources import Source, SourceInput, action, source_class
 from mm_c2c.sources.action import (
@@ -351,6 +351,138 @@ def test_what_pi0_saw_travels_as_a_file_and_reaches_the_target(
     assert len(bridge.generate(seen, ["what is it ?"], max_new_tokens=3, do_sample=False)) == 1
 
 
+@pytest.fixture
+def two_cameras(observations: list[SourceInput]) -> list[SourceInput]:
+    """Two cameras and a state in each row, instructions of unlike length."""
+    first, second = observations
+    return [first, dataclasses.replace(second, images=first.images[::-1])]
+
+
+def robot_bridge(
+    source: Source, target_model: Any, tokenizer: Any, *, pooling: str = "window"
+) -> Bridge:
+    """Slots for two cameras of pi0, and one for each of state and actions; random weights."""
+    target = Target(target_model, tokenizer, "tiny")
+    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)
+    both = {"source": "robot", "geometry": "slots", "fuser": fuser, "pooling": pooling}
+    links = (
+        LinkConfig(**both, rows=2, cols=2, images=2),
+        LinkConfig(**both, kinds=("state", "action"), rows=1, cols=1 + CHUNK),
+    )
+    bridge = Bridge(target, {"robot": source}, BridgeConfig(links=links, slot_token="a")).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in bridge.parameters():
+            weight.normal_(std=0.5, generator=generator)
+    return bridge
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["window", "resampler"])
+def test_a_closed_bridge_leaves_the_target_as_it_is_whatever_pi0_saw_and_did(
+    pi0: PI0Source,
+    two_cameras: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    pooling: str,
+) -> None:
+    bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer, pooling=pooling)
+    caches = {"robot": pi0.prefill(two_cameras)}
+    heard = bridge.fuse(bridge.fuse_slots(caches), list(WORDS))
+    for fuser in bridge.fusers.values():
+        fuser.close()
+    seen = bridge.fuse_slots(caches)
+    own = tiny_target(seen.input_ids[:1]).past_key_values
+    for got, expected in zip(seen.past_key_values.layers, own.layers, strict=True):
+        for row in range(2):
+            torch.testing.assert_close(got.keys[row], expected.keys[0], rtol=0, atol=0)
+            torch.testing.assert_close(got.values[row], expected.values[0], rtol=0, atol=0)
+    own.batch_repeat_interleave(2)
+    fused = bridge.fuse(seen, list(WORDS))
+    alone = tiny_target(**{**fused, "past_key_values": own}).logits
+    logits = tiny_target(**fused).logits
+    torch.testing.assert_close(logits, alone, rtol=0, atol=0)
+    assert ((tiny_target(**heard).logits - logits)[:, -1].abs().amax(1) > 0.01).all()
+
+
+@torch.no_grad()
+def test_state_and_actions_of_pi0_get_a_slot_each(
+    pi0: PI0Source,
+    two_cameras: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+) -> None:
+    bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer)
+    cache = pi0.prefill(two_cameras)
+    taken: list[Tensor] = []
+    bridge.fusers["robot_slots_state_action"].register_forward_pre_hook(
+        lambda _module, args: taken.append(args[0])
+    )
+    seen = bridge.fuse_slots({"robot": cache})
+    assert (seen.input_ids[0] == bridge._slot_id).sum() >= 2 * 4 + 1 + CHUNK
+    for layer, (keys, values) in enumerate(cache.layers):
+        bare = derotate(keys, cache.position_ids, cache.rope[layer])
+        for row in range(2):
+            here = cache.kinds[row] >= PositionKind.STATE
+            for part, states in enumerate((bare, values)):
+                expected = states[row, 0, here]
+                torch.testing.assert_close(taken[0][layer, row, :, part], expected)
+
+    # Another state changes its slot and the actions', which attend to it, not the pictures'.
+    moved = dataclasses.replace(two_cameras[0], state=torch.zeros(3))
+    there = bridge.fuse_slots({"robot": pi0.prefill([moved])}).past_key_values.layers[2].keys
+    change = (there[0] - seen.past_key_values.layers[2].keys[0]).abs().amax((0, 2))
+    assert ((change > 1e-4).nonzero().flatten() == torch.arange(-5, 0) + len(change)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["window", "resampler"])
+def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
+    pi0: PI0Source,
+    two_cameras: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    tmp_path: Path,
+    pooling: str,
+) -> None:
+    """In a padded batch, turned round, alone, and from a saved bridge."""
+    bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer, pooling=pooling)
+    bridge.save_pretrained(tmp_path)
+    loaded = Bridge.from_pretrained(tmp_path, bridge.target, bridge.sources)
+    assert loaded.config == bridge.config
+    cache = pi0.prefill(two_cameras)
+    assert (cache.kinds == PositionKind.PAD).any()
+    both = bridge.fuse_slots({"robot": cache}).past_key_values
+    again = loaded.fuse_slots({"robot": cache}).past_key_values
+    torch.testing.assert_close(again.layers[2].keys, both.layers[2].keys, rtol=0, atol=0)
+    for rows in ([1, 0], [0], [1]):
+        some = bridge.fuse_slots({"robot": pi0.prefill([two_cameras[row] for row in rows])})
+        for got, expected in zip(some.past_key_values.layers, both.layers, strict=True):
+            torch.testing.assert_close(got.keys, expected.keys[rows], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got.values, expected.values[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_answering_from_pi0_leaves_its_actions_as_they_are(
+    pi0: PI0Source,
+    two_cameras: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+) -> None:
+    bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer)
+    encoded = pi0._encode(two_cameras)
+    del encoded["offset_mapping"]
+
+    def read_and_answer() -> Any:
+        cache = pi0.prefill(two_cameras)
+        seen = bridge.fuse_slots({"robot": cache})
+        assert len(bridge.generate(seen, list(WORDS), max_new_tokens=3, do_sample=False)) == 2
+        return cache
+
+    assert_reading_changes_nothing(
+        pi0.model, lambda: pi0.model.sample_actions(**encoded), read_and_answer
+    )
+
+
 def test_pi0_refuses_a_processor_without_statistics(pi0: PI0Source) -> None:
     pi0.processor.state_mean = None
     with pytest.raises(ConfigError, match="no statistics of the robot's state"):
@@ -444,6 +576,34 @@ def test_a_token_policy_is_read_with_its_action_tokens(
         # The tokens are those that the forward itself finds likeliest.
         torch.testing.assert_close(plain.logits[:, -4:-1].argmax(-1), acted.tokens)
         torch.testing.assert_close(token_policy.bins.decode(acted.tokens), acted.actions)
+
+
+@torch.no_grad()
+def test_action_tokens_are_pooled_to_slots(
+    token_policy: TokenActionSource,
+    instructions: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+) -> None:
+    """Three tokens into two slots share the second one."""
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
+    fuser = FuserConfig(source=token_policy.shape, target=target.shape, hidden_size=16, rank=4)
+    link = LinkConfig(
+        source="robot", geometry="slots", kinds=("action",), rows=1, cols=2, fuser=fuser
+    )
+    bridge = Bridge(target, {"robot": token_policy}, BridgeConfig(links=(link,), slot_token="a"))
+    taken: list[Tensor] = []
+    bridge.fusers["robot_slots_action"].register_forward_pre_hook(
+        lambda _module, args: taken.append(args[0])
+    )
+    cache = token_policy.prefill(instructions)
+    bridge.fuse_slots({"robot": cache})
+    for layer, (_, values) in enumerate(cache.layers):
+        first, second, third = values.transpose(1, 2).flatten(2)[:, -3:].unbind(1)
+        expected = torch.stack([(first + second) / 2, (second + third) / 2], dim=1)
+        torch.testing.assert_close(taken[0][layer, :, :, 1], expected)
+    with pytest.raises(AlignmentError, match="row 0 of tiny/openvla has no position of kind ACTI"):
+        bridge.fuse_slots({"robot": VLMSource.prefill(token_policy, instructions)})
 
 
 def test_a_padded_row_of_a_token_policy_gives_what_the_row_alone_gives(

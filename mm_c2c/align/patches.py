@@ -41,52 +41,80 @@ def align_pooled(
         raise AlignmentError(f"expected at least one row and column of slots, got {slots}")
     rows = []
     for row in range(cache.batch_size):
-        images = sorted({grid.image for grid in cache.grids[row]}) if image is None else [image]
+        images = _images_of_row(cache, row, image)
         if not images:
             raise AlignmentError(
                 f"row {row} has no image with a patch grid{_queries_hint(cache, row)}"
             )
-        index, weights = _pool_row(cache, row, images, slots)
-        _check_num_slots(len(index), target_index, row)
-        rows.append((index, weights))
-    k = max(index.shape[1] for index, _ in rows)
-    weights = torch.stack([_widen(weights, k) for _, weights in rows])
-    return Alignment(
-        source_index=torch.stack([_widen(index, k) for index, _ in rows]),
-        weights=weights,
-        target_index=target_index,
-        mask=weights.sum(2) > 0,
-    )
+        rows.append(_pool_row(cache, row, images, slots))
+    return _stack_rows(rows, target_index)
 
 
-def align_all(cache: SourceCache, num_slots: int, target_index: Tensor) -> Alignment:
-    """Let every slot read all that a row's images left, with equal weights.
+def align_all(
+    cache: SourceCache, num_slots: int, target_index: Tensor, image: int | None = 0
+) -> Alignment:
+    """Let every slot read all that an image left, with equal weights.
 
     That is every patch of every view; of a source whose queries have no grid, every query.
 
     Args:
-        cache: the source's cache; every row must have an image.
-        num_slots: slots a row gets.
+        cache: the source's cache; every row must have the image.
+        num_slots: slots an image gets.
         target_index: `(batch, num_slots)` int64, positions of the slots in the target's prompt.
+        image: which of a row's images; None takes all of them, one's slots after the other's.
 
     Returns:
-        An alignment whose k is the largest number of such positions of a row; the entries beyond
-        a row's own weigh 0.
+        An alignment whose k is the largest number of such positions of an image; the entries
+        beyond an image's own weigh 0.
+
+    Raises:
+        AlignmentError: a row lacks the image.
     """
     if num_slots < 1:
         raise AlignmentError(f"expected at least one slot, got {num_slots}")
-    _check_num_slots(num_slots, target_index, 0)
-    rows = [_positions_of_row(cache, row) for row in range(cache.batch_size)]
-    k = max(len(positions) for positions in rows)
-    index = torch.stack([_widen(positions, k) for positions in rows])
-    weights = torch.stack(
-        [_widen(torch.full_like(p, 1 / len(p), dtype=torch.float32), k) for p in rows]
-    )
-    return Alignment(
-        source_index=index.unsqueeze(1).expand(-1, num_slots, -1),
-        weights=weights.unsqueeze(1).expand(-1, num_slots, -1),
-        target_index=target_index,
-        mask=torch.ones_like(target_index, dtype=torch.bool),
+    rows = []
+    for row in range(cache.batch_size):
+        read = _positions_by_image(cache, row, image)
+        k = max(map(len, read))
+        index = torch.stack([_widen(positions, k) for positions in read])
+        weights = torch.stack(
+            [_widen(torch.full_like(p, 1 / len(p), dtype=torch.float32), k) for p in read]
+        )
+        rows.append(
+            (index.repeat_interleave(num_slots, 0), weights.repeat_interleave(num_slots, 0))
+        )
+    return _stack_rows(rows, target_index)
+
+
+def line_up(cache: SourceCache, kinds: Sequence[PositionKind]) -> SourceCache:
+    """Put the positions of some kinds in a grid of one row, in the prompt's order.
+
+    So what lies nowhere in a picture, such as a robot's state and actions, can be pooled or
+    resampled as patches are.
+
+    Args:
+        cache: a source's cache; every row must have such positions.
+        kinds: what to take.
+
+    Returns:
+        The cache with this grid in place of its own.
+
+    Raises:
+        AlignmentError: a row has no position of these kinds.
+    """
+    chosen = torch.isin(cache.kinds, torch.tensor(kinds, device=cache.kinds.device))
+    counts = chosen.sum(1).tolist()
+    if not all(counts):
+        names = " or ".join(kind.name for kind in kinds)
+        raise AlignmentError(
+            f"row {counts.index(0)} of {cache.origin.model} has no position of kind {names}"
+        )
+    zeros, places = torch.zeros_like(cache.kinds), chosen.cumsum(1) - 1
+    patches = torch.stack([zeros, zeros, places], dim=2)
+    return replace(
+        cache,
+        patches=patches.masked_fill(~chosen.unsqueeze(2), -1),
+        grids=tuple((PatchGrid(1, count),) for count in counts),
     )
 
 
@@ -111,7 +139,7 @@ class ResamplerConfig:
     """Everything needed to rebuild a `PatchResampler` before its weights are loaded.
 
     Attributes:
-        num_slots: slots a row gets.
+        num_slots: slots an image gets.
         source_width: channels of the source's states.
         width: channels in which slots and patches are compared.
     """
@@ -146,20 +174,21 @@ class PatchResampler(nn.Module):
             states: `(batch, source_len, source_width)`.
             coordinates: `(batch, source_len, 2)` in [0, 1], from `patch_coordinates`.
             alignment: which positions each slot may read, such as `align_all` gives; a weight
-                says only yes (above 0) or no.
+                says only yes (above 0) or no. Of several images, each one's slots ask the same.
 
         Returns:
             The alignment with the attention's weights, through which gradients flow.
         """
-        expected = (states.shape[0], self.config.num_slots)
-        if alignment.mask.shape != expected:
+        batch, num_slots = alignment.mask.shape
+        if batch != states.shape[0] or not num_slots or num_slots % self.config.num_slots:
             raise ShapeError(
-                f"expected an alignment of (batch={expected[0]}, num_slots={expected[1]}), got "
-                f"{tuple(alignment.mask.shape)}"
+                f"expected an alignment of (batch={states.shape[0]}, a multiple of "
+                f"num_slots={self.config.num_slots}), got {tuple(alignment.mask.shape)}"
             )
         places = self.place_in(_fourier(coordinates))
         keys = _normalise(self.source_in(_normalise(states.float())) + places)
         scores = self.queries @ keys.transpose(1, 2) / math.sqrt(self.config.width)
+        scores = scores.repeat(1, num_slots // self.config.num_slots, 1)
         unreadable = alignment.weights == 0
         # Finite, for a slot that may read nothing would else be 0 / 0.
         lowest = torch.finfo(scores.dtype).min
@@ -179,8 +208,20 @@ def _fourier(coordinates: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def _images_of_row(cache: SourceCache, row: int, image: int | None) -> list[int]:
+    """The images of a row that have a patch grid, in order; or the one that is named."""
+    return sorted({grid.image for grid in cache.grids[row]}) if image is None else [image]
+
+
 def _finest_view(cache: SourceCache, row: int, image: int) -> int:
     """The view of an image that has the most patches; the first of several."""
+    grids = cache.grids[row]
+    views = _views(cache, row, image)
+    return max(views, key=lambda view: grids[view].rows * grids[view].cols)
+
+
+def _views(cache: SourceCache, row: int, image: int) -> list[int]:
+    """The views of an image, as indices into the row's grids."""
     grids = cache.grids[row]
     views = [view for view, grid in enumerate(grids) if grid.image == image]
     if not views:
@@ -188,7 +229,7 @@ def _finest_view(cache: SourceCache, row: int, image: int) -> int:
             f"row {row} has no image {image}: it has {len(grids)} patch grids"
             f"{_queries_hint(cache, row)}"
         )
-    return max(views, key=lambda view: grids[view].rows * grids[view].cols)
+    return views
 
 
 def _queries_hint(cache: SourceCache, row: int) -> str:
@@ -218,15 +259,17 @@ def _patch_positions(cache: SourceCache, row: int, view: int) -> Tensor:
     return positions
 
 
-def _positions_of_row(cache: SourceCache, row: int) -> Tensor:
-    """Positions of all patches of a row, view by view; without a grid, those of its queries."""
-    views = range(len(cache.grids[row]))
-    if not views:
+def _positions_by_image(cache: SourceCache, row: int, image: int | None) -> list[Tensor]:
+    """Positions of each image's patches, view by view; without a grid, those of all queries."""
+    if not cache.grids[row]:
         positions = (cache.kinds[row] == PositionKind.IMAGE).nonzero().flatten()
         if not len(positions):
             raise AlignmentError(f"row {row} has no image")
-        return positions
-    return torch.cat([_patch_positions(cache, row, view) for view in views])
+        return [positions]
+    return [
+        torch.cat([_patch_positions(cache, row, view) for view in _views(cache, row, each)])
+        for each in _images_of_row(cache, row, image)
+    ]
 
 
 def _pool_row(
@@ -261,6 +304,20 @@ def _windows(grid: PatchGrid, slots: PatchGrid) -> tuple[Tensor, Tensor]:
 def _bins(size: int, num_bins: int) -> list[range]:
     """One axis of adaptive average pooling: floor of a bin's start to ceiling of its end."""
     return [range(i * size // num_bins, -(-(i + 1) * size // num_bins)) for i in range(num_bins)]
+
+
+def _stack_rows(rows: Sequence[tuple[Tensor, Tensor]], target_index: Tensor) -> Alignment:
+    """One alignment of the positions and weights of each row, `(num_slots, k)` each."""
+    for row, (index, _) in enumerate(rows):
+        _check_num_slots(len(index), target_index, row)
+    k = max(index.shape[1] for index, _ in rows)
+    weights = torch.stack([_widen(weights, k) for _, weights in rows])
+    return Alignment(
+        source_index=torch.stack([_widen(index, k) for index, _ in rows]),
+        weights=weights,
+        target_index=target_index,
+        mask=weights.sum(2) > 0,
+    )
 
 
 def _widen(values: Tensor, k: int) -> Tensor:
