@@ -280,7 +280,7 @@ def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
         bridge=bridge,
         source_name=SOURCE_NAME,
         request="Say.",
-        **{FILES[kind]: config.out / kind},  # type: ignore[arg-type]
+        **{FILES[kind]: config.out / kind},
     )
     asked = [Asked(picture, "What is it?") for picture in pictures]
     assert len(build_arm(kind, setting).answer(asked)) == 2
@@ -296,7 +296,7 @@ def test_a_baseline_of_no_known_kind_is_refused(fuser_config: FuserTrainingConfi
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path: Path) -> None:
     command = path.read_text().splitlines()[0]
-    name, file = re.fullmatch(r"# python -m mm_c2c\.reference\.(\w+) (\S+)", command).groups()  # type: ignore[union-attr]
+    name, file = re.fullmatch(r"# python -m mm_c2c\.reference\.(\w+) (\S+)", command).groups()
     assert file == f"configs/{path.name}"
     kinds = {
         "train_source": SourceTrainingConfig,
