@@ -274,7 +274,7 @@ def test_an_evaluation_runs_what_it_is_given_files_for(
     bridge: Bridge, items: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "connector"
-    features = bridge.sources[models.SOURCE_NAME].model.config.vision_config.hidden_size  # type: ignore[attr-defined]
+    features = bridge.sources[models.SOURCE_NAME].model.config.vision_config.hidden_size
     connector = connector_of(bridge, features)
     connector.save_pretrained(folder)
     config = EvaluationConfig(items=items, connector=folder, batch_size=2, timed=0, resamples=20)

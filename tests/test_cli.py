@@ -103,3 +103,19 @@ def test_evaluate_takes_its_settings_from_the_command_line(
     assert json.loads((out / "summary.json").read_text()) == printed
     assert "n/a" in (out / "report.md").read_text()
     assert len((out / "answers.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.usefixtures("tiny_reference")
+def test_prompts_writes_what_it_found(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"image": picture.name, "question": "What?", "answer": "cat"}
+    (tmp_path / "items.jsonl").write_text("\n".join([json.dumps(row)] * 2))
+    items = f"items={tmp_path / 'items.jsonl'}"
+    out = tmp_path / "prompts.json"
+    few = ["limit=1", "examples=1", "templates=['{caption} {question}']"]
+    assert main(["prompts", items, *few, "--out", str(out)]) == 0
+    assert "n = 1" in capsys.readouterr().out
+    assert json.loads(out.read_text())["winner"]["template"] == "{caption} {question}"
+    assert main(["prompts", "limit=1"]) == 1
+    assert "items" in capsys.readouterr().err

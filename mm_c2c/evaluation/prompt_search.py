@@ -90,7 +90,7 @@ def search_prompts(
     """
     scored, shown = _split(load_items(config.items), config)
     draws = draw_resamples(len(scored), config.resamples, config.seed)
-    table = []
+    table: list[dict[str, Any]] = []
     total = 4 * len(config.requests) * len(config.templates)
     with tqdm(total=total, desc="prompts", disable=not progress) as bar:
         for request in config.requests:

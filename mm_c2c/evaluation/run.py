@@ -192,7 +192,7 @@ def _fingerprint_files(path: Path) -> str:
     if not path.exists():
         raise ConfigError(f"{path} does not exist; configs/README.md says what makes it")
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
+    for file in [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir())):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

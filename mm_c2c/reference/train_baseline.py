@@ -144,7 +144,7 @@ def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSour
             texts = [render_chat(tokenizer, text, bridge.config.system) for text in shown]
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
             turns.append(answer_turns(tokenizer, ids, questions))
-        return turns_loss(model, turns, DynamicCache(config=model.config))
+        return turns_loss(model, turns, DynamicCache(config=model.config), done=0)
 
     def save() -> None:
         # "auto" would ask the Hub whether the vocabulary has grown.

@@ -251,18 +251,19 @@ def answer_loss(bridge: Bridge, perception: Perception, asked: list[list[Questio
         answer_turns(tokenizer, bridge.question_tokens([q.question for q in questions]), questions)
         for questions in asked
     ]
-    return turns_loss(bridge.target.model, turns, fork(perception.past_key_values))
+    done = perception.input_ids.shape[1]
+    return turns_loss(bridge.target.model, turns, fork(perception.past_key_values), done)
 
 
-def turns_loss(model: Any, turns: list[list[Turn]], cache: Cache) -> Tensor:
+def turns_loss(model: Any, turns: list[list[Turn]], cache: Cache, done: int) -> Tensor:
     """Cross-entropy of the answers of packed turns, mean over tokens.
 
     Args:
         model: a causal LM of transformers.
         turns: for each row, in any number; they do not see each other.
         cache: what each of a row's turns reads on from; it grows.
+        done: positions in the cache.
     """
-    done = cache.get_seq_length()
     packed = pack(turns, done)
     states = model.model(
         packed.input_ids,
