@@ -104,7 +104,8 @@ def _gqa(row: Row) -> Iterator[SetItem]:
 
 
 def _textvqa(row: Row) -> Iterator[SetItem]:
-    answer = Counter(row["answers"]).most_common(1)[0][0]
+    given: Counter[str] = Counter(row["answers"])
+    answer = given.most_common(1)[0][0]
     name = str(row["question_id"])
     yield SetItem(row["question"], answer, "text", picture=row["image"], picture_name=name)
 
