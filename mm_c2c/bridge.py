@@ -282,18 +282,36 @@ class Bridge(nn.Module):
 
     # --- what the sources saw -------------------------------------------------------------
 
-    def perceive(self, images: Image.Image | Sequence[Image.Image], text: str = "") -> Perception:
+    def perceive(
+        self,
+        inputs: Image.Image | SourceInput | Sequence[Image.Image | SourceInput],
+        text: str = "",
+    ) -> Perception:
         """Look once: prefill the sources and fuse their slots.
 
         Args:
-            images: a picture, or one for each row of a batch.
-            text: what the sources read beside the picture; empty leaves them question-blind.
+            inputs: a picture, or one for each row of a batch; a `SourceInput` in a picture's place
+                where a source needs more, such as several pictures or a robot's state.
+            text: what the sources read beside each picture; empty leaves them question-blind.
+
+        Raises:
+            InputError: `text` beside a `SourceInput`, which has its own.
         """
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
-        inputs = [SourceInput(text=text, images=(picture,)) for picture in pictures]
+        given = [inputs] if isinstance(inputs, Image.Image | SourceInput) else inputs
+        rows = []
+        for row, item in enumerate(given):
+            if not isinstance(item, SourceInput):
+                rows.append(SourceInput(text=text, images=(item,)))
+            elif not text:
+                rows.append(item)
+            else:
+                raise InputError(
+                    f"row {row} is a SourceInput, which has a text of its own ({item.text!r}); put "
+                    f"{text!r} there"
+                )
         named = {link.source for link in self.config.links if link.geometry == "slots"}
         with torch.no_grad():
-            return self.fuse_slots({name: self.sources[name].prefill(inputs) for name in named})
+            return self.fuse_slots({name: self.sources[name].prefill(rows) for name in named})
 
     def fuse_slots(self, caches: Mapping[str, SourceCache]) -> Perception:
         """Fuse source caches into the slots of the target's prompt.

@@ -981,6 +981,19 @@ def test_a_closed_bridge_of_several_pictures_leaves_the_target_untouched(
 
 
 @torch.no_grad()
+def test_a_bridge_perceives_pictures_and_whole_inputs_alike(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    first, second = rig.pictures
+    expected = bridge.perceive(rig.pictures, QUESTIONS[0]).past_key_values
+    whole = [SourceInput(text=QUESTIONS[0], images=(picture,)) for picture in rig.pictures]
+    assert_same_cache(bridge.perceive(whole).past_key_values, expected, **EXACT)
+    blind = bridge.perceive([first, SourceInput(images=(second,))])
+    assert_same_cache(blind.past_key_values, bridge.perceive(rig.pictures).past_key_values, **EXACT)
+    assert bridge.perceive(whole[0]).batch_size == 1
+    with pytest.raises(InputError, match=r"row 1 is a SourceInput, .* put 'look' there"):
+        bridge.perceive([first, whole[1]], "look")
+
+
 @EACH_POOLING
 def test_each_picture_fills_its_own_slots_in_order(rig: Rig, eyes_link: tuple[str, ...]) -> None:
     cache = two_pictures(rig)

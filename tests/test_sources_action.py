@@ -456,7 +456,7 @@ def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
     again = loaded.fuse_slots({"robot": cache}).past_key_values
     torch.testing.assert_close(again.layers[2].keys, both.layers[2].keys, rtol=0, atol=0)
     for rows in ([1, 0], [0], [1]):
-        some = bridge.fuse_slots({"robot": pi0.prefill([two_cameras[row] for row in rows])})
+        some = bridge.perceive([two_cameras[row] for row in rows])
         for got, expected in zip(some.past_key_values.layers, both.layers, strict=True):
             torch.testing.assert_close(got.keys, expected.keys[rows], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(got.values, expected.values[rows], rtol=1e-4, atol=1e-4)
@@ -473,10 +473,9 @@ def test_answering_from_pi0_leaves_its_actions_as_they_are(
     del encoded["offset_mapping"]
 
     def read_and_answer() -> Any:
-        cache = pi0.prefill(two_cameras)
-        seen = bridge.fuse_slots({"robot": cache})
+        seen = bridge.perceive(two_cameras)
         assert len(bridge.generate(seen, list(WORDS), max_new_tokens=3, do_sample=False)) == 2
-        return cache
+        return pi0.prefill(two_cameras)
 
     assert_reading_changes_nothing(
         pi0.model, lambda: pi0.model.sample_actions(**encoded), read_and_answer

@@ -343,6 +343,34 @@ def test_an_answer_streams_and_outlives_a_saved_bridge(
     assert not torch.allclose(unheard.logits[:, -1], heard)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["window", "resampler"])
+def test_frames_of_a_video_are_pictures_in_order(
+    tiny_target: Any, tiny_target_tokenizer: Any, pooling: str
+) -> None:
+    """A bright corner in the second of three frames shows in that frame's slots."""
+    source = build_source("qwen2_5_vl")
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
+    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)
+    link = LinkConfig(
+        source="vlm", geometry="slots", rows=2, cols=2, images=3, fuser=fuser, pooling=pooling
+    )
+    bridge = Bridge(target, {"vlm": source}, BridgeConfig(links=(link,), slot_token="a")).eval()
+    taken: list[Tensor] = []
+    bridge.fusers["vlm_slots"].register_forward_pre_hook(
+        lambda _module, args: taken.append(args[0])
+    )
+    dark, bright = painted((48, 48), None), painted((48, 48), (24, 48, 0, 24))
+    still = SourceInput(images=(dark, dark, dark))
+    seen = bridge.perceive([still, SourceInput(images=(dark, bright, dark))])
+    assert len(bridge.generate(seen, list(WORDS), max_new_tokens=2, do_sample=False)) == 2
+    # The first layer's values: before any frame has attended to another.
+    change = (taken[0][0, 1, :, 1] - taken[0][0, 0, :, 1]).square().sum(-1).view(3, 4)
+    assert change[1].min() > 1e3 * change[[0, 2]].max()
+    if pooling == "window":
+        assert change[1].argmax() == 2  # bottom left
+
+
 def build_source(name: str) -> Any:
     tiny = FAMILIES[name].build()
     return source_class(name, has_vision=True)(tiny.model, tiny.processor, f"tiny/{name}")
