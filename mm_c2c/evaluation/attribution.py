@@ -29,7 +29,8 @@ from mm_c2c.sources.base import SourceInput, count_positions
 
 # Nine colours of viridis (CC0, by van der Walt, Smith and Firing): lightness rises evenly.
 _COLOURS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"
-_OPACITY = 0.6
+_OPACITY = 0.5
+_BRIGHTEST = 0.98
 
 
 class Attribution(NamedTuple):
@@ -187,29 +188,28 @@ def to_patches(cache: SourceCache, alignment: Alignment, values: Tensor, row: in
     return (values.to(shares.dtype) @ shares)[..., finest_patches(cache, row)]
 
 
-def overlay(
-    picture: Image.Image, heat: ArrayLike | Tensor, limits: tuple[float, float] | None = None
-) -> Image.Image:
+def overlay(picture: Image.Image, heat: ArrayLike | Tensor) -> Image.Image:
     """Lay a map on a picture: from violet, the least, over green to yellow, the most.
 
     Args:
         picture: any size and mode; it is shown in grey.
-        heat: `(rows, cols)`, finite: of the whole picture, from the top left.
-        limits: values of the first and the last colour; None takes the map's least and greatest.
+        heat: `(rows, cols)`, finite: of the whole picture, from the top left. Colours run from its
+            least value to its 98th percentile: the first slot often draws attention whatever it
+            shows, and would leave all others dark.
 
     Returns:
         RGB, as large as the picture.
 
     Raises:
         ShapeError: the map is not two-dimensional, or empty.
-        InputError: the map or a limit is not finite.
+        InputError: the map is not finite.
     """
     values = np.asarray(heat.detach().cpu() if isinstance(heat, Tensor) else heat, dtype=np.float64)
     if values.ndim != 2 or not values.size:
         raise ShapeError(f"expected a map of (rows, cols), got {values.shape}")
-    low, high = limits or (values.min(), values.max())
-    if not (np.isfinite(values).all() and np.isfinite([low, high]).all()):
-        raise InputError("expected a map and limits of finite numbers, got NaN or infinity")
+    if not np.isfinite(values).all():
+        raise InputError("expected a map of finite numbers, got NaN or infinity")
+    low, high = values.min(), np.quantile(values, _BRIGHTEST)
     scaled = ((values - low) / (high - low if high > low else 1)).clip(0, 1)
     # Smoothed as numbers, not as colours, which would pass through tones the scale does not have.
     smooth = Image.fromarray(scaled.astype(np.float32)).resize(
