@@ -15,6 +15,8 @@ from mm_c2c.bridge import BridgeConfig
 from mm_c2c.cache import read_layers
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation import diagnostics
+from mm_c2c.evaluation.arms import Reply
+from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs
 from mm_c2c.evaluation.diagnosis_report import look, write_report
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, effective_rank, text_table
@@ -92,7 +94,10 @@ def test_a_variant_fuses_only_what_it_says(
 
 
 def test_a_diagnosis_has_a_row_for_every_variant(
-    trained: Bridge, config: DiagnosticsConfig, tmp_path: Path
+    trained: Bridge,
+    config: DiagnosticsConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result = diagnose(trained, config, progress=False)
     assert result["n"] == 2
@@ -106,7 +111,10 @@ def test_a_diagnosis_has_a_row_for_every_variant(
     table = text_table(result)
     assert all(label in table for label in result["variants"])
 
+    # Random weights may answer nothing, and then there is nothing to map.
+    monkeypatch.setattr(Fused, "answer", lambda *_: [Reply("the red one")])
     looks = look(trained, dataclasses.replace(config, map_pictures=1))
+    assert list(looks[0].maps) == ["written, K", "written, V", "weight, K", "weight, V", "read"]
     write_report(result, looks, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "diagnosis.json").read_text()) == result
     text = (tmp_path / "out" / "report.md").read_text()
