@@ -217,7 +217,9 @@ def overlay(picture: Image.Image, heat: ArrayLike | Tensor) -> Image.Image:
     )
     colours = np.array([list(bytes.fromhex(colour)) for colour in _COLOURS.split()])
     stops = np.linspace(0, 1, len(colours))
-    painted = np.stack([np.interp(np.asarray(smooth), stops, channel) for channel in colours.T], axis=-1)
+    painted = np.stack(
+        [np.interp(np.asarray(smooth), stops, channel) for channel in colours.T], axis=-1
+    )
     layer = Image.fromarray(painted.round().astype(np.uint8))
     return Image.blend(picture.convert("L").convert("RGB"), layer, _OPACITY)
 

@@ -189,7 +189,7 @@ def plot_layers(result: dict[str, Any]) -> str:
         axes.set_title("cosine to a true description")
     for axes in (gates, ranks, *rest):
         axes.set_xlabel("target layer")
-        axes.legend(frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
 
