@@ -189,6 +189,20 @@ class Perception(NamedTuple):
         return self.input_ids.shape[0]
 
 
+class FuserInputs(NamedTuple):
+    """What a link's fuser is given.
+
+    Attributes:
+        source: `(source_layers, batch, target_len, 2, source_width)`: aligned K and V.
+        target: `(target_layers, batch, target_len, 2, target_width)`: the target's own.
+        alignment: which source positions each of those came from.
+    """
+
+    source: Tensor
+    target: Tensor
+    alignment: Alignment
+
+
 class FusedInputs(TypedDict):
     """Everything that `target.generate` takes; the cache covers all but the last few tokens."""
 
@@ -340,6 +354,20 @@ class Bridge(nn.Module):
             alignment = self._align_slots(link, source, index)
             cache = self._write(link, source, alignment, cache, positions)
         return Perception(input_ids, cache)
+
+    def slot_inputs(self, link: LinkConfig, source: SourceCache) -> FuserInputs:
+        """What the fuser of a link with slots is given, were it the only link; for a look inside.
+
+        Args:
+            link: one of the bridge's own.
+            source: the source's cache.
+        """
+        before, _ = self._template()
+        ids = (*before, *[self._slot_id] * link.num_slots)
+        positions = torch.arange(len(ids), device=self.device).expand(source.batch_size, -1)
+        cache = repeat_rows(self._prefill_prefix(ids), source.batch_size)
+        alignment = self._align_slots(link, source, positions[:, len(before) :])
+        return self._fuser_inputs(link, source, alignment, cache, positions)
 
     # --- questions ------------------------------------------------------------------------
 
@@ -615,33 +643,15 @@ class Bridge(nn.Module):
         positions: Tensor,
     ) -> Cache:
         """A cache in which one link's fuser has written its differences."""
-        flat = _source_states(link, source)
-        raw = link.fuser.raw_keys
+        inputs = self._fuser_inputs(link, source, alignment, cache, positions)
+        delta = self.fusers[link.name](inputs.source, inputs.target)
         layers, indices = read_layers(cache)
-        own_rope = [self.target.rope(positions.shape[1])[index] for index in indices]
-        index = alignment.target_index
-        own = _stack(layers)
-        picked = own.gather(
-            3, index[None, :, None, :, None, None].expand(*own.shape[:3], -1, *own.shape[4:])
-        )
-        where = positions.gather(1, index)
-        picked_keys = picked[..., 0, :]
-        if not raw:
-            picked_keys = _per_spec(derotate, picked_keys, where, own_rope)
-        target_states = torch.stack([picked_keys, picked[..., 1, :]], dim=-2)
-
-        gathered = alignment.gather(flat.flatten(2)).unflatten(2, flat.shape[2:])
-        aligned = gathered.permute(2, 0, 1, 3, 4, 5).flatten(4)
-
-        fuser = self.fusers[link.name]
-        delta = fuser(
-            aligned.float(), target_states.transpose(2, 3).transpose(3, 4).flatten(4).float()
-        )
-        heads = own.shape[2]
-        delta = delta.unflatten(-1, (heads, -1)).permute(0, 1, 4, 2, 3, 5)
+        own, index = _stack(layers), alignment.target_index
+        delta = delta.unflatten(-1, (own.shape[2], -1)).permute(0, 1, 4, 2, 3, 5)
         delta_keys, delta_values = delta[..., 0, :], delta[..., 1, :]
-        if not raw:
-            delta_keys = _per_spec(rotate, delta_keys, where, own_rope)
+        if not link.fuser.raw_keys:
+            rope = self._own_rope(indices, positions)
+            delta_keys = _per_spec(rotate, delta_keys, positions.gather(1, index), rope)
         keep = alignment.mask[None, :, None, :, None]
         at = index[None, :, None, :, None].expand_as(delta_keys)
         written = {}
@@ -650,6 +660,36 @@ class Bridge(nn.Module):
         for layer, layer_index in enumerate(indices):
             written[layer_index] = LayerKV(new_keys[layer], new_values[layer])
         return with_layers(cache, written)
+
+    def _fuser_inputs(
+        self,
+        link: LinkConfig,
+        source: SourceCache,
+        alignment: Alignment,
+        cache: Cache,
+        positions: Tensor,
+    ) -> FuserInputs:
+        """The source's aligned states, and the target's own at the same positions."""
+        flat = _source_states(link, source)
+        gathered = alignment.gather(flat.flatten(2)).unflatten(2, flat.shape[2:])
+        aligned = gathered.permute(2, 0, 1, 3, 4, 5).flatten(4)
+        layers, indices = read_layers(cache)
+        own, index = _stack(layers), alignment.target_index
+        picked = own.gather(
+            3, index[None, :, None, :, None, None].expand(*own.shape[:3], -1, *own.shape[4:])
+        )
+        picked_keys = picked[..., 0, :]
+        if not link.fuser.raw_keys:
+            rope = self._own_rope(indices, positions)
+            picked_keys = _per_spec(derotate, picked_keys, positions.gather(1, index), rope)
+        states = torch.stack([picked_keys, picked[..., 1, :]], dim=-2)
+        states = states.transpose(2, 3).transpose(3, 4).flatten(4)
+        return FuserInputs(aligned.float(), states.float(), alignment)
+
+    def _own_rope(self, indices: Sequence[int], positions: Tensor) -> list[RopeSpec | None]:
+        """How the target's layers of those indices rotate their keys."""
+        rope = self.target.rope(positions.shape[1])
+        return [rope[index] for index in indices]
 
     def _generate(self, fused: FusedInputs, **kwargs: Any) -> Tensor:
         def setting(name: str) -> Any:

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = commands.add_parser("diagnose", help="accuracy with parts of the fuser switched off")
     diagnose.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    diagnose.add_argument("--out", type=Path, help="also write the JSON here")
+    diagnose.add_argument("--out", type=Path, help="folder for the JSON and a report with plots")
     diagnose.add_argument("overrides", nargs="*", metavar="key=value", help="such as limit=70")
     diagnose.set_defaults(run=_diagnose)
 
@@ -206,11 +206,19 @@ def _prompts(args: argparse.Namespace) -> None:
 
 def _diagnose(args: argparse.Namespace) -> None:
     from mm_c2c.config import override
+    from mm_c2c.evaluation.diagnosis_report import look, write_report
     from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, text_table
+    from mm_c2c.evaluation.report import new_figure
     from mm_c2c.reference.models import HERE
 
+    if args.out:
+        new_figure(1, 1)  # the report needs it: better known now than after all questions
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
-    result = diagnose(_load_bridge(), override(config, args.overrides), args.out)
+    config = override(config, args.overrides)
+    bridge = _load_bridge()
+    result = diagnose(bridge, config)
+    if args.out:
+        write_report(result, look(bridge, config), args.out)
     print(json.dumps(result) if args.json else text_table(result))
 
 

@@ -105,6 +105,18 @@ class Projected(NamedTuple):
     weight_logits: Tensor
 
 
+class Parts(NamedTuple):
+    """A difference before it is weighted, and its weights before the gate.
+
+    Attributes:
+        difference: `(target_layers, batch, target_len, 2, target_heads, target_head_dim)`.
+        weights: `(target_layers, batch, target_len, 2, target_heads)` in [0, 1].
+    """
+
+    difference: Tensor
+    weights: Tensor
+
+
 class Projection(Protocol):
     """The part in which presets differ."""
 
@@ -164,14 +176,29 @@ class CacheFuser(nn.Module):
         Returns:
             `(target_layers, batch, target_len, 2, target_width)`; zero where a gate is closed.
         """
+        difference, weights = self.parts(source, target)
+        weighted = difference * weights.unsqueeze(-1)
+        gated = weighted * self.gates()[:, None, None, :, None, None]
+        return gated.reshape(target.shape)
+
+    def parts(self, source: Tensor, target: Tensor) -> Parts:
+        """What `forward` multiplies with each other and with `gates`; for a look inside.
+
+        Args:
+            source: as `forward` takes it.
+            target: as `forward` takes it.
+        """
         self._check(source, "source", self.config.source)
         self._check(target, "target", self.config.target)
         shape = self.config.target
         difference, logits = self.projection(source.flatten(1, 2), target.flatten(1, 2))
-        weighted = difference.unflatten(-1, (shape.num_key_value_heads, shape.head_dim))
-        weighted = weighted * torch.sigmoid(logits).unsqueeze(-1)
-        gated = weighted * self.gates()[:, None, :, None, None]
-        return gated.reshape(target.shape)
+        rows = target.shape[1:3]
+        return Parts(
+            difference.unflatten(-1, (shape.num_key_value_heads, shape.head_dim)).unflatten(
+                1, rows
+            ),
+            torch.sigmoid(logits).unflatten(1, rows),
+        )
 
     @staticmethod
     def _check(states: Tensor, name: str, shape: CacheShape) -> None:

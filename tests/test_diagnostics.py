@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ from mm_c2c.bridge import BridgeConfig
 from mm_c2c.cache import read_layers
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation import diagnostics
+from mm_c2c.evaluation.arms import Reply
+from mm_c2c.evaluation.arms.fused import Fused
+from mm_c2c.evaluation.attribution import attention_outputs
+from mm_c2c.evaluation.diagnosis_report import look, write_report
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, effective_rank, text_table
+from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.images import load_image
 from mm_c2c.reference.models import SOURCE_NAME
 
 
@@ -33,7 +40,8 @@ def config(tmp_path: Path, pictures: list[Image.Image]) -> DiagnosticsConfig:
     rows = []
     for index, picture in enumerate(pictures[:2]):
         picture.save(tmp_path / f"{index}.png")
-        rows.append(json.dumps({"image": f"{index}.png", "question": "What?", "answer": "cat"}))
+        row = {"image": f"{index}.png", "question": "What?", "answer": "cat", "caption": "a cat"}
+        rows.append(json.dumps(row))
     (tmp_path / "items.jsonl").write_text("\n".join(rows))
     return DiagnosticsConfig(
         items=tmp_path / "items.jsonl", grids=((1, 1), (3, 3)), resamples=20, batch_size=2
@@ -74,21 +82,66 @@ def test_a_variant_fuses_only_what_it_says(
     torch.testing.assert_close(first[0].values, whole[0].values)
     assert torch.equal(first[1].values, alone[1].values)
     assert variants["3 x 3 slots"].config.links[0].num_slots == 9
+    half = read_layers(variants["every other slot"].perceive(pictures[0]).past_key_values)[0]
+    nothing = read_layers(variants["nothing"].perceive(pictures[0]).past_key_values)[0]
+    for own, fused, shut, found in zip(alone, whole, nothing, half, strict=True):
+        for index in range(2):
+            assert torch.equal(shut[index], own[index])
+            assert torch.equal(found[index][:, :, -3::2], own[index][:, :, -3::2])
+            written = slice(-4, None, 2)
+            torch.testing.assert_close(found[index][:, :, written], fused[index][:, :, written])
     assert all(torch.equal(before[n], weight) for n, weight in trained.state_dict().items())
 
 
 def test_a_diagnosis_has_a_row_for_every_variant(
-    trained: Bridge, config: DiagnosticsConfig, tmp_path: Path
+    trained: Bridge,
+    config: DiagnosticsConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = tmp_path / "diagnosis.json"
-    result = diagnose(trained, config, out, progress=False)
+    result = diagnose(trained, config, progress=False)
     assert result["n"] == 2
-    assert json.loads(out.read_text()) == result
     assert {"whole", "keys only", "values only", "1 x 1 slots"} <= result["variants"].keys()
+    assert [row["slots"] for row in result["slots"]] == [0, 1, 2, 4, 9]
+    cosine = result["attention_cosine"]
+    assert cosine["before"] != cosine["after"]
+    assert all(-1 <= value <= 1 for value in cosine["after"])
     ranks = result["effective_rank"]
     assert ranks["before"] != ranks["after"]
     table = text_table(result)
     assert all(label in table for label in result["variants"])
+
+    # Random weights may answer nothing, and then there is nothing to map.
+    monkeypatch.setattr(Fused, "answer", lambda *_: [Reply("the red one")])
+    looks = look(trained, dataclasses.replace(config, map_pictures=1))
+    assert list(looks[0].maps) == ["written, K", "written, V", "weight, K", "weight, V", "read"]
+    write_report(result, looks, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text()) == result
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert all(f"| {label} |" in text for label in result["variants"])
+    names = re.findall(r"\]\((map-0-[\w-]+\.png)\)", text)
+    assert len(names) == 1 + len(looks[0].maps)
+    sizes = {load_image(tmp_path / "out" / name).size for name in names}
+    assert sizes == {looks[0].picture.size}
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("<svg") == 2
+    assert html.count("<img") == len(names)
+
+
+def test_cosines_compare_with_the_target_that_reads_a_description(
+    trained: Bridge, config: DiagnosticsConfig
+) -> None:
+    item, _ = load_items(config.items)
+    found = diagnostics._cosines(trained, trained, [item], config)
+    assert found is not None
+    count = len(trained.question_tokens([item.question])[0]) - 1
+    told = trained.fuse(None, [f"The picture shows: a cat\n{item.question}"])
+    fused = trained.fuse(trained.perceive(item.picture()), [item.question])
+    first, second = (attention_outputs(trained, inputs, count) for inputs in (told, fused))
+    expected = (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
+    assert found["after"] == pytest.approx(expected.mean(1).tolist(), rel=1e-4)
+    undescribed = [item._replace(description=None)]
+    assert diagnostics._cosines(trained, trained, undescribed, config) is None
 
 
 def test_only_a_single_link_with_slots_is_diagnosed(

@@ -134,6 +134,25 @@ def patch_coordinates(cache: SourceCache) -> Tensor:
     return coordinates
 
 
+def finest_patches(cache: SourceCache, row: int, image: int = 0) -> Tensor:
+    """Where the patches of an image's finest view stand in the source's prompt.
+
+    Args:
+        cache: the source's cache.
+        row: of the batch.
+        image: which of the row's images.
+
+    Returns:
+        `(rows, cols)` int64 positions, laid out as the patches are.
+
+    Raises:
+        AlignmentError: the row lacks the image, or the source's queries have no patch grid.
+    """
+    view = _finest_view(cache, row, image)
+    grid = cache.grids[row][view]
+    return _patch_positions(cache, row, view).view(grid.rows, grid.cols)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResamplerConfig:
     """Everything needed to rebuild a `PatchResampler` before its weights are loaded.

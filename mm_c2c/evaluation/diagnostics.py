@@ -1,13 +1,15 @@
 """Where in the cache the meaning lies: parts of a fuser switched off, and what it writes.
 
 `mm-c2c diagnose` asks the same questions with keys only, values only, the first layers only, each
-fifth of the layers left out, and other numbers of slots; and measures gates and effective ranks.
+fifth of the layers left out, every other slot and other numbers of slots; and measures gates,
+effective ranks, and how near the target's attention comes to that over a true description.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +19,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mm_c2c.bridge import Bridge
-from mm_c2c.cache import read_layers
-from mm_c2c.errors import ConfigError
+from mm_c2c.align import Alignment
+from mm_c2c.bridge import Bridge, LinkConfig
+from mm_c2c.cache import SourceCache, read_layers
 from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.fused import Fused
-from mm_c2c.evaluation.results import write_json
-from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of
+from mm_c2c.evaluation.attribution import attention_outputs, slots_link
+from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
+from mm_c2c.sources.base import SourceInput
 
 _PARTS = 5
 
@@ -39,8 +42,12 @@ class DiagnosticsConfig:
         source: name of the source in the bridge; it must have one link, with slots.
         limit: ask so many, spread evenly over the file.
         batch_size: items at once.
-        grids: other numbers of slots, as rows and columns.
+        grids: other numbers of slots, as rows and columns; a link that has learned what each slot
+            looks for keeps its own.
         rank_pictures: pictures over which effective ranks are averaged.
+        cosine_items: questions over which cosines are averaged; needs true descriptions
+            (`caption` in the file).
+        map_pictures: pictures that a report lays maps on.
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
@@ -49,48 +56,66 @@ class DiagnosticsConfig:
     source: str = "stickers"
     limit: int = 210
     batch_size: int = 48
-    grids: tuple[tuple[int, int], ...] = ((3, 3), (5, 5), (7, 7))
+    grids: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (3, 3), (5, 5), (7, 7))
     rank_pictures: int = 16
+    cosine_items: int = 16
+    map_pictures: int = 3
     resamples: int = 2000
     seed: int = 0
 
 
-def diagnose(
-    bridge: Bridge, config: DiagnosticsConfig, out: Path | None = None, *, progress: bool = True
-) -> dict[str, Any]:
+def diagnose(bridge: Bridge, config: DiagnosticsConfig, *, progress: bool = True) -> dict[str, Any]:
     """Switch off parts and ask again.
 
     Args:
         bridge: a trained bridge; it is not changed.
         config: settings.
-        out: where to write the result as JSON.
         progress: whether to show a bar.
 
     Returns:
-        Plain values: `variants`, name to [accuracy, low, high]; `gates`, `(layers, 2)`, K and V;
-        `effective_rank` of the slots' K and V, `(layers, 2)` each, `before` and `after` fusing.
+        Plain values. Values with an interval are [value, low, high].
+        `variants`: accuracy by name.
+        `slots`: a row for each number of slots, with `slots` that are written, `how` (`pooled` or
+        `masked`: as many slots as before, the others left as the target's own), `accuracy`, and
+        `retention`, (accuracy - nothing) / (whole - nothing), None where that divides by 0.
+        `gates`: `(layers, 2)`, K and V.
+        `effective_rank`: of the slots' K and V, `(layers, 2)` each, `before` and `after` fusing.
+        `attention_cosine`: a value a layer, `before` and `after` fusing: between what attention
+        returns at the question's words and what it returns where the target reads a true
+        description; None without descriptions.
     """
     items = load_items(config.items, config.limit)
-    name = _slots_link(bridge, config.source)
+    link = slots_link(bridge, config.source)
+    name = link.name
     variants = _variants(bridge, name, config)
     draws = draw_resamples(len(items), config.resamples, config.seed)
-    results = {}
+    hits = {}
     for label, variant in tqdm(variants.items(), desc="variants", disable=not progress):
-        results[label] = accuracy(hits_of(_ask(variant, items, config)), draws)
-    pictures = [item.picture() for item in items[:: max(1, len(items) // config.rank_pictures)]]
-    closed = _with_gates(bridge, name, torch.zeros_like(_fuser(bridge, name).gate_logits))
-    result = {
+        hits[label] = hits_of(_ask(variant, items, config))
+    results = {label: list(accuracy(found, draws)) for label, found in hits.items()}
+    kept = {
+        label: [
+            None if math.isnan(value) else value
+            for value in retention(found, hits["nothing"], hits["whole"], draws)
+        ]
+        for label, found in hits.items()
+    }
+    pictures = [item.picture() for item in spread_items(items, config.rank_pictures)]
+    closed = variants["nothing"]
+    return {
         "n": len(items),
-        "variants": {label: list(found) for label, found in results.items()},
+        "variants": results,
+        "slots": [
+            {"slots": count, "how": how, "accuracy": results[label], "retention": kept[label]}
+            for label, count, how in _slot_counts(link, variants)
+        ],
         "gates": _fuser(bridge, name).gates().tolist(),
         "effective_rank": {
             "before": _ranks(closed, pictures[0]).tolist(),
             "after": torch.stack([_ranks(bridge, p) for p in pictures]).mean(0).tolist(),
         },
+        "attention_cosine": _cosines(bridge, closed, items, config),
     }
-    if out is not None:
-        write_json(out, result)
-    return result
 
 
 def effective_rank(states: Tensor) -> Tensor:
@@ -135,16 +160,6 @@ def text_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _slots_link(bridge: Bridge, source: str) -> str:
-    links = [link for link in bridge.config.links if link.source == source]
-    if len(links) != 1 or links[0].geometry != "slots":
-        raise ConfigError(
-            f"source {source!r} must have one link, with slots; this bridge links "
-            f"{[(link.source, link.geometry) for link in bridge.config.links]}"
-        )
-    return links[0].name
-
-
 def _fuser(bridge: Bridge, name: str) -> CacheFuser:
     return cast(CacheFuser, bridge.fusers[name])
 
@@ -161,7 +176,11 @@ def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str,
     for start, end in itertools.pairwise(bounds):
         inside = (torch.arange(layers) >= start) & (torch.arange(layers) < end)
         masks[f"without layers {start} to {end - 1}"] = open_gates & ~inside[:, None]
-    variants = {"whole": bridge}
+    variants = {
+        "whole": bridge,
+        "nothing": _with_gates(bridge, name, torch.zeros_like(open_gates)),
+        "every other slot": _EveryOther.of(bridge),
+    }
     variants |= {label: _with_gates(bridge, name, mask) for label, mask in masks.items()}
     # A resampler has learned one number of slots.
     pooled = _fuser(bridge, name).resampler is None
@@ -179,6 +198,32 @@ def _with_gates(bridge: Bridge, name: str, mask: Tensor) -> Bridge:
     return new.eval()
 
 
+class _EveryOther(Bridge):
+    """Every other slot, in reading order, stays as the target's own."""
+
+    @classmethod
+    def of(cls, bridge: Bridge) -> _EveryOther:
+        new = cls(bridge.target, bridge.sources, bridge.config)
+        new.load_state_dict(bridge.state_dict())
+        return new.eval()
+
+    def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
+        whole = super()._align_slots(link, source, index)
+        written = torch.arange(link.num_slots, device=index.device) % 2 == 0
+        return dataclasses.replace(whole, mask=whole.mask & written)
+
+
+def _slot_counts(link: LinkConfig, variants: dict[str, Bridge]) -> list[tuple[str, int, str]]:
+    """Label, slots that are written, and how the others went; by number of slots."""
+    rows = [("nothing", 0, "masked"), ("every other slot", -(-link.num_slots // 2), "masked")]
+    rows.append(("whole", link.num_slots, "pooled"))
+    for label, variant in variants.items():
+        (new,) = (other for other in variant.config.links if other.name == link.name)
+        if new.num_slots != link.num_slots:
+            rows.append((label, new.num_slots, "pooled"))
+    return sorted(rows, key=lambda row: row[1])
+
+
 def _with_grid(bridge: Bridge, name: str, rows: int, cols: int) -> Bridge:
     """A copy with another number of slots: the fuser works position by position."""
     links = tuple(
@@ -188,6 +233,34 @@ def _with_grid(bridge: Bridge, name: str, rows: int, cols: int) -> Bridge:
     new = Bridge(bridge.target, bridge.sources, dataclasses.replace(bridge.config, links=links))
     new.load_state_dict(bridge.state_dict())
     return new.eval()
+
+
+def spread_items(items: list[Item], count: int) -> list[Item]:
+    """So many of the items, or all, spread evenly."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+@torch.no_grad()
+def _cosines(
+    bridge: Bridge, closed: Bridge, items: list[Item], config: DiagnosticsConfig
+) -> dict[str, list[float]] | None:
+    """What attention returns at the question's words against that over a true description."""
+    described = [item for item in items if item.description is not None]
+    if not described or config.cosine_items < 1:
+        return None
+    found: dict[str, list[Tensor]] = {"before": [], "after": []}
+    for item in spread_items(described, config.cosine_items):
+        # Without the line break, which may be one token with what stands before it.
+        count = len(bridge.question_tokens([item.question])[0]) - 1
+        told = f"The picture shows: {item.description}\n{item.question}"
+        wanted = attention_outputs(bridge, bridge.fuse(None, [told]), count)
+        cache = bridge.sources[config.source].prefill([SourceInput(images=(item.picture(),))])
+        for label, way in (("before", closed), ("after", bridge)):
+            fused = way.fuse(way.fuse_slots({config.source: cache}), [item.question])
+            outputs = attention_outputs(way, fused, count)
+            found[label].append(torch.cosine_similarity(outputs, wanted, dim=-1).mean(1))
+    return {label: torch.stack(rows).mean(0).tolist() for label, rows in found.items()}
 
 
 def _ask(bridge: Bridge, items: list[Item], config: DiagnosticsConfig) -> list[bool]:
@@ -203,10 +276,8 @@ def _ask(bridge: Bridge, items: list[Item], config: DiagnosticsConfig) -> list[b
 def _ranks(bridge: Bridge, picture: Image.Image) -> Tensor:
     """`(layers, 2)`: effective rank of K and V at one picture's slots, heads side by side."""
     perception = bridge.perceive(picture)
-    (slot,) = bridge.target.tokenizer(bridge.config.slot_token, add_special_tokens=False)[
-        "input_ids"
-    ]
-    slots = perception.input_ids[0] == slot
+    # By place, for the slot's token may also stand in the system message.
+    count = sum(link.num_slots for link in bridge.config.links)
     layers, _ = read_layers(perception.past_key_values)
-    both = torch.stack([torch.stack([k[0, :, slots], v[0, :, slots]]) for k, v in layers])
+    both = torch.stack([torch.stack([k[0, :, -count:], v[0, :, -count:]]) for k, v in layers])
     return effective_rank(both.transpose(2, 3).flatten(3))

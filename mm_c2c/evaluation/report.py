@@ -78,7 +78,7 @@ def brief(summary: dict[str, Any]) -> str:
         cells = _arm_cells(summary, name, ())
         rows.append([_NAMES.get(name, name), *cells[:3], _lead(summary, name), *cells[3:]])
     found = "\n".join(f"- {line}" for line in _findings(summary))
-    return f"{head}\n\n{_pipe_table(rows)}\n\n{found}\n"
+    return f"{head}\n\n{pipe_table(rows)}\n\n{found}\n"
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def markdown(summary: dict[str, Any]) -> str:
             for name in summary["arms"]
         ),
     ]
-    return f"{brief(summary)}\n{_pipe_table(by_kind)}\n"
+    return f"{brief(summary)}\n{pipe_table(by_kind)}\n"
 
 
 def page(summary: dict[str, Any], title: str) -> str:
@@ -108,7 +108,7 @@ def page(summary: dict[str, Any], title: str) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><p>n = {summary['n']:,}, exact match after normalising, "
         "95 % bootstrap intervals.</p>"
         f"<figure>{plot_kinds(summary)}</figure><figure>{plot_times(summary)}</figure>"
@@ -157,7 +157,7 @@ def plot_kinds(summary: dict[str, Any]) -> str:
     axes.set_ylim(0, 100)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def plot_times(summary: dict[str, Any]) -> str:
@@ -187,7 +187,7 @@ def plot_times(summary: dict[str, Any]) -> str:
     axes.set_xlim(0, None)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def write_readme(path: Path, text: str) -> None:
@@ -220,7 +220,7 @@ def write_report(run: Path, readme: Path | None = None) -> None:
         write_readme(readme, brief(summary))
 
 
-_STYLE = (
+STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;font-size:.85rem}.scroll{overflow-x:auto}"
     "td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
@@ -292,13 +292,15 @@ def _plain(line: str) -> str:
     return line.replace("`", "").replace("*", "")
 
 
-def _pipe_table(rows: Sequence[Sequence[str]]) -> str:
+def pipe_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A figure as an SVG element, the same for the same figure."""
     from matplotlib import rc_context
 
     # No date and no random ids: the same summary gives the same file.
