@@ -23,7 +23,7 @@ def test_columns_end_with_what_the_arms_answer(bridge: Bridge, look: Look) -> No
     *_, columns = compare(bridge, SOURCE_NAME, look, "Where is it?", ["left", "right"])
     setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
     asked = Asked(look.picture, "Where is it?", ("left", "right"))
-    assert list(columns)[0] == "fused"
+    assert next(iter(columns)) == "fused"
     for name, column in columns.items():
         assert column.text == build_arm(name, setting).answer([asked])[0].answer
 

@@ -47,7 +47,7 @@ def build_page(bridge: Bridge, *, notice: str = "") -> gr.Blocks:
     return page
 
 
-def launch(page: gr.Blocks, *, port: int | None = None, open_browser: bool = True) -> None:
+def launch(page: gr.Blocks, *, port: int | None = None, open_browser: bool = False) -> None:
     """Serve the page on this machine alone, until it is stopped."""
     page.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1).launch(
         **launch_settings(), server_port=port, inbrowser=open_browser
