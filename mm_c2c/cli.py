@@ -1,4 +1,4 @@
-"""The command line: mm-c2c ask | fetch | inspect | evaluate | prompts | diagnose | bench."""
+"""The command line: ask | fetch | inspect | evaluate | prompts | diagnose | bench | demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_c2c.errors import InputError, MMC2CError
+from mm_c2c.errors import InputError, MMC2CError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="such as positions=128")
     bench.set_defaults(run=_bench)
+
+    demo = commands.add_parser("demo", help="a page in the browser, on this machine alone")
+    demo.add_argument("--tiny", action="store_true", help="a target of random weights: no download")
+    demo.add_argument("--port", type=int, help="the first free one from 7860 when left out")
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -228,6 +233,20 @@ def _bench(args: argparse.Namespace) -> None:
 
     result = bench(override(BenchConfig(), args.overrides))
     print(json.dumps(result) if args.json else text_table(result))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from mm_c2c.demo.pair import load_tiny_bridge
+
+    try:
+        from mm_c2c.demo import page
+    except ImportError as error:
+        raise UnsupportedError(
+            f'the page needs Gradio ({error}): pip install "mm-c2c[demo]"'
+        ) from error
+    notice = "**Tiny**: this target has random weights; what it says means nothing."
+    bridge = load_tiny_bridge() if args.tiny else _load_bridge()
+    page.launch(page.build_page(bridge, notice=notice if args.tiny else ""), port=args.port)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,16 @@ class Stopwatch(BaseStreamer):
         """Called by `generate` at the end."""
 
 
-def timed(arm: Arm, bridge: Bridge, asked: Asked) -> Answer:
-    """Run one arm on one question by the clock."""
-    watch = Stopwatch()
+def timed(arm: Arm, bridge: Bridge, asked: Asked, watch: Stopwatch | None = None) -> Answer:
+    """Run one arm on one question by the clock.
+
+    Args:
+        arm: who answers.
+        bridge: whose target's tokenizer counts the tokens.
+        asked: the question.
+        watch: one that also does something with the tokens; it must be new.
+    """
+    watch = watch or Stopwatch()
     started = time.perf_counter()
     reply = arm.answer([asked], watch)[0]
     ended = time.perf_counter()

@@ -1,0 +1,116 @@
+"""The pair that the page shows, its scenes, and what is asked about them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Target
+from mm_c2c.errors import InputError
+from mm_c2c.evaluation.tasks import Item, load_items
+from mm_c2c.fuser import FuserConfig
+from mm_c2c.images import load_image
+from mm_c2c.reference.models import HERE, SOURCE_FOLDER, SOURCE_NAME, load_source
+
+ITEMS = HERE / "unseen_style" / "items.jsonl"
+GENERIC = (
+    "How many things are there?",
+    "What is on the left?",
+    "What is on the right?",
+    "What kind of thing is at the top?",
+    "Is there a dog?",
+    "Which is the odd one out?",
+)
+NUM_SCENES = 8
+_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
+
+
+class Known(NamedTuple):
+    """What the shipped questions say.
+
+    Attributes:
+        scenes: some pictures, each with a question.
+        by_picture: questions of each picture, by `digest`.
+        options: answers that a question can have.
+    """
+
+    scenes: list[tuple[Path, str]]
+    by_picture: dict[str, list[str]]
+    options: dict[str, tuple[str, ...]]
+
+
+def load_tiny_bridge() -> Bridge:
+    """The reference source before a tiny target of random weights: no download, no sense.
+
+    For trying the page itself; what this target says means nothing.
+    """
+    source = load_source()
+    tokenizer = AutoTokenizer.from_pretrained(SOURCE_FOLDER)
+    tokenizer.chat_template = _CHAT
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).eval()
+    target = Target(model.requires_grad_(requires_grad=False), tokenizer, "tiny")
+    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=32, rank=8)
+    link = LinkConfig(source=SOURCE_NAME, geometry="slots", rows=9, cols=9, fuser=fuser)
+    return Bridge(target, {SOURCE_NAME: source}, BridgeConfig(links=(link,), slot_token="a")).eval()
+
+
+@functools.cache
+def known() -> Known:
+    """Read the shipped questions, once."""
+    by_path: dict[Path, list[Item]] = {}
+    options = {}
+    for item in load_items(ITEMS):
+        by_path.setdefault(item.image, []).append(item)
+        options[item.question] = item.options
+    full = [items for items in by_path.values() if len(items) >= 6] or list(by_path.values())
+    picked = full[:: max(1, len(full) // NUM_SCENES)][:NUM_SCENES]
+    return Known(
+        [(items[0].image, items[0].question) for items in picked],
+        {digest(items[0].picture()): [item.question for item in items] for items in picked},
+        options,
+    )
+
+
+def digest(picture: Image.Image) -> str:
+    """Tells pictures apart."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+
+
+def suggestions(picture: Image.Image | None) -> list[str]:
+    """Questions to ask about a picture: a bundled scene's own, else some that suit most."""
+    own = known().by_picture.get(digest(picture), []) if picture else []
+    return [*dict.fromkeys([*own, *GENERIC])][: len(GENERIC)]
+
+
+def open_picture(path: str | None) -> Image.Image:
+    """A picture that a visitor handed in.
+
+    Raises:
+        InputError: there is none, or it cannot be read; says what to do.
+    """
+    if not path:
+        raise InputError("There is no picture: pick a scene, upload one or take one.")
+    try:
+        return load_image(path)
+    except InputError as error:
+        # A visitor knows the file's name, not where the page keeps it.
+        raise InputError(str(error).replace(f"{Path(path).parent}/", "")) from error

@@ -1,0 +1,88 @@
+"""What the page does, without a browser, on a tiny pair; the layout where Gradio is installed."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mm_c2c import Bridge
+from mm_c2c.demo.compare import Look, check_question, columns_html, compare
+from mm_c2c.demo.pair import open_picture
+from mm_c2c.errors import InputError
+from mm_c2c.evaluation.arms import Asked, Setting, build_arm
+from mm_c2c.reference.models import SOURCE_NAME
+from mm_c2c.reference.scenes import CAPTION_REQUEST
+
+
+@pytest.fixture
+def look(bridge: Bridge, pictures: list[Image.Image]) -> Look:
+    return Look(bridge.sources[SOURCE_NAME], pictures[0], CAPTION_REQUEST)
+
+
+def test_columns_end_with_what_the_arms_answer(bridge: Bridge, look: Look) -> None:
+    *_, columns = compare(bridge, SOURCE_NAME, look, "Where is it?", ["left", "right"])
+    setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
+    asked = Asked(look.picture, "Where is it?", ("left", "right"))
+    assert next(iter(columns)) == "fused"
+    for name, column in columns.items():
+        assert column.text == build_arm(name, setting).answer([asked])[0].answer
+
+
+def test_a_second_question_perceives_and_captions_nothing_again(
+    bridge: Bridge, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(compare(bridge, SOURCE_NAME, look, "Where is it?"))
+    monkeypatch.setattr(look.source, "prefill", lambda inputs: pytest.fail("perceived again"))
+    written = []
+    generate = look.source.generate
+
+    def count(inputs, **kwargs):
+        written.append(inputs[0].text)
+        return generate(inputs, **kwargs)
+
+    monkeypatch.setattr(look.source, "generate", count)
+    *_, columns = compare(bridge, SOURCE_NAME, look, "What is it?")
+    assert written == ["What is it?"]
+    assert look.perceived == 1
+    assert "perceived: <b>1 time</b>" in columns_html(columns, look)
+
+
+def test_a_column_says_what_was_handed_over(bridge: Bridge, look: Look) -> None:
+    *_, columns = compare(bridge, SOURCE_NAME, look, "Where is it?")
+    assert "caption_relay_options" not in columns
+    assert columns["fused"].positions == 4
+    assert columns["fused"].num_bytes == look.prefill([]).num_bytes > 0
+    relayed = columns["caption_relay"].answer.relayed
+    assert columns["caption_relay"].num_bytes == len(relayed.encode())
+    assert columns["caption_relay"].positions > 0
+    assert (columns["blind"].positions, columns["blind"].num_bytes) == (0, 0)
+
+
+def test_closing_a_comparison_stops_the_arm(bridge: Bridge, look: Look) -> None:
+    running = compare(bridge, SOURCE_NAME, look, "Where is it?")
+    next(running)
+    running.close()
+    *_, columns = compare(bridge, SOURCE_NAME, look, "Where is it?")
+    assert columns["source"].answer is not None
+
+
+def test_what_models_write_cannot_become_markup(bridge: Bridge, look: Look) -> None:
+    from mm_c2c.demo.compare import Column
+
+    assert "<script>" not in columns_html({"blind": Column("<script>")}, look)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"), [("  ", "is empty"), (None, "is empty"), ("a" * 301, "at most 300")]
+)
+def test_questions_that_cannot_be_asked_say_what_to_do(question: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_question(question)
+
+
+def test_a_broken_upload_is_refused_without_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    with pytest.raises(InputError, match=r"^junk.png is not a picture"):
+        open_picture(str(tmp_path / "junk.png"))
+    with pytest.raises(InputError, match="pick a scene"):
+        open_picture(None)
