@@ -10,6 +10,7 @@ import pytest
 
 import mm_c2c
 from mm_c2c.config import load_config
+from mm_c2c.reference.train_baseline import BaselineTrainingConfig
 from mm_c2c.reference.train_fuser import FuserTrainingConfig
 from mm_c2c.reference.train_source import SourceTrainingConfig
 
@@ -18,6 +19,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 CONFIG_KINDS = {
     "reference_source": SourceTrainingConfig,
     "reference_fuser": FuserTrainingConfig,
+    "baseline": BaselineTrainingConfig,
 }
 
 IMPORT_CHECK = """

@@ -20,6 +20,7 @@ from mm_c2c.reference import train_baseline, train_fuser, train_source
 from mm_c2c.reference.concepts import CONCEPTS
 from mm_c2c.reference.models import SOURCE_NAME, load_source
 from mm_c2c.reference.scene_data import read_shard, write_shard
+from mm_c2c.reference.scenes import CAPTION_REQUEST
 from mm_c2c.reference.tower import EfficientNetLite0
 from mm_c2c.reference.train_baseline import BaselineTrainingConfig
 from mm_c2c.reference.train_fuser import FuserTrainingConfig
@@ -218,19 +219,19 @@ def test_a_shuffled_training_shows_each_scene_the_next_ones_cache(
         replace(config, shuffled=True, scenes=1)
 
 
-def test_a_reader_describes_a_picture_as_the_source_does(
-    source_config: SourceTrainingConfig, pictures: list[Image.Image]
-) -> None:
-    source = load_source(source_config.out / "model")
-    # A source that has hardly learned would end at once.
-    source.model.generation_config.suppress_tokens = source.processor.tokenizer.all_special_ids
-    looks = [SourceInput(text="Describe it.", images=(picture,)) for picture in pictures]
-    pixels = source.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    features = source.model.model.vision_tower.features(pixels)
+def test_a_reader_describes_a_picture_as_the_source_does() -> None:
+    # The shipped source: one that has hardly learned would write nothing.
+    source = load_source()
+    with Image.open(Path(__file__).parent.parent / "demos" / "scene.webp") as file:
+        picture = file.convert("RGB")
+    looks = [SourceInput(text=CAPTION_REQUEST, images=(picture,))]
+    pixels = source.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = source.model.model.vision_tower.features(pixels)
     expected = source.generate(looks, max_new_tokens=64, do_sample=False)
-    found = train_fuser.FeatureReader(source).describe(features, "Describe it.")
+    found = train_fuser.FeatureReader(source).describe(features, CAPTION_REQUEST)
     assert found == [text.strip() for text in expected]
-    assert any(found)
+    assert "dog" in found[0]
 
 
 @pytest.mark.parametrize("kind", train_baseline.KINDS)

@@ -126,7 +126,8 @@ class _Live(Stopwatch):
         super().put(value)
         if is_answer:
             self._ids += value.flatten().tolist()
-            self.texts.put(self._tokenizer.decode(self._ids, skip_special_tokens=True).strip())
+            (text,) = self._tokenizer.batch_decode([self._ids], skip_special_tokens=True)
+            self.texts.put(text.strip())
 
 
 def check_question(question: str | None) -> str:

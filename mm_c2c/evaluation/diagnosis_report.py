@@ -234,7 +234,8 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
 
 
 def _kept(retention: list[float | None]) -> str:
-    return "n/a" if None in retention else "{:.2f} ({:.2f} to {:.2f})".format(*retention)
+    known = [value for value in retention if value is not None]
+    return "{:.2f} ({:.2f} to {:.2f})".format(*known) if known else "n/a"
 
 
 def _pictures(seen: Look) -> dict[str, Image.Image]:
