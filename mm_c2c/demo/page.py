@@ -125,7 +125,9 @@ def picture_input() -> gr.Image:
         label="Picture",
         height=300,
     )
-    picture.preprocess = lambda payload: payload.path if payload else None
+    picture.preprocess = (  # type: ignore[method-assign]
+        lambda payload: payload.path if payload else None
+    )
     return picture
 
 
