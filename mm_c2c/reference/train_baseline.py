@@ -31,6 +31,7 @@ from mm_c2c.reference.train_fuser import (
     FeatureReader,
     answer_loss,
     answer_turns,
+    build_optimizers,
     draw_questions,
     turns_loss,
 )
@@ -39,6 +40,7 @@ from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.training.loop import Loop, cosine_rate
 
 KINDS = ("tuned_relay", "soft_prompt")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class BaselineTrainingConfig:
         steps: optimiser steps.
         scenes: pictures a step.
         questions: questions a picture; a request to describe it comes on top.
-        learning_rate: of AdamW after the warm-up; falls to zero along a cosine.
+        optimizer: `adamw`, or `muon` for the weights, as the fuser has it.
+        learning_rate: after the warm-up; falls to zero along a cosine.
         warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
         save_every: steps between checkpoints.
@@ -74,6 +77,7 @@ class BaselineTrainingConfig:
     steps: int = 400
     scenes: int = 8
     questions: int = 4
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 20
     easy_steps: int = 60
@@ -85,6 +89,10 @@ class BaselineTrainingConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
         if self.steps <= self.warmup:
             raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
         if self.dtype not in DTYPES:
@@ -113,7 +121,6 @@ def train(config: BaselineTrainingConfig) -> None:
         features, scenes = pool.draw(rng, config.scenes, easily=step < config.easy_steps)
         return baseline.loss(features, draw_questions(scenes, rng, config.questions))
 
-    trained = [p for p in baseline.module.parameters() if p.requires_grad]
     Loop(
         out=config.out,
         steps=config.steps,
@@ -122,11 +129,20 @@ def train(config: BaselineTrainingConfig) -> None:
         seed=config.seed,
     ).run(
         baseline.module,
-        [torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.98))],
+        _build_optimizers(baseline.module, config),
         lambda step: cosine_rate(step, config.warmup, config.steps),
         loss,
         baseline.save,
     )
+
+
+def _build_optimizers(
+    module: nn.Module, config: BaselineTrainingConfig
+) -> list[torch.optim.Optimizer]:
+    if config.optimizer == "muon":
+        return build_optimizers(module, config.learning_rate)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.98))]
 
 
 def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:

@@ -316,7 +316,7 @@ def train(config: FuserTrainingConfig) -> None:
         seed=config.seed,
     ).run(
         bridge.fusers,
-        _build_optimizers(bridge.fusers, config.learning_rate),
+        build_optimizers(bridge.fusers, config.learning_rate),
         lambda step: _rate(step, config),
         loss,
         lambda: bridge.save_pretrained(config.out / "bridge", dtype=torch.float16),
@@ -362,11 +362,15 @@ def draw_questions(scenes: list[Scene], rng: random.Random, count: int) -> list[
     ]
 
 
-def _build_optimizers(fusers: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of what of a module is trained, AdamW for its biases and gates."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, param in fusers.named_parameters():
-        (matrices if name.endswith("weight") else rest).append(param)
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            (matrices if name.endswith("weight") else rest).append(param)
+    if not rest:
+        return [StackedMuon(matrices, rate)]
     return [StackedMuon(matrices, rate), torch.optim.AdamW(rest, rate, betas=(0.9, 0.98))]
 
 
