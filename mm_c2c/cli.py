@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = commands.add_parser("diagnose", help="accuracy with parts of the fuser switched off")
     diagnose.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    diagnose.add_argument("--out", type=Path, help="folder for the JSON and a report with plots")
+    diagnose.add_argument("--out", type=Path, help="folder for all answers and a report with plots")
     diagnose.add_argument("overrides", nargs="*", metavar="key=value", help="such as limit=70")
     diagnose.set_defaults(run=_diagnose)
 
@@ -221,7 +221,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
     config = override(config, args.overrides)
     bridge = _load_bridge()
-    result = diagnose(bridge, config)
+    result = diagnose(bridge, config, args.out)
     if args.out:
         write_report(result, look(bridge, config), args.out)
     print(json.dumps(result) if args.json else text_table(result))
