@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.align import Alignment
-from mm_c2c.bridge import Bridge, LinkConfig
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache, read_layers
 from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.fused import Fused
@@ -28,6 +28,7 @@ from mm_c2c.evaluation.attribution import attention_outputs, slots_link
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
+from mm_c2c.link import LinkConfig
 from mm_c2c.sources.base import SourceInput
 
 _PARTS = 5
