@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from mm_c2c.bridge import Bridge, LinkConfig, Perception
+from mm_c2c.bridge import Bridge, Perception
 from mm_c2c.cache import (
     LayerKV,
     SourceCache,
@@ -42,6 +42,7 @@ from mm_c2c.evaluation.run import fingerprint
 from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
+from mm_c2c.link import LinkConfig
 from mm_c2c.rope import derotate, rotate
 from mm_c2c.sources.base import SourceInput
 

@@ -255,7 +255,9 @@ def write_report(run: Path, readme: Path | None = None) -> None:
         ) from error
     text = markdown(summary)
     (run / "report.md").write_text(text, encoding="utf-8")
-    (run / "report.html").write_text(page(summary, f"Evaluation: {summary['config']['items']}"), encoding="utf-8")
+    (run / "report.html").write_text(
+        page(summary, f"Evaluation: {summary['config']['items']}"), encoding="utf-8"
+    )
     if readme is not None:
         write_readme(readme, brief(summary))
 

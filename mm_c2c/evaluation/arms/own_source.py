@@ -10,12 +10,14 @@ from functools import cached_property
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Target
+from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting, options
 from mm_c2c.fuser import CacheFuser, FuserConfig
+from mm_c2c.link import LinkConfig
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import TextSource
+from mm_c2c.target import Target
 
 OWN_NAME = "itself"
 """The source's name in such a bridge."""
@@ -75,7 +77,7 @@ def build_own_bridge(bridge: Bridge, parameters: int) -> Bridge:
     link = LinkConfig(
         source=OWN_NAME, geometry="aligned", fuser=dataclasses.replace(fuser, rank=rank)
     )
-    config: BridgeConfig = dataclasses.replace(bridge.config, links=(link,))
+    config = dataclasses.replace(bridge.config, links=(link,))
     return Bridge(target, {OWN_NAME: own_source(target)}, config)
 
 
