@@ -7,6 +7,7 @@ two parts once; `fuse` adds a question and gives everything that `target.generat
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from mm_c2c.cache import SourceCache, fork, join_rows, repeat_rows, select_rows
 from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError, InputError, MismatchError, ShapeError, UnsupportedError
 from mm_c2c.fuser import CacheFuser
+from mm_c2c.hub import fetch_folder, push_folder
 from mm_c2c.link import (
     FuserInputs,
     LinkConfig,
@@ -356,16 +358,70 @@ class Bridge(nn.Module):
         scratch.replace(folder / WEIGHTS_NAME)
         (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        evaluation: str | Path | None = None,
+        *,
+        licence: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload fuser",
+    ) -> str:
+        """Send the fusers to the Hub, with a model card.
+
+        Args:
+            repo_id: `user/name`; made if it is not there.
+            evaluation: folder of a run of `mm-c2c evaluate` of these weights, for the card.
+            licence: of the weights, by the Hub's name, such as `apache-2.0`.
+            dtype: of the saved weights.
+            private: whether a new repository is.
+            token: of the Hub; None takes the one that is logged in.
+            revision: branch; None is the main one.
+            commit_message: of the commit.
+
+        Returns:
+            The commit's address.
+        """
+        from mm_c2c.evaluation.card import write_card  # which is built on bridges
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            self.save_pretrained(folder, dtype)
+            run = None if evaluation is None else Path(evaluation)
+            write_card(folder, run, licence=licence, name=repo_id)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, target: Target, sources: Mapping[str, Source]
+        cls,
+        folder: str | Path,
+        target: Target,
+        sources: Mapping[str, Source],
+        revision: str | None = None,
     ) -> Bridge:
         """Load fusers for exactly the models they were trained for.
 
+        Args:
+            folder: of a saved bridge, or a repository of the Hub, `user/name`.
+            target: the LLM that answers.
+            sources: by the names that the links use.
+            revision: branch, tag or commit of the repository.
+
         Raises:
+            FetchError: a repository could not be had.
             MismatchError: a file is missing or damaged, or the fusers belong to other models.
         """
-        folder = Path(folder)
+        folder = fetch_folder(folder, revision)
         header = read_header(folder)
         check_origin("target", header["target"], target.origin)
         for name, origin in header["sources"].items():

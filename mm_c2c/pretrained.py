@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,15 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
                 f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             )
     return {name: tensor.float() for name, tensor in found.items()}
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Which fuser weights these are, whatever dtype they were saved in, as far as it kept them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_shape(what: str, expected: CacheShape, found: CacheShape) -> None:

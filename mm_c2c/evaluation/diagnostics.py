@@ -38,11 +38,11 @@ from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
 from mm_c2c.evaluation.results import JsonLines, claim, hold
-from mm_c2c.evaluation.run import fingerprint
 from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.link import LinkConfig
+from mm_c2c.pretrained import fingerprint
 from mm_c2c.rope import derotate, rotate
 from mm_c2c.sources.base import SourceInput
 
@@ -121,7 +121,10 @@ def _run(
     if out is not None:
         # Folder and name: a result is read on other machines.
         place = "/".join(config.items.parts[-2:])
-        claim(out, {**to_dict(config), "items": place, "fuser": fingerprint(bridge)})
+        claim(
+            out,
+            {**to_dict(config), "items": place, "fuser": fingerprint(bridge.fusers.state_dict())},
+        )
     hits = _ask_all(variants, items, config, out, progress=progress)
     draws = draw_resamples(len(items), config.resamples, config.seed)
     results = {label: list(accuracy(found, draws)) for label, found in hits.items()}

@@ -385,8 +385,8 @@ def svg(figure: Any, alt: str) -> str:
     from matplotlib import rc_context
 
     # No date and no random ids: the same summary gives the same file. Letters stay letters.
-    settings = {"svg.hashsalt": "mm_c2c", "svg.fonttype": "none"}
-    with io.StringIO() as file, rc_context(settings):
+    settings = rc_context({"svg.hashsalt": "mm_c2c", "svg.fonttype": "none"})
+    with io.StringIO() as file, settings:
         figure.savefig(file, format="svg", metadata={"Date": None})
         text = file.getvalue()
     return f'<svg role="img" aria-label="{html.escape(alt)}"' + text[text.index("<svg") + 4 :]

@@ -23,6 +23,7 @@ from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
+from mm_c2c.pretrained import fingerprint
 
 _WARM_UP = 2
 
@@ -97,7 +98,7 @@ def _run(
     arms = {name: build_arm(name, setting) for name in config.arms or _possible_arms(items, given)}
     # Folder and name: a result is read on other machines.
     settings = {**to_dict(config), "items": "/".join(config.items.parts[-2:])}
-    settings["fuser"] = fingerprint(bridge)
+    settings["fuser"] = fingerprint(bridge.fusers.state_dict())
     settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:
         claim(out, settings)
@@ -165,17 +166,8 @@ def to_asked(item: Item) -> Asked:
     return Asked(item.picture(), item.question, item.options, item.description)
 
 
-def fingerprint(bridge: Bridge) -> str:
-    """Which fuser weights answered, so that a run never goes on with others."""
-    digest = hashlib.sha256()
-    for name, weights in sorted(bridge.fusers.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weights.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _fingerprint_files(path: Path) -> str:
-    """The same for a file, or for all files of a folder."""
+    """Which bytes a file has, or all files of a folder."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist; configs/README.md says what makes it")
     digest = hashlib.sha256()
