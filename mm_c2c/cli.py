@@ -193,7 +193,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.config:
         config = load_config(EvaluationConfig, args.config)
     else:
-        config = EvaluationConfig(items=HERE / "unseen_style" / "items.jsonl")
+        config = EvaluationConfig(
+            items=HERE / "unseen_style" / "items.jsonl", prompts=HERE / "prompts.json"
+        )
     quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
     config = override(config, [*quick, *args.overrides])
     if args.out:

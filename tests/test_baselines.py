@@ -19,6 +19,7 @@ from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig, tower
 from mm_c2c.evaluation.arms.tuned import add_adapter, import_peft, load_adapter
 from mm_c2c.evaluation.prompt_search import PromptSearchConfig, search_prompts, text_table
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
+from mm_c2c.fuser import CacheFuser
 from mm_c2c.reference import models
 from mm_c2c.reference.train_baseline import aligned_loss
 
@@ -270,9 +271,11 @@ def test_the_target_as_its_own_source_sees_no_picture(
     bridge: Bridge, asked: list[Asked], tmp_path: Path
 ) -> None:
     own = build_own_bridge(bridge, parameters=9000)
-    trained = sum(p.numel() for p in own.fusers.parameters())
-    per_rank = 3 * 2 * (16 + 16)  # layers, K and V, into and out of a head
-    assert abs(trained - 9000) <= per_rank / 2
+    width = own.config.links[0].fuser.hidden_size
+    assert own.config.links[0].fuser.rank == round(width * 4 / 16)  # as the other fuser's
+    assert sum(p.numel() for p in own.fusers.parameters()) <= 9000
+    wider = dataclasses.replace(own.config.links[0].fuser, hidden_size=width + 1)
+    assert sum(p.numel() for p in CacheFuser(wider).parameters()) > 9000
     with pytest.raises(ConfigError, match="too few"):
         build_own_bridge(bridge, parameters=100)
     questions = [row.question for row in asked]

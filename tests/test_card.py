@@ -73,7 +73,7 @@ def test_a_card_says_what_the_evaluation_says(bridge: Bridge, saved: Path, run: 
     assert "| source `stickers` | `tiny-llava` | not pinned | llava |" in card.text
     assert "| stickers | slots | 2 x 2 | small | mix | 16 | 4 |" in card.text
     share = 100 * summary["arms"]["zeroed"]["accuracy"][0]
-    assert f"With an empty cache {share:.1f} % are right" in card.text
+    assert f"{share:.1f} % are right with an empty cache" in card.text
     assert 'Bridge.from_pretrained("user/my-fuser", target, {"stickers": stickers})' in card.text
 
 

@@ -181,7 +181,7 @@ def _limits(summary: Mapping[str, Any] | None) -> list[str]:
     for arm, what in (("zeroed", "an empty cache"), ("shuffled", "another picture's cache")):
         if arm in summary["arms"]:
             share = 100 * summary["arms"][arm]["accuracy"][0]
-            lines.append(f"With {what} {share:.1f} % are right: what no picture is needed for.")
+            lines.append(f"{share:.1f} % are right with {what}: so much needs no picture.")
     return lines
 
 

@@ -39,7 +39,8 @@ _MAPS = (
 )
 _SLOTS = (
     "Retention: (accuracy - no slots) / (all slots - no slots). *Pooled*: the whole picture in so "
-    "many slots. *Taken out*: of all its slots so many stay in the cache, and move together."
+    "many slots. *Taken out*: so many of all its slots; the others are taken out of the cache, and "
+    "those that stay close up."
 )
 _COSINE = (
     "Between what the target's attention returns at the question's words and what it returns "
@@ -144,7 +145,7 @@ def page(result: dict[str, Any], looks: list[Look]) -> str:
             for name, picture in _pictures(seen).items()
         )
         asked = f"<em>{html.escape(seen.question)}</em> {html.escape(seen.answer)}"
-        body.append(f'<p>{asked}</p><div class="plots">{cells}</div>')
+        body.append(f'<p>{asked}</p><div class="maps">{cells}</div>')
     return html_page("Diagnosis", "".join(body))
 
 

@@ -271,7 +271,9 @@ _STYLE = (
     "white-space:normal;vertical-align:top;min-width:6rem;position:sticky;left:0;background:#fff}"
     "figure{margin:1rem 0}svg,img{max-width:100%;height:auto}"
     ".plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));"
-    "gap:0 1rem}.plots svg,.plots img{width:100%}figcaption{font-size:.85rem}"
+    "gap:0 1rem}.maps{display:grid;gap:0 1rem;"
+    "grid-template-columns:repeat(auto-fill,minmax(max(9rem,30%),1fr))}"
+    ".plots svg,.maps img{width:100%}figcaption{font-size:.85rem}"
 )
 _VQA = "VQA"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from mm_c2c.target import Target
 
 OWN_NAME = "itself"
 """The source's name in such a bridge."""
+_WIDEST = 4096
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,25 @@ def build_own_bridge(bridge: Bridge, parameters: int) -> Bridge:
     """An untrained bridge from a target into itself: one link between the words of a question.
 
     Args:
-        bridge: whose target, prompt and width of fuser it takes.
-        parameters: about so many are trained, to the nearest rank.
+        bridge: whose target, prompt, and proportion of the fuser's rank to its width it takes.
+        parameters: at most so many are trained, as far as a whole width goes.
     """
-    target = bridge.target
-    fuser = FuserConfig(
-        source=target.shape,
-        target=target.shape,
-        hidden_size=bridge.config.links[0].fuser.hidden_size,
-    )
-    one, two = (_count(dataclasses.replace(fuser, rank=rank)) for rank in (1, 2))
-    rank = 1 + round((parameters - one) / (two - one))
-    if rank < 1:
+    target, like = bridge.target, bridge.config.links[0].fuser
+
+    def fuser(width: int) -> FuserConfig:
+        rank = max(1, round(width * like.rank / like.hidden_size))
+        return FuserConfig(source=target.shape, target=target.shape, hidden_size=width, rank=rank)
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            return sum(param.numel() for param in CacheFuser(fuser(width)).parameters())
+
+    width = bisect_right(range(1, _WIDEST + 1), parameters, key=count)
+    if not width:
         raise ConfigError(
-            f"parameters={parameters} is too few: a fuser of rank 1 between {target} and itself "
-            f"has {one}"
+            f"parameters={parameters} is too few: a fuser of width 1 between {target} and itself "
+            f"has {count(1)}"
         )
-    link = LinkConfig(
-        source=OWN_NAME, geometry="aligned", fuser=dataclasses.replace(fuser, rank=rank)
-    )
+    link = LinkConfig(source=OWN_NAME, geometry="aligned", fuser=fuser(width))
     config = dataclasses.replace(bridge.config, links=(link,))
     return Bridge(target, {OWN_NAME: own_source(target)}, config)
-
-
-def _count(config: FuserConfig) -> int:
-    with torch.device("meta"):
-        return sum(param.numel() for param in CacheFuser(config).parameters())
