@@ -1,4 +1,4 @@
-"""The command line: ask | fetch | inspect | evaluate | prompts | diagnose | bench | demo."""
+"""The command line: ask, fetch, inspect, train, evaluate, prompts, diagnose, bench, demo."""
 
 from __future__ import annotations
 
@@ -65,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="with --pair: print one JSON object")
     inspect.set_defaults(run=_inspect)
+
+    train = commands.add_parser(
+        "train", help="train a fuser; `accelerate launch` for many processes"
+    )
+    train.add_argument("config", type=Path, help="YAML, such as those of configs/")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3"
+    )
+    train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of every arm and control")
     evaluate.add_argument("--config", type=Path, help="YAML; the shipped scenes when left out")
@@ -175,6 +184,14 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     report = pair_report(*args.pair)
     print(json.dumps(report) if args.json else describe_pair(report))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from mm_c2c.config import load_config
+    from mm_c2c.training.config import TrainingConfig
+    from mm_c2c.training.run import train
+
+    train(load_config(TrainingConfig, args.config, args.overrides))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
