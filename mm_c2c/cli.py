@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3"
     )
+    train.add_argument(
+        "--dry-run", action="store_true", help="three steps on random weights, and what it costs"
+    )
+    train.add_argument("--true-width", action="store_true", help="with --dry-run: not narrowed")
+    train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of every arm and control")
@@ -191,7 +196,16 @@ def _train(args: argparse.Namespace) -> None:
     from mm_c2c.training.config import TrainingConfig
     from mm_c2c.training.run import train
 
-    train(load_config(TrainingConfig, args.config, args.overrides))
+    if (args.true_width or args.json) and not args.dry_run:
+        raise InputError("--true-width and --json go with --dry-run")
+    config = load_config(TrainingConfig, args.config, args.overrides)
+    if not args.dry_run:
+        train(config)
+        return
+    from mm_c2c.training.dry_run import dry_run, text_table
+
+    result = dry_run(config, true_width=args.true_width)
+    print(json.dumps(result) if args.json else text_table(result))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

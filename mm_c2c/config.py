@@ -141,7 +141,9 @@ def _set(data: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"expected key=value, got {assignment!r}")
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise ConfigError(f"{key}: {parent!r} is not a mapping")
     try:

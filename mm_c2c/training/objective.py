@@ -179,9 +179,10 @@ class Objective:
         """The target reads on through the questions and the answers; gradients reach the fusers."""
         target, cache = self.bridge.target, fused["past_key_values"]
         labels = self._labels(asked)
-        answer = labels[:, :-1]
-        input_ids = torch.cat([fused["input_ids"], answer.clamp(min=0)], dim=1)
-        mask = torch.cat([fused["attention_mask"], (answer != -100).long()], dim=1)
+        # The token that ends an answer is not read, in shorter rows neither.
+        shown = (labels[:, 1:] != -100).long()
+        input_ids = torch.cat([fused["input_ids"], labels[:, :-1] * shown], dim=1)
+        mask = torch.cat([fused["attention_mask"], shown], dim=1)
         done = cache.get_seq_length()
         cache = fork(cache)
         width = labels.shape[1]

@@ -25,7 +25,7 @@ from mm_c2c.config import to_dict
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import TrainingConfig
-from mm_c2c.training.data import Example, Turn, open_examples
+from mm_c2c.training.data import Example, Examples, Turn, open_examples
 from mm_c2c.training.kept import KeptCaches, row_key
 from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
 from mm_c2c.training.models import build_bridge, load_source, load_target
@@ -52,7 +52,8 @@ def run_training(
     config: TrainingConfig, accelerator: Accelerator, target: Target, sources: dict[str, Any]
 ) -> None:
     """As `train`, with frozen models that are loaded already."""
-    trainer = Trainer(config, accelerator, target, sources)
+    examples = open_examples(config.data, config.seed)
+    trainer = Trainer(config, accelerator, target, sources, examples)
     settings = to_dict(config)
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -91,6 +92,7 @@ class Trainer:
         accelerator: the processes, and where this one computes.
         target: the frozen target.
         sources: the frozen sources, by name.
+        examples: what is learned from.
     """
 
     def __init__(
@@ -99,14 +101,14 @@ class Trainer:
         accelerator: Accelerator,
         target: Target,
         sources: dict[str, Any],
+        examples: Examples,
     ) -> None:
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.examples = config, accelerator, examples
         for reader in (target, *sources.values()):
             reader.model.to(accelerator.device)
         self.bridge: Bridge = build_bridge(config, target, sources)
         self.bridge.fusers.to(accelerator.device)
         self.share = config.share(accelerator.num_processes)
-        self.examples = open_examples(config.data, config.seed)
         self.objective = Objective(self.bridge, self.prefill, config.drop)
         self.kept: KeptCaches | None = None
         if config.kept is not None:
