@@ -350,7 +350,8 @@ class Bridge(nn.Module):
             places[link.name] = range(len(ids), len(ids) + link.num_slots)
             ids += [self._slot_id] * link.num_slots
         cache = repeat_rows(self._prefill_prefix(tuple(ids)), batch)
-        input_ids = torch.tensor(ids, device=self.device).expand(batch, -1)
+        # Without slots and without a system prompt there are none.
+        input_ids = torch.tensor(ids, dtype=torch.long, device=self.device).expand(batch, -1)
         positions = torch.arange(len(ids), device=self.device).expand(batch, -1)
         for link in links:
             source = caches[link.source]

@@ -256,7 +256,7 @@ def test_steps_that_are_not_finite_stop_or_are_left_out(
 
 def test_what_cannot_be_is_refused(config: TrainingConfig, settings: list[str]) -> None:
     for setting, message in (
-        ("precision=fp16", "precision must be one of no, bf16"),
+        ("precision=fp16", "precision must be one of fp32, bf16"),
         ("links.eyes.row=3", r"unknown key 'links.eyes.row'; did you mean 'rows'"),
         ("links.eyes.source=ears", "names source 'ears'; sources: eyes"),
         ("phases.generate.warmup=5", r"steps \(2\) must exceed warmup \(5\)"),

@@ -204,7 +204,7 @@ class TrainingConfig:
         batch_size: examples of a step, over all processes and pieces: the number of processes does
             not change what a step sees.
         accumulation: pieces in which a process takes its share of a step.
-        precision: `no`, or `bf16` for bfloat16 products over float32 weights.
+        precision: `fp32`, or `bf16` for bfloat16 products over float32 weights.
         kept: source caches on disk; None computes them each time.
         seed: of weights, order of the examples, questions and what is dropped.
         save_every: steps between checkpoints.
@@ -226,7 +226,7 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 32
     accumulation: int = 1
-    precision: str = "no"
+    precision: str = "fp32"
     kept: KeptConfig | None = None
     seed: int = 0
     save_every: int = 100
@@ -235,7 +235,7 @@ class TrainingConfig:
     tracking: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("precision", self.precision, tuple(PRECISIONS))
         _one_of("on_nan", self.on_nan, ON_NAN)
         for name in self.tracking:
             _one_of("tracking", name, tuple(TRACKERS))

@@ -36,7 +36,7 @@ STEPS = 3
 QUESTION, ANSWER, DESCRIPTION = 16, 8, 48
 SUSTAINED_TFLOPS = 40
 """What a run's time is reckoned with: a quarter of an RTX 4090's 165 dense bfloat16 TFLOP/s."""
-_LAYERS, _HIDDEN, _VOCAB, _PICTURE = 6, 64, 512, 64
+_LAYERS, _INNER, _VOCAB, _PICTURE = 6, 64, 512, 64
 _CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' }}"
 
 
@@ -248,7 +248,9 @@ def narrow(text: Any) -> Any:
     small.num_hidden_layers = min(text.num_hidden_layers, _LAYERS)
     if getattr(text, "layer_types", None):
         small.layer_types = text.layer_types[: small.num_hidden_layers]
-    small.hidden_size, small.intermediate_size, small.vocab_size = _HIDDEN, _HIDDEN, _VOCAB
+    # As some families have it, whatever head_dim says.
+    small.hidden_size = small.num_attention_heads * small.head_dim
+    small.intermediate_size, small.vocab_size = _INNER, _VOCAB
     sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
     if sections:
         small.rope_parameters = {

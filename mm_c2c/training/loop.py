@@ -30,19 +30,20 @@ from mm_c2c.training.log import append_log, cut_log
 logger = logging.getLogger(__name__)
 
 ON_NAN = ("stop", "skip")
-PRECISIONS = ("no", "bf16")
+# Ours to accelerate's: YAML reads its `no` as false.
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def build_accelerator(
-    out: Path, *, precision: str = "no", tracking: Sequence[str] = (), cpu: bool = False
+    out: Path, *, precision: str = "fp32", tracking: Sequence[str] = (), cpu: bool = False
 ) -> Accelerator:
     """What carries a training; `accelerate launch` says on how many processes.
 
     Args:
         out: folder for what trackers write.
-        precision: `no`, or `bf16` for bfloat16 products over float32 weights.
+        precision: `fp32`, or `bf16` for bfloat16 products over float32 weights.
         tracking: some of `TRACKERS`.
         cpu: stay on the CPU whatever the machine has.
 
@@ -53,7 +54,10 @@ def build_accelerator(
         if not TRACKERS[name]():
             raise UnsupportedError(f"tracking with {name} needs its package: pip install {name}")
     return Accelerator(
-        mixed_precision=precision, log_with=list(tracking) or None, project_dir=out, cpu=cpu
+        mixed_precision=PRECISIONS[precision],
+        log_with=list(tracking) or None,
+        project_dir=out,
+        cpu=cpu,
     )
 
 
