@@ -359,7 +359,31 @@ def minds_padding(cache: Cache) -> bool:
 
     A sliding window counts it among the positions it holds; a recurrent state runs through it.
     """
-    return any(cache.is_sliding) or any(map(_recurrent_states, cache.layers))
+    return any(cache.is_sliding) or keeps_states(cache)
+
+
+def keeps_states(cache: Cache) -> bool:
+    """Whether a layer keeps recurrent states, which cannot forget a position they have read."""
+    return any(map(_recurrent_states, cache.layers))
+
+
+def cut_layers(cache: Cache, layers: dict[int, LayerKV]) -> Cache:
+    """A copy of `cache` with fewer positions.
+
+    Args:
+        cache: the cache to copy; it is not changed.
+        layers: by layer index, what is left of every layer that holds keys and values.
+
+    Raises:
+        UnsupportedError: a layer keeps recurrent states.
+    """
+    if keeps_states(cache):
+        raise UnsupportedError("recurrent states cannot forget positions that they have read")
+    new = fork(cache)
+    for index, (keys, values) in layers.items():
+        layer: Any = new.layers[index]
+        layer.keys, layer.values = keys, values
+    return new
 
 
 def select_rows(cache: Cache, rows: Tensor) -> Cache:

@@ -1,4 +1,4 @@
-"""The command line: ask, fetch, inspect, train, evaluate, prompts, diagnose, bench, demo."""
+"""The command line: ask, fetch, inspect, train, evaluate, prompts, diagnose, bench, card, demo."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = commands.add_parser("diagnose", help="accuracy with parts of the fuser switched off")
     diagnose.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    diagnose.add_argument("--out", type=Path, help="folder for the JSON and a report with plots")
+    diagnose.add_argument("--out", type=Path, help="folder for all answers and a report with plots")
     diagnose.add_argument("overrides", nargs="*", metavar="key=value", help="such as limit=70")
     diagnose.set_defaults(run=_diagnose)
 
@@ -106,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="such as positions=128")
     bench.set_defaults(run=_bench)
+
+    card = commands.add_parser("card", help="write a saved bridge's model card, for the Hub")
+    card.add_argument("folder", type=Path, help="of the saved bridge")
+    card.add_argument("--evaluation", type=Path, help="folder of a run of `evaluate`")
+    card.add_argument("--licence", help="of the weights, such as apache-2.0")
+    card.add_argument("--name", help="of the repository, user/name")
+    card.set_defaults(run=_card)
 
     demo = commands.add_parser("demo", help="a page in the browser, on this machine alone")
     demo.add_argument("--tiny", action="store_true", help="a target of random weights: no download")
@@ -252,7 +259,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
     config = override(config, args.overrides)
     bridge = _load_bridge()
-    result = diagnose(bridge, config)
+    result = diagnose(bridge, config, args.out)
     if args.out:
         write_report(result, look(bridge, config), args.out)
     print(json.dumps(result) if args.json else text_table(result))
@@ -264,6 +271,14 @@ def _bench(args: argparse.Namespace) -> None:
 
     result = bench(override(BenchConfig(), args.overrides))
     print(json.dumps(result) if args.json else text_table(result))
+
+
+def _card(args: argparse.Namespace) -> None:
+    from mm_c2c.evaluation.card import write_card
+    from mm_c2c.hub import CARD_NAME
+
+    write_card(args.folder, args.evaluation, licence=args.licence, name=args.name)
+    print(args.folder / CARD_NAME)
 
 
 def _demo(args: argparse.Namespace) -> None:

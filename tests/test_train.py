@@ -254,6 +254,13 @@ def test_steps_that_are_not_finite_stop_or_are_left_out(
     assert [math.isnan(value) for value in lost] == [False, False, True, False]
 
 
+def test_bfloat16_products_leave_float32_weights(config: TrainingConfig) -> None:
+    found = go(override(config, ["precision=bf16", "optimizer.name=adamw"]))
+    assert {weight.dtype for weight in found.values()} == {torch.float32}
+    gates = found["eyes_slots.gate_logits"]
+    assert not gates.equal(gates.bfloat16().float())  # finer than bfloat16 could tell
+
+
 def test_what_cannot_be_is_refused(config: TrainingConfig, settings: list[str]) -> None:
     for setting, message in (
         ("precision=fp16", "precision must be one of fp32, bf16"),

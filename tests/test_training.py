@@ -286,7 +286,7 @@ def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
 
 
 def test_a_baseline_of_no_known_kind_is_refused(fuser_config: FuserTrainingConfig) -> None:
-    with pytest.raises(ConfigError, match="tuned_relay, soft_prompt"):
+    with pytest.raises(ConfigError, match="tuned_relay, soft_prompt, own_source"):
         BaselineTrainingConfig(
             kind="tuned", data=fuser_config.data, source=fuser_config.source, out=fuser_config.out
         )

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Target
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.images import load_image
+from mm_c2c.link import LinkConfig
 from mm_c2c.reference.models import HERE, SOURCE_FOLDER, SOURCE_NAME, load_source
+from mm_c2c.target import Target
 
 ITEMS = HERE / "unseen_style" / "items.jsonl"
 GENERIC = (

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_c2c.bridge import LinkConfig
 from mm_c2c.cache import CacheShape
 from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError
+from mm_c2c.link import LinkConfig
 from mm_c2c.training.loop import ON_NAN, PRECISIONS, TRACKERS
 from mm_c2c.training.optimizers import OPTIMIZERS
 

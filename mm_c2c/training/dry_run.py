@@ -20,11 +20,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mm_c2c.bridge import LinkConfig, Target
 from mm_c2c.cache import CacheOrigin, CacheShape, PatchGrid, PositionKind, SourceCache, read_layers
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.geometry import Geometry, find, training_memory
+from mm_c2c.link import LinkConfig
 from mm_c2c.sources.base import SourceInput, full_cache
+from mm_c2c.target import Target
 from mm_c2c.training.config import GenerateConfig, PhasesConfig, TrainingConfig
 from mm_c2c.training.data import Example, Turn
 from mm_c2c.training.loop import build_accelerator, memory_bytes

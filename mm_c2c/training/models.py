@@ -8,11 +8,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from mm_c2c.bridge import Bridge, BridgeConfig, Target
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.errors import FetchError
 from mm_c2c.reference.tower import register
 from mm_c2c.sources import Source, source_class
 from mm_c2c.sources.text import TextSource
+from mm_c2c.target import Target
 from mm_c2c.training.config import ModelConfig, TrainingConfig
 
 

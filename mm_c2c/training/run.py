@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from mm_c2c.bridge import Bridge, Target
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
 from mm_c2c.config import to_dict
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
+from mm_c2c.target import Target
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.data import Example, Examples, Turn, open_examples
 from mm_c2c.training.kept import KeptCaches, row_key
