@@ -10,7 +10,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -166,11 +166,15 @@ class Bridge(nn.Module):
         with torch.no_grad():
             return self.fuse_slots({name: self.sources[name].prefill(rows) for name in named})
 
-    def fuse_slots(self, caches: Mapping[str, SourceCache]) -> Perception:
+    def fuse_slots(
+        self, caches: Mapping[str, SourceCache], keep: Mapping[str, Tensor] | None = None
+    ) -> Perception:
         """Fuse source caches into the slots of the target's prompt.
 
         Args:
             caches: by source name; the slots of a source that is absent are left out.
+            keep: by link name, `(batch, slots)` bool: slots that are fused, while the others stay
+                the target's own; links that are not named are fused whole.
         """
         self._check_names(caches)
         links = [link for link in self.config.links if link.num_slots and link.source in caches]
@@ -185,12 +189,15 @@ class Bridge(nn.Module):
             places[link.name] = range(len(ids), len(ids) + link.num_slots)
             ids += [self._slot_id] * link.num_slots
         cache = repeat_rows(self._prefill_prefix(tuple(ids)), batch)
-        input_ids = torch.tensor(ids, device=self.device).expand(batch, -1)
+        # Without slots and without a system prompt there are none.
+        input_ids = torch.tensor(ids, dtype=torch.long, device=self.device).expand(batch, -1)
         positions = torch.arange(len(ids), device=self.device).expand(batch, -1)
         for link in links:
             source = caches[link.source]
             index = torch.tensor(places[link.name], device=self.device).expand(batch, -1)
             alignment = self._align_slots(link, source, index)
+            if keep and link.name in keep:
+                alignment = replace(alignment, mask=alignment.mask & keep[link.name])
             cache = self._write(link, source, alignment, cache, positions)
         return Perception(input_ids, cache)
 
@@ -335,18 +342,24 @@ class Bridge(nn.Module):
 
     # --- files ----------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the fusers and the references of the frozen models; nothing else.
 
         Args:
             folder: made if it is not there.
             dtype: of the saved weights; float16 halves the file.
+            weights: of `fusers`, where a training that is spread over processes has gathered them;
+                None takes what this bridge holds.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            k: v.detach().to(dtype).contiguous() for k, v in self.fusers.state_dict().items()
-        }
+        found = self.fusers.state_dict() if weights is None else weights
+        weights = {k: v.detach().to(dtype).contiguous() for k, v in found.items()}
         header = {
             "format": 1,
             "bridge": asdict(self.config),

@@ -1,4 +1,4 @@
-"""The command line: ask | fetch | inspect | evaluate | prompts | diagnose | bench | card | demo."""
+"""The command line: ask, fetch, inspect, train, evaluate, prompts, diagnose, bench, card, demo."""
 
 from __future__ import annotations
 
@@ -65,6 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="with --pair: print one JSON object")
     inspect.set_defaults(run=_inspect)
+
+    train = commands.add_parser(
+        "train", help="train a fuser; `accelerate launch` for many processes"
+    )
+    train.add_argument("config", type=Path, help="YAML, such as those of configs/")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="three steps on random weights, and what it costs"
+    )
+    train.add_argument("--true-width", action="store_true", help="with --dry-run: not narrowed")
+    train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
+    train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of every arm and control")
     evaluate.add_argument("--config", type=Path, help="YAML; the shipped scenes when left out")
@@ -182,6 +196,23 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     report = pair_report(*args.pair)
     print(json.dumps(report) if args.json else describe_pair(report))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from mm_c2c.config import load_config
+    from mm_c2c.training.config import TrainingConfig
+    from mm_c2c.training.run import train
+
+    if (args.true_width or args.json) and not args.dry_run:
+        raise InputError("--true-width and --json go with --dry-run")
+    config = load_config(TrainingConfig, args.config, args.overrides)
+    if not args.dry_run:
+        train(config)
+        return
+    from mm_c2c.training.dry_run import dry_run, text_table
+
+    result = dry_run(config, true_width=args.true_width)
+    print(json.dumps(result) if args.json else text_table(result))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

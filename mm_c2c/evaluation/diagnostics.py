@@ -244,7 +244,9 @@ def _copied(bridge: Bridge, kind: type[Bridge] = Bridge, **changes: Any) -> Brid
 class _NoSlots(Bridge):
     """The prompt without slots."""
 
-    def fuse_slots(self, caches: Mapping[str, SourceCache]) -> Perception:
+    def fuse_slots(
+        self, caches: Mapping[str, SourceCache], keep: Mapping[str, Tensor] | None = None
+    ) -> Perception:
         blank = super().fuse_slots({})
         (rows,) = {cache.batch_size for cache in caches.values()}
         cache = repeat_rows(blank.past_key_values, rows)
@@ -257,8 +259,10 @@ class _EveryOtherSlot(Bridge):
     A slot that is only left unwritten would still be seen, as the target's own.
     """
 
-    def fuse_slots(self, caches: Mapping[str, SourceCache]) -> Perception:
-        seen = super().fuse_slots(caches)
+    def fuse_slots(
+        self, caches: Mapping[str, SourceCache], keep: Mapping[str, Tensor] | None = None
+    ) -> Perception:
+        seen = super().fuse_slots(caches, keep)
         count = sum(link.num_slots for link in self.config.links if link.source in caches)
         places = torch.arange(seen.input_ids.shape[1], device=self.device)
         start = len(places) - count

@@ -34,7 +34,6 @@ from mm_c2c.reference.train_fuser import (
     FeatureReader,
     answer_loss,
     answer_turns,
-    build_optimizers,
     draw_questions,
     turns_loss,
 )
@@ -42,9 +41,9 @@ from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.text import render_chat
 from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.training.loop import Loop, cosine_rate
+from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
 
 KINDS = ("tuned_relay", "soft_prompt", "own_source")
-OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,20 +133,11 @@ def train(config: BaselineTrainingConfig) -> None:
         seed=config.seed,
     ).run(
         baseline.module,
-        _build_optimizers(baseline.module, config),
+        build_optimizers(baseline.module, config.learning_rate, config.optimizer),
         lambda step: cosine_rate(step, config.warmup, config.steps),
         loss,
-        baseline.save,
+        lambda _: baseline.save(),
     )
-
-
-def _build_optimizers(
-    module: nn.Module, config: BaselineTrainingConfig
-) -> list[torch.optim.Optimizer]:
-    if config.optimizer == "muon":
-        return build_optimizers(module, config.learning_rate)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.98))]
 
 
 def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
