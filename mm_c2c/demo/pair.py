@@ -13,11 +13,20 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Target
 from mm_c2c.errors import InputError
+from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.images import load_image
-from mm_c2c.reference.models import HERE, SOURCE_FOLDER, SOURCE_NAME, load_source
+from mm_c2c.reference.models import (
+    BRIDGE_FOLDER,
+    HERE,
+    SOURCE_FOLDER,
+    SOURCE_NAME,
+    load_source,
+)
+from mm_c2c.reference.scenes import CAPTION_REQUEST
 
+PROMPTS = BRIDGE_FOLDER / "prompts.json"
 ITEMS = HERE / "unseen_style" / "items.jsonl"
 GENERIC = (
     "How many things are there?",
@@ -31,18 +40,42 @@ NUM_SCENES = 8
 _CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
 
 
+class ShippedScene(NamedTuple):
+    """A picture that ships with the library.
+
+    Attributes:
+        path: of the picture.
+        question: one to begin with.
+        description: what it shows, truly.
+    """
+
+    path: Path
+    question: str
+    description: str
+
+
 class Known(NamedTuple):
     """What the shipped questions say.
 
     Attributes:
-        scenes: some pictures, each with a question.
+        scenes: some pictures.
         by_picture: questions of each picture, by `digest`.
         options: answers that a question can have.
     """
 
-    scenes: list[tuple[Path, str]]
+    scenes: list[ShippedScene]
     by_picture: dict[str, list[str]]
     options: dict[str, tuple[str, ...]]
+
+
+def reference_setting(bridge: Bridge) -> Setting:
+    """How the reference pair, or its stand-in, is asked; with the prompt of a search if one ships."""
+    return Setting(
+        bridge=bridge,
+        source_name=SOURCE_NAME,
+        request=CAPTION_REQUEST,
+        prompts=PROMPTS if PROMPTS.is_file() else None,
+    )
 
 
 def load_tiny_bridge() -> Bridge:
@@ -84,7 +117,7 @@ def known() -> Known:
     full = [items for items in by_path.values() if len(items) >= 6] or list(by_path.values())
     picked = full[:: max(1, len(full) // NUM_SCENES)][:NUM_SCENES]
     return Known(
-        [(items[0].image, items[0].question) for items in picked],
+        [ShippedScene(i[0].image, i[0].question, i[0].description or "") for i in picked],
         {digest(items[0].picture()): [item.question for item in items] for items in picked},
         options,
     )

@@ -96,6 +96,16 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def page(summary: dict[str, Any], title: str) -> str:
     """One HTML file with its plots inside."""
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1>{report_body(summary)}</html>"
+    )
+
+
+def report_body(summary: dict[str, Any]) -> str:
+    """What `page` shows beneath its title, for a page that has its own style."""
     kinds = list(summary["kinds"])
     head = ["arm", "accuracy", "95 %", "wordy", *kinds, "first token", "total", "fused ahead by"]
     body = "".join(
@@ -106,15 +116,11 @@ def page(summary: dict[str, Any], title: str) -> str:
     )
     found = "".join(f"<li>{html.escape(_plain(line))}</li>" for line in _findings(summary))
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(title)}</h1><p>n = {summary['n']:,}, exact match after normalising, "
-        "95 % bootstrap intervals.</p>"
+        f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals.</p>"
         f"<figure>{plot_kinds(summary)}</figure><figure>{plot_times(summary)}</figure>"
-        '<div class="scroll"><table><tr>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="All arms"><table><tr>'
         + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        + f"</tr>{body}</table></div><ul>{found}</ul></html>"
+        + f"</tr>{body}</table></div><ul>{found}</ul>"
     )
 
 
