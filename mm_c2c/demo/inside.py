@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,6 +14,7 @@ from torch import Tensor
 from mm_c2c.bridge import Bridge, Perception
 from mm_c2c.cache import PositionKind, SourceCache, zeroed
 from mm_c2c.demo.compare import MODELS, Look, check_question
+from mm_c2c.demo.pair import picture_html
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import options
 from mm_c2c.evaluation.attribution import Attribution, attribute_cache, overlay, slots_link
@@ -34,7 +33,6 @@ _MAPS = {
     "weights": "How strongly the fuser wrote (weight times gate)",
     "norms": "How much the fuser wrote (length of the difference)",
 }
-_SHOWN_PIXELS = 320
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 34
 
 
@@ -174,7 +172,7 @@ def inside_html(found: Inside, picture: Image.Image) -> str:
         "norms": maps.norms.mean(0),
     }
     figures = "".join(
-        f"<figure>{_img(overlay(picture, heat), _MAPS[key])}"
+        f"<figure>{picture_html(overlay(picture, heat), _MAPS[key])}"
         f"<figcaption>{_MAPS[key]}</figcaption></figure>"
         for key, heat in shown.items()
     )
@@ -202,10 +200,12 @@ def tampered_html(found: Tampered, look: Look, handed: str, gate: float, other: 
             '<p class="caption">Asked about this picture, the source itself says: '
             f"“{html.escape(found.source_answer) or '(nothing)'}”</p>"
         )
-    picture = "" if handed == "zeroed" else _img(seen, "The picture whose cache was handed over")
+    picture = (
+        "" if handed == "zeroed" else picture_html(seen, "The picture whose cache was handed over")
+    )
     return (
         f'<p class="seen" role="status">{verdict}</p><div class="cards figures">'
-        f'<section class="card own"><h3>As it is</h3>{_img(look.picture, "The picture")}'
+        f'<section class="card own"><h3>As it is</h3>{picture_html(look.picture, "The picture")}'
         f'<p class="answer">{html.escape(found.answer) or "(nothing)"}</p></section>'
         f'<section class="card"><h3>Handed: {what}</h3>{picture}'
         f'<p class="answer">{html.escape(found.altered) or "(nothing)"}</p>{source}</section></div>'
@@ -264,13 +264,3 @@ def _chart(drawn: str, said: str, layers: int, top: float) -> str:
         f'<figcaption><span class="key k">■</span> keys <span class="key v">■</span> values, by '
         f"layer of the text LLM. {said}.</figcaption></figure>"
     )
-
-
-def _img(picture: Image.Image, alt: str) -> str:
-    """A picture inside the page: nothing of it is kept on disk."""
-    small = picture.copy()
-    small.thumbnail((_SHOWN_PIXELS, _SHOWN_PIXELS))
-    with io.BytesIO() as file:
-        small.save(file, "WEBP", quality=85)
-        data = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/webp;base64,{data}" alt="{alt}">'

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever httpx it uses
@@ -157,7 +158,7 @@ def _load_source(checked: Checked) -> Any:
     try:
         # Nothing is unpickled, no code of a model's own is run.
         model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, use_safetensors=True
+            name, revision=revision, dtype=torch.float32, use_safetensors=True
         )
         processor = AutoProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError) as error:
@@ -170,7 +171,9 @@ def _load_source(checked: Checked) -> Any:
 def _load_target(checked: Checked) -> Target:
     name, revision = checked.target["model"], checked.target["revision"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=torch.float32, use_safetensors=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"the target {name!r} cannot be loaded: {_said(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import gradio as gr
 
 from mm_c2c.demo.compare import Look, columns_html, compare, facts
-from mm_c2c.demo.pair import GENERIC, known, open_picture, suggestions
+from mm_c2c.demo.pair import GENERIC, known, open_picture, picture_html, suggestions
 from mm_c2c.demo.shared import ONE_AT_A_TIME, Shared, look_at, shown_errors
 from mm_c2c.demo.tabs import builder_tab, inside_tab, own_tab, results_tab
 from mm_c2c.errors import MMC2CError
 from mm_c2c.evaluation.arms import Setting
 
 CSS = Path(__file__).with_name("page.css")
+PICK = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) trigger("select", { index: Number(button.dataset.index) });
+});
+"""
 KEPT_S = 600
 
 
@@ -80,12 +87,7 @@ def _ask_tab(shared: Shared) -> None:
             with gr.Row(elem_classes="suggested"):
                 shown = suggestions(open_picture(str(known().scenes[0].path)))
                 buttons = [gr.Button(text, size="sm", min_width=180) for text in shown]
-            gr.Examples(
-                [[str(scene.path)] for scene in known().scenes],
-                [picture],
-                label="Other pictures",
-                examples_per_page=len(known().scenes),
-            )
+            scenes = gr.HTML(scenes_html(), js_on_load=PICK)
     answers, numbers = gr.HTML(), gr.JSON(visible=False, label="numbers")
 
     def respond(
@@ -120,14 +122,35 @@ def _ask_tab(shared: Shared) -> None:
         ),
     ]
     stop.click(None, cancels=events)
+    scenes.select(_pick, None, picture, api_visibility="private", queue=False)
     picture.change(
-        _suggest, picture, buttons, preprocess=False, api_visibility="private", queue=False
+        _suggest,
+        picture,
+        [answers, *buttons],
+        preprocess=False,
+        api_visibility="private",
+        queue=False,
     )
 
 
+def scenes_html() -> str:
+    """The bundled scenes as buttons, told apart also by what they show."""
+    buttons = "".join(
+        f'<button type="button" data-index="{index}" aria-label="{html.escape(scene.description)}">'
+        f"{picture_html(open_picture(str(scene.path)), '', pixels=96)}</button>"
+        for index, scene in enumerate(known().scenes)
+    )
+    return f'<div class="scenes" role="group" aria-label="Other pictures">{buttons}</div>'
+
+
+def _pick(event: gr.EventData) -> str:
+    return str(known().scenes[int(event.index)].path)
+
+
 def _suggest(picture: dict[str, Any] | None) -> list[Any]:
+    """No answers, which were of another picture, and the buttons' questions."""
     try:
         shown = suggestions(open_picture((picture or {}).get("path")))
     except MMC2CError:
         shown = list(GENERIC)  # what is wrong is said when it is asked about
-    return [gr.Button(text) for text in shown]
+    return ["", *(gr.Button(text) for text in shown)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
+import html
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,3 +150,19 @@ def open_picture(path: str | None) -> Image.Image:
     except InputError as error:
         # A visitor knows the file's name, not where the page keeps it.
         raise InputError(str(error).replace(f"{Path(path).parent}/", "")) from error
+
+
+def picture_html(picture: Image.Image, alt: str, *, pixels: int = 320) -> str:
+    """A picture inside the page itself: nothing of it is kept on disk.
+
+    Args:
+        picture: RGB.
+        alt: what it shows, in words.
+        pixels: its longer side is made no longer than this.
+    """
+    small = picture.copy()
+    small.thumbnail((pixels, pixels))
+    with io.BytesIO() as file:
+        small.save(file, "WEBP", quality=85)
+        data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/webp;base64,{data}" alt="{html.escape(alt)}">'

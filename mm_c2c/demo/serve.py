@@ -16,6 +16,13 @@ from mm_c2c.evaluation.arms import Setting
 QUEUE_LENGTH = 20
 MAX_FILE = "20mb"
 AUTH_VARIABLE = "MM_C2C_DEMO_AUTH"
+# Gradio's toasts are a button around a button, which a screen reader cannot tell apart.
+_HEAD = """<script>
+new MutationObserver(() => {
+  for (const toast of document.querySelectorAll(".toast-header[role=button]"))
+    for (const name of ["role", "tabindex"]) toast.removeAttribute(name);
+}).observe(document.documentElement, { childList: true, subtree: true });
+</script>"""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -103,6 +110,7 @@ def launch(page: gr.Blocks, exposure: Exposure, *, wait: bool = True) -> str:
         share=exposure.share,
         auth=(user, password) if user else None,
         css_paths=CSS,
+        head=_HEAD,
         # Nothing is fetched from elsewhere, fonts included.
         theme=theme,
         allowed_paths=[str(ITEMS.parent)],

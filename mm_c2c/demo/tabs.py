@@ -145,7 +145,14 @@ def own_tab(shared: Shared) -> None:
             for step in load_pair(source, target, bridge):
                 yield step.text, step.setting or gr.skip()
 
-    load.click(bring, names, [status, shared.own], api_visibility="private", **ONE_AT_A_TIME)
+    load.click(
+        bring, names, [status, shared.own], api_visibility="private", **ONE_AT_A_TIME
+    ).failure(
+        lambda: "Not loaded; asked is the same pair as before.",
+        None,
+        status,
+        api_visibility="private",
+    )
     back.click(
         lambda: ("Asked is the pair that ships.", None),
         None,
