@@ -77,6 +77,7 @@ def attribute(
         answer: what the target answered, such as `bridge.generate` gave.
         source: name of the source that looks; it must have one link, with slots.
     """
+    slots_link(bridge, source)  # before the picture is looked at
     cache = bridge.sources[source].prefill([SourceInput(images=(picture,))])
     return attribute_cache(bridge, cache, question, answer, source)
 
