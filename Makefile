@@ -2,13 +2,15 @@
 
 PYTHON ?= python3
 VENV := .venv
+EXTRAS := dev
+HARNESS := .venv-harness
 BIN := $(VENV)/bin
 PLAYWRIGHT := 1.65.2
 INPUTS := pyproject.toml constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-all test-browser format clean
+.PHONY: help demo test check test-all test-browser test-harness format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,12 +35,19 @@ test-browser: $(VENV)/.installed-dev ## The page in a browser: needs a Chromium 
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet playwright==$(PLAYWRIGHT)
 	$(BIN)/python -m pytest -m browser tests/browser
 
+# lmms-eval brings torchvision, whose builds load beside one build of torch only; nothing here needs it.
+test-harness: ## The tests with lm-eval, lmms-eval and datasets, in an environment of their own
+	@$(MAKE) --no-print-directory VENV=$(HARNESS) EXTRAS=dev,lm-eval,lmms-eval,sets $(HARNESS)/.installed-dev
+	@$(HARNESS)/bin/python -c "import torchvision" 2>/dev/null || $(HARNESS)/bin/python -m pip uninstall --quiet --yes torchvision
+	@$(HARNESS)/bin/python -W ignore -c "import datasets, lm_eval, lmms_eval"
+	$(HARNESS)/bin/python -m pytest tests/test_harness.py tests/test_sets.py
+
 format: $(VENV)/.installed-dev ## Format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## Remove the virtual environment and tool caches; downloaded weights stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## Remove the virtual environments and tool caches; downloaded weights stay
+	rm -rf $(VENV) $(HARNESS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find mm_c2c demos tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make installing a no-op until one of INPUTS changes.
@@ -49,7 +58,7 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "Installing mm-c2c and its tools into $(VENV) (torch is large: minutes the first time)"
-	@$(INSTALL) --editable ".[dev]"
+	@$(INSTALL) --editable ".[$(EXTRAS)]"
 	@touch $(VENV)/.installed $@
 
 $(BIN)/python:

@@ -7,148 +7,50 @@ two parts once; `fuse` adds a question and gives everything that `target.generat
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextIteratorStreamer,
-)
+from transformers import Cache, TextIteratorStreamer
 
 from mm_c2c.align import Alignment
-from mm_c2c.align.patches import (
-    PatchResampler,
-    ResamplerConfig,
-    align_all,
-    align_pooled,
-    line_up,
-    patch_coordinates,
-)
 from mm_c2c.align.tokens import align_tokens, locate_text, token_spans
-from mm_c2c.cache import (
-    CacheOrigin,
-    CacheShape,
-    LayerKV,
-    PatchGrid,
-    PositionKind,
-    SourceCache,
-    fork,
-    join_rows,
-    minds_padding,
-    read_layers,
-    repeat_rows,
-    select_rows,
-    with_layers,
-)
+from mm_c2c.cache import SourceCache, fork, join_rows, repeat_rows, select_rows
 from mm_c2c.config import from_dict
-from mm_c2c.errors import (
-    AlignmentError,
-    ConfigError,
-    InputError,
-    MismatchError,
-    ShapeError,
-    UnsupportedError,
+from mm_c2c.errors import ConfigError, InputError, MismatchError, ShapeError, UnsupportedError
+from mm_c2c.fuser import CacheFuser
+from mm_c2c.hub import fetch_folder, push_folder
+from mm_c2c.link import (
+    FuserInputs,
+    LinkConfig,
+    align_slots,
+    build_fuser,
+    gather_inputs,
+    write_link,
 )
-from mm_c2c.fuser import CacheFuser, FuserConfig
-from mm_c2c.rope import RopeSpec, derotate, rotate
-from mm_c2c.sources.base import FrozenReader, Source, SourceInput, count_positions, full_cache
+from mm_c2c.pretrained import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_origin,
+    check_shape,
+    read_header,
+    read_weights,
+)
+from mm_c2c.sources.base import Source, SourceInput, count_positions, full_cache
 from mm_c2c.sources.text import render_chat
+from mm_c2c.target import Target
 
-GEOMETRIES = ("slots", "aligned")
-POOLINGS = ("window", "resampler")
-KINDS = tuple(kind.name.lower() for kind in PositionKind if kind != PositionKind.PAD)
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 # Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
 _SLOTS_MARK = "\ufffc"
-# Tokens of each half of the prompt that tells whether a model goes on from its cache.
-_PIECE = 8
 # Known to give wrong output over a prefilled cache in transformers 5.23, without an error.
 _REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkConfig:
-    """One way from a source into the target.
-
-    Attributes:
-        source: name of the source.
-        geometry: `slots` gives a picture, or other positions of the source, places of their own
-            in the target's prompt; `aligned` adds to the words that both models read.
-        fuser: the fuser's shape.
-        rows: rows of slots a picture gets.
-        cols: columns of slots a picture gets.
-        images: pictures a row of the batch shows the source, such as a robot's cameras or the
-            frames of a video; the slots of one follow those of the other. For `slots` only.
-        pooling: what a slot takes of a picture's patches: `window` averages those of the finest
-            view that lie where the slot lies; `resampler` learns, for each slot, what to look for
-            in all of them, also where a source's queries have no place. For `slots` only.
-        kinds: what the slots draw on in place of patches: positions of these kinds, such as
-            `("state", "action")`, as a picture of one row in the prompt's order. With rows 1 and
-            cols their number, a position gets a slot; fewer are pooled. For `slots` only.
-    """
-
-    source: str
-    geometry: str
-    fuser: FuserConfig
-    rows: int = 4
-    cols: int = 4
-    images: int = 1
-    pooling: str = "window"
-    kinds: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        if self.geometry == "aligned" and self.pooling == "resampler":
-            raise ConfigError(
-                "pooling 'resampler' shares patches among slots, and geometry 'aligned' has none; "
-                "leave pooling at 'window' or set geometry to 'slots'"
-            )
-        for name in ("rows", "cols", "images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.geometry == "aligned" and self.images > 1:
-            raise ConfigError(
-                f"images counts pictures that get slots, and geometry 'aligned' has none, got "
-                f"{self.images}; leave images at 1, the source may see any number"
-            )
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or len(set(self.kinds)) != len(self.kinds):
-            raise ConfigError(
-                f"kinds must be some of {', '.join(KINDS)}, each once, got {', '.join(self.kinds)}"
-            )
-        if self.kinds and (self.geometry, self.rows, self.images) != ("slots", 1, 1):
-            raise ConfigError(
-                f"positions of kind {' and '.join(self.kinds)} stand in one line: expected geometry "
-                f"'slots', rows 1 and images 1, got {self.geometry!r}, {self.rows} and "
-                f"{self.images}; set cols to the number of slots"
-            )
-
-    @property
-    def name(self) -> str:
-        """What the link's weights are saved under."""
-        return "_".join([self.source, self.geometry, *self.kinds])
-
-    @property
-    def num_slots(self) -> int:
-        """Slots a row of the batch gets."""
-        return self.images * self.rows * self.cols if self.geometry == "slots" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,73 +91,12 @@ class Perception(NamedTuple):
         return self.input_ids.shape[0]
 
 
-class FuserInputs(NamedTuple):
-    """What a link's fuser is given.
-
-    Attributes:
-        source: `(source_layers, batch, target_len, 2, source_width)`: aligned K and V.
-        target: `(target_layers, batch, target_len, 2, target_width)`: the target's own.
-        alignment: which source positions each of those came from.
-    """
-
-    source: Tensor
-    target: Tensor
-    alignment: Alignment
-
-
 class FusedInputs(TypedDict):
     """Everything that `target.generate` takes; the cache covers all but the last few tokens."""
 
     input_ids: Tensor
     attention_mask: Tensor
     past_key_values: Cache
-
-
-class Target(FrozenReader):
-    """The frozen text LLM that answers.
-
-    Args:
-        model: a causal LM.
-        tokenizer: its fast tokenizer.
-        name: Hub id or folder.
-        revision: the Hub's commit, where there is one.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(model, name, revision)
-        self.tokenizer = tokenizer
-
-    @cached_property
-    def minds_padding(self) -> bool:
-        """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
-        return minds_padding(DynamicCache(config=self.model.config))
-
-    @torch.no_grad()
-    def check_continues(self) -> None:
-        """Refuse a model that reads a prompt in two pieces otherwise than in one.
-
-        Slots are read before the question. Some models with recurrent layers start afresh with the
-        second piece, and transformers does not say so.
-        """
-        ids = torch.arange(1, 2 * _PIECE + 1, device=self.model.device).unsqueeze(0)
-        whole = self.model(ids).logits[:, -1].float()
-        cache = full_cache(self.model)
-        self.model(ids[:, :_PIECE], past_key_values=cache)
-        pieces = self.model(ids[:, _PIECE:], past_key_values=cache).logits[:, -1].float()
-        misfit = float((pieces - whole).norm() / whole.norm())
-        accepted = max(1e-4, 8 * torch.finfo(self.model.dtype).eps)
-        if not misfit <= accepted:
-            raise UnsupportedError(
-                f"{self} does not go on where its cache ends: a prompt read in two pieces gives "
-                f"logits {misfit:.2%} off those of one piece, accepted is {accepted:.2%}; it can "
-                "be a source, not a target"
-            )
 
 
 class Bridge(nn.Module):
@@ -278,13 +119,11 @@ class Bridge(nn.Module):
                 raise ConfigError(
                     f"a link names source {link.source!r}; sources given: {sorted(sources)}"
                 )
-            _check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
-            _check_shape("the target", link.fuser.target, target.shape)
+            check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
+            check_shape("the target", link.fuser.target, target.shape)
         if target.minds_padding:
             target.check_continues()
-        self.fusers = nn.ModuleDict(
-            {link.name: CacheFuser(link.fuser, _build_resampler(link)) for link in config.links}
-        )
+        self.fusers = nn.ModuleDict({link.name: build_fuser(link) for link in config.links})
         ids = target.tokenizer(config.slot_token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise ConfigError(
@@ -327,11 +166,15 @@ class Bridge(nn.Module):
         with torch.no_grad():
             return self.fuse_slots({name: self.sources[name].prefill(rows) for name in named})
 
-    def fuse_slots(self, caches: Mapping[str, SourceCache]) -> Perception:
+    def fuse_slots(
+        self, caches: Mapping[str, SourceCache], keep: Mapping[str, Tensor] | None = None
+    ) -> Perception:
         """Fuse source caches into the slots of the target's prompt.
 
         Args:
             caches: by source name; the slots of a source that is absent are left out.
+            keep: by link name, `(batch, slots)` bool: slots that are fused, while the others stay
+                the target's own; links that are not named are fused whole.
         """
         self._check_names(caches)
         links = [link for link in self.config.links if link.num_slots and link.source in caches]
@@ -346,12 +189,15 @@ class Bridge(nn.Module):
             places[link.name] = range(len(ids), len(ids) + link.num_slots)
             ids += [self._slot_id] * link.num_slots
         cache = repeat_rows(self._prefill_prefix(tuple(ids)), batch)
-        input_ids = torch.tensor(ids, device=self.device).expand(batch, -1)
+        # Without slots and without a system prompt there are none.
+        input_ids = torch.tensor(ids, dtype=torch.long, device=self.device).expand(batch, -1)
         positions = torch.arange(len(ids), device=self.device).expand(batch, -1)
         for link in links:
             source = caches[link.source]
             index = torch.tensor(places[link.name], device=self.device).expand(batch, -1)
             alignment = self._align_slots(link, source, index)
+            if keep and link.name in keep:
+                alignment = replace(alignment, mask=alignment.mask & keep[link.name])
             cache = self._write(link, source, alignment, cache, positions)
         return Perception(input_ids, cache)
 
@@ -367,7 +213,8 @@ class Bridge(nn.Module):
         positions = torch.arange(len(ids), device=self.device).expand(source.batch_size, -1)
         cache = repeat_rows(self._prefill_prefix(ids), source.batch_size)
         alignment = self._align_slots(link, source, positions[:, len(before) :])
-        return self._fuser_inputs(link, source, alignment, cache, positions)
+        rope = self.target.rope(len(ids))
+        return gather_inputs(link, source, alignment, cache, positions, rope)
 
     # --- questions ------------------------------------------------------------------------
 
@@ -471,13 +318,13 @@ class Bridge(nn.Module):
         streamer = TextIteratorStreamer(
             self.target.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-        failure: list[BaseException] = []
+        failure: list[Exception] = []
 
         def run() -> None:
             try:
                 with torch.no_grad():
                     self._generate(fused, streamer=streamer, **kwargs)
-            except BaseException as error:  # noqa: BLE001, raised again in the caller's thread
+            except Exception as error:  # noqa: BLE001, raised again in the caller's thread
                 failure.append(error)
                 streamer.end()
 
@@ -495,18 +342,24 @@ class Bridge(nn.Module):
 
     # --- files ----------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the fusers and the references of the frozen models; nothing else.
 
         Args:
             folder: made if it is not there.
             dtype: of the saved weights; float16 halves the file.
+            weights: of `fusers`, where a training that is spread over processes has gathered them;
+                None takes what this bridge holds.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            k: v.detach().to(dtype).contiguous() for k, v in self.fusers.state_dict().items()
-        }
+        found = self.fusers.state_dict() if weights is None else weights
+        weights = {k: v.detach().to(dtype).contiguous() for k, v in found.items()}
         header = {
             "format": 1,
             "bridge": asdict(self.config),
@@ -518,24 +371,78 @@ class Bridge(nn.Module):
         scratch.replace(folder / WEIGHTS_NAME)
         (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        evaluation: str | Path | None = None,
+        *,
+        licence: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload fuser",
+    ) -> str:
+        """Send the fusers to the Hub, with a model card.
+
+        Args:
+            repo_id: `user/name`; made if it is not there.
+            evaluation: folder of a run of `mm-c2c evaluate` of these weights, for the card.
+            licence: of the weights, by the Hub's name, such as `apache-2.0`.
+            dtype: of the saved weights.
+            private: whether a new repository is.
+            token: of the Hub; None takes the one that is logged in.
+            revision: branch; None is the main one.
+            commit_message: of the commit.
+
+        Returns:
+            The commit's address.
+        """
+        from mm_c2c.evaluation.card import write_card  # which is built on bridges
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            self.save_pretrained(folder, dtype)
+            run = None if evaluation is None else Path(evaluation)
+            write_card(folder, run, licence=licence, name=repo_id)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, target: Target, sources: Mapping[str, Source]
+        cls,
+        folder: str | Path,
+        target: Target,
+        sources: Mapping[str, Source],
+        revision: str | None = None,
     ) -> Bridge:
         """Load fusers for exactly the models they were trained for.
 
+        Args:
+            folder: of a saved bridge, or a repository of the Hub, `user/name`.
+            target: the LLM that answers.
+            sources: by the names that the links use.
+            revision: branch, tag or commit of the repository.
+
         Raises:
+            FetchError: a repository could not be had.
             MismatchError: a file is missing or damaged, or the fusers belong to other models.
         """
-        folder = Path(folder)
+        folder = fetch_folder(folder, revision)
         header = read_header(folder)
-        _check_origin("target", header["target"], target.origin)
+        check_origin("target", header["target"], target.origin)
         for name, origin in header["sources"].items():
             if name not in sources:
                 raise MismatchError(f"{folder} needs a source named {name!r} ({origin['model']})")
-            _check_origin(f"source {name!r}", origin, sources[name].origin)
+            check_origin(f"source {name!r}", origin, sources[name].origin)
         bridge = cls(target, sources, from_dict(BridgeConfig, header["bridge"]))
-        bridge.fusers.load_state_dict(_read_weights(folder / WEIGHTS_NAME, bridge.fusers))
+        bridge.fusers.load_state_dict(read_weights(folder / WEIGHTS_NAME, bridge.fusers))
         return bridge.eval()
 
     # --- inside ---------------------------------------------------------------------------
@@ -622,17 +529,12 @@ class Bridge(nn.Module):
             order.append(rows)
         return select_rows(join_rows(parts), torch.cat(order).argsort())
 
+    def _fuser(self, link: LinkConfig) -> CacheFuser:
+        fuser: Any = self.fusers[link.name]
+        return fuser
+
     def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
-        """What each slot takes of its row's patches; `index` as in `align_pooled`."""
-        if link.kinds:
-            source = line_up(source, [PositionKind[kind.upper()] for kind in link.kinds])
-        _check_pictures(link, source)
-        if link.pooling == "window":
-            return align_pooled(source, PatchGrid(link.rows, link.cols), index, image=None)
-        resampler: Any = self.fusers[link.name].resampler
-        states = _source_states(link, source).flatten(2)
-        alignment = align_all(source, link.rows * link.cols, index, image=None)
-        return resampler(states, patch_coordinates(source), alignment)
+        return align_slots(link, self._fuser(link), source, index)
 
     def _write(
         self,
@@ -642,54 +544,8 @@ class Bridge(nn.Module):
         cache: Cache,
         positions: Tensor,
     ) -> Cache:
-        """A cache in which one link's fuser has written its differences."""
-        inputs = self._fuser_inputs(link, source, alignment, cache, positions)
-        delta = self.fusers[link.name](inputs.source, inputs.target)
-        layers, indices = read_layers(cache)
-        own, index = _stack(layers), alignment.target_index
-        delta = delta.unflatten(-1, (own.shape[2], -1)).permute(0, 1, 4, 2, 3, 5)
-        delta_keys, delta_values = delta[..., 0, :], delta[..., 1, :]
-        if not link.fuser.raw_keys:
-            rope = self._own_rope(indices, positions)
-            delta_keys = _per_spec(rotate, delta_keys, positions.gather(1, index), rope)
-        keep = alignment.mask[None, :, None, :, None]
-        at = index[None, :, None, :, None].expand_as(delta_keys)
-        written = {}
-        new_keys = own[..., 0, :].scatter_add(3, at, (delta_keys * keep).to(own.dtype))
-        new_values = own[..., 1, :].scatter_add(3, at, (delta_values * keep).to(own.dtype))
-        for layer, layer_index in enumerate(indices):
-            written[layer_index] = LayerKV(new_keys[layer], new_values[layer])
-        return with_layers(cache, written)
-
-    def _fuser_inputs(
-        self,
-        link: LinkConfig,
-        source: SourceCache,
-        alignment: Alignment,
-        cache: Cache,
-        positions: Tensor,
-    ) -> FuserInputs:
-        """The source's aligned states, and the target's own at the same positions."""
-        flat = _source_states(link, source)
-        gathered = alignment.gather(flat.flatten(2)).unflatten(2, flat.shape[2:])
-        aligned = gathered.permute(2, 0, 1, 3, 4, 5).flatten(4)
-        layers, indices = read_layers(cache)
-        own, index = _stack(layers), alignment.target_index
-        picked = own.gather(
-            3, index[None, :, None, :, None, None].expand(*own.shape[:3], -1, *own.shape[4:])
-        )
-        picked_keys = picked[..., 0, :]
-        if not link.fuser.raw_keys:
-            rope = self._own_rope(indices, positions)
-            picked_keys = _per_spec(derotate, picked_keys, positions.gather(1, index), rope)
-        states = torch.stack([picked_keys, picked[..., 1, :]], dim=-2)
-        states = states.transpose(2, 3).transpose(3, 4).flatten(4)
-        return FuserInputs(aligned.float(), states.float(), alignment)
-
-    def _own_rope(self, indices: Sequence[int], positions: Tensor) -> list[RopeSpec | None]:
-        """How the target's layers of those indices rotate their keys."""
         rope = self.target.rope(positions.shape[1])
-        return [rope[index] for index in indices]
+        return write_link(link, self._fuser(link), source, alignment, cache, positions, rope)
 
     def _generate(self, fused: FusedInputs, **kwargs: Any) -> Tensor:
         def setting(name: str) -> Any:
@@ -722,94 +578,6 @@ class Bridge(nn.Module):
         )
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """The config of a saved bridge: links, prompt, and the models it was trained for."""
-    path = folder / CONFIG_NAME
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MismatchError(f"{folder} is not a saved bridge: {path.name} is missing") from error
-    except json.JSONDecodeError as error:
-        raise MismatchError(f"{path} is damaged: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != 1:
-        raise MismatchError(f"{path} is not a saved bridge of format 1")
-    lacking = [key for key in ("bridge", "target", "sources") if key not in header]
-    if lacking:
-        raise MismatchError(f"{path} lacks {', '.join(lacking)}")
-    return header
-
-
-def _read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
-    """Weights from a safetensors file, strictly those that the module has."""
-    expected = module.state_dict()
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise MismatchError(f"{path} is missing or unreadable: {error}") from error
-    except SafetensorError as error:
-        raise MismatchError(f"{path} is damaged or cut off: {error}; fetch it again") from error
-    if found.keys() != expected.keys():
-        missing = sorted(expected.keys() - found.keys())
-        extra = sorted(found.keys() - expected.keys())
-        raise MismatchError(f"{path}: missing weights {missing[:5]}, unknown ones {extra[:5]}")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise MismatchError(
-                f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
-    return {name: tensor.float() for name, tensor in found.items()}
-
-
-def _check_shape(what: str, expected: CacheShape, found: CacheShape) -> None:
-    if expected != found:
-        raise MismatchError(f"{what}: the fuser was made for {expected}, got {found}")
-
-
-def _check_origin(what: str, expected: Mapping[str, Any], found: CacheOrigin) -> None:
-    if set(expected) != set(CacheOrigin._fields):
-        raise MismatchError(
-            f"{what}: expected {', '.join(CacheOrigin._fields)}, got {', '.join(expected)}"
-        )
-    wanted = CacheOrigin(**expected)
-    if wanted != found:
-        raise MismatchError(
-            f"{what}: the fuser was trained with {wanted.model!r} at revision {wanted.revision!r} "
-            f"({wanted.model_type}), got {found.model!r} at {found.revision!r} ({found.model_type})"
-        )
-
-
-def _build_resampler(link: LinkConfig) -> PatchResampler | None:
-    """The part of a link that learns what each slot looks for, where it has one."""
-    if link.pooling == "window":
-        return None
-    shape = link.fuser.source
-    width = shape.num_layers * 2 * shape.width
-    return PatchResampler(ResamplerConfig(num_slots=link.rows * link.cols, source_width=width))
-
-
-def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
-    """`(batch, source_len, layers, 2, heads, head_dim)`: K as the fuser wants it, and V."""
-    _check_shape(f"the cache of source {link.source!r}", link.fuser.source, source.shape)
-    states = _stack(source.layers)
-    if not link.fuser.raw_keys:
-        keys = _per_spec(derotate, states[..., 0, :], source.position_ids, source.rope)
-        states = torch.stack([keys, states[..., 1, :]], dim=-2)
-    return states.permute(1, 3, 0, 4, 2, 5)
-
-
-def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
-    """A row's slots hold so many pictures, each in any number of views."""
-    for row, grids in enumerate(source.grids):
-        pictures = len({grid.image for grid in grids})
-        # Without a grid there may be one picture, summed up in queries: the aligner's to judge.
-        if max(pictures, 1) != link.images:
-            raise ShapeError(
-                f"row {row} of source {link.source!r} has {pictures} pictures, its slots hold "
-                f"{link.images}; show it {link.images}, or build the link with images={pictures}"
-            )
-
-
 def _check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:
     """Spans of two different texts would overlap all the same."""
     if len(texts) != len(questions):
@@ -817,26 +585,6 @@ def _check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> N
     for text, question in zip(texts, questions, strict=True):
         if text != question.strip():
             raise InputError(f"source {name!r} read {text!r}, not {question!r}")
-
-
-def _stack(layers: Sequence[LayerKV]) -> Tensor:
-    """`(layers, batch, heads, seq_len, 2, head_dim)`: K at 0, V at 1."""
-    try:
-        return torch.stack([torch.stack([kv.keys, kv.values], dim=3) for kv in layers])
-    except RuntimeError as error:
-        raise AlignmentError(f"layers of unlike shape cannot be fused together: {error}") from error
-
-
-def _per_spec(
-    turn: Any, keys: Tensor, positions: Tensor, specs: Sequence[RopeSpec | None]
-) -> Tensor:
-    """Rotate or derotate `(layers, batch, heads, len, head_dim)`, layers of one kind at once."""
-    if len(set(specs)) == 1:
-        layers, _, heads = keys.shape[:3]
-        side_by_side = keys.transpose(0, 1).flatten(1, 2)
-        turned = turn(side_by_side, positions, specs[0])
-        return turned.unflatten(1, (layers, heads)).transpose(0, 1)
-    return torch.stack([turn(k, positions, s) for k, s in zip(keys, specs, strict=True)])
 
 
 def _answer_start(real: Tensor) -> Tensor:

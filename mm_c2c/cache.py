@@ -182,6 +182,59 @@ def zeroed(cache: SourceCache) -> SourceCache:
     return replace(cache, layers=blank)
 
 
+def join_sources(caches: Sequence[SourceCache]) -> SourceCache:
+    """One batch of the rows of several caches of one model, padded on the left.
+
+    Raises:
+        ShapeError: they are of other models, or rotate their keys in another way.
+    """
+    first = caches[0]
+    for cache in caches[1:]:
+        for name in ("layer_indices", "rope", "origin"):
+            if getattr(cache, name) != getattr(first, name):
+                raise ShapeError(
+                    f"caches that differ in {name} cannot stand in one batch: "
+                    f"{getattr(first, name)} and {getattr(cache, name)}"
+                )
+    width = max(cache.seq_len for cache in caches)
+
+    def join(states: Sequence[Tensor], dim: int, fill: int = 0) -> Tensor:
+        """`dim` counts the positions, from the end; the batch is the first, or second of three."""
+        padded = [
+            F.pad(state, (0, 0) * (-1 - dim) + (width - state.shape[dim], 0), value=fill)
+            for state in states
+        ]
+        return torch.cat(padded, dim=1 if dim == -1 and states[0].ndim == 3 else 0)
+
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    return replace(
+        first,
+        layers=tuple(
+            LayerKV(join([kv.keys for kv in layer], -2), join([kv.values for kv in layer], -2))
+            for layer in layers
+        ),
+        position_ids=join([cache.position_ids for cache in caches], -1),
+        kinds=join([cache.kinds for cache in caches], -1),
+        patches=join([cache.patches for cache in caches], -2, -1),
+        grids=tuple(grids for cache in caches for grids in cache.grids),
+        spans=join([cache.spans for cache in caches], -2, -1),
+        texts=tuple(text for cache in caches for text in cache.texts),
+    )
+
+
+def without_padding(cache: SourceCache) -> SourceCache:
+    """A cache of one row, without the positions that pad it."""
+    real = cache.kinds[0] != PositionKind.PAD
+    return replace(
+        cache,
+        layers=tuple(LayerKV(k[:, :, real], v[:, :, real]) for k, v in cache.layers),
+        position_ids=cache.position_ids[..., real],
+        kinds=cache.kinds[:, real],
+        patches=cache.patches[:, real],
+        spans=cache.spans[:, real],
+    )
+
+
 def read_layers(cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
     """K and V of each layer that has them, and those layers' indices.
 
@@ -306,7 +359,31 @@ def minds_padding(cache: Cache) -> bool:
 
     A sliding window counts it among the positions it holds; a recurrent state runs through it.
     """
-    return any(cache.is_sliding) or any(map(_recurrent_states, cache.layers))
+    return any(cache.is_sliding) or keeps_states(cache)
+
+
+def keeps_states(cache: Cache) -> bool:
+    """Whether a layer keeps recurrent states, which cannot forget a position they have read."""
+    return any(map(_recurrent_states, cache.layers))
+
+
+def cut_layers(cache: Cache, layers: dict[int, LayerKV]) -> Cache:
+    """A copy of `cache` with fewer positions.
+
+    Args:
+        cache: the cache to copy; it is not changed.
+        layers: by layer index, what is left of every layer that holds keys and values.
+
+    Raises:
+        UnsupportedError: a layer keeps recurrent states.
+    """
+    if keeps_states(cache):
+        raise UnsupportedError("recurrent states cannot forget positions that they have read")
+    new = fork(cache)
+    for index, (keys, values) in layers.items():
+        layer: Any = new.layers[index]
+        layer.keys, layer.values = keys, values
+    return new
 
 
 def select_rows(cache: Cache, rows: Tensor) -> Cache:

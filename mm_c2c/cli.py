@@ -1,4 +1,4 @@
-"""The command line: ask | fetch | inspect | evaluate | prompts | diagnose | bench | demo."""
+"""The command line: ask, fetch, inspect, train, evaluate, prompts, diagnose, bench, card, demo."""
 
 from __future__ import annotations
 
@@ -66,6 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="with --pair: print one JSON object")
     inspect.set_defaults(run=_inspect)
 
+    train = commands.add_parser(
+        "train", help="train a fuser; `accelerate launch` for many processes"
+    )
+    train.add_argument("config", type=Path, help="YAML, such as those of configs/")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=1e-3"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="three steps on random weights, and what it costs"
+    )
+    train.add_argument("--true-width", action="store_true", help="with --dry-run: not narrowed")
+    train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
+    train.set_defaults(run=_train)
+
     evaluate = commands.add_parser("evaluate", help="accuracy of every arm and control")
     evaluate.add_argument("--config", type=Path, help="YAML; the shipped scenes when left out")
     evaluate.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items only")
@@ -84,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = commands.add_parser("diagnose", help="accuracy with parts of the fuser switched off")
     diagnose.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    diagnose.add_argument("--out", type=Path, help="folder for the JSON and a report with plots")
+    diagnose.add_argument("--out", type=Path, help="folder for all answers and a report with plots")
     diagnose.add_argument("overrides", nargs="*", metavar="key=value", help="such as limit=70")
     diagnose.set_defaults(run=_diagnose)
 
@@ -92,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="such as positions=128")
     bench.set_defaults(run=_bench)
+
+    card = commands.add_parser("card", help="write a saved bridge's model card, for the Hub")
+    card.add_argument("folder", type=Path, help="of the saved bridge")
+    card.add_argument("--evaluation", type=Path, help="folder of a run of `evaluate`")
+    card.add_argument("--licence", help="of the weights, such as apache-2.0")
+    card.add_argument("--name", help="of the repository, user/name")
+    card.set_defaults(run=_card)
 
     demo = commands.add_parser("demo", help="a page in the browser, on this machine alone")
     demo.add_argument("--tiny", action="store_true", help="a target of random weights: no download")
@@ -185,6 +206,23 @@ def _inspect(args: argparse.Namespace) -> None:
     print(json.dumps(report) if args.json else describe_pair(report))
 
 
+def _train(args: argparse.Namespace) -> None:
+    from mm_c2c.config import load_config
+    from mm_c2c.training.config import TrainingConfig
+    from mm_c2c.training.run import train
+
+    if (args.true_width or args.json) and not args.dry_run:
+        raise InputError("--true-width and --json go with --dry-run")
+    config = load_config(TrainingConfig, args.config, args.overrides)
+    if not args.dry_run:
+        train(config)
+        return
+    from mm_c2c.training.dry_run import dry_run, text_table
+
+    result = dry_run(config, true_width=args.true_width)
+    print(json.dumps(result) if args.json else text_table(result))
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override
     from mm_c2c.evaluation.report import new_figure, text_table, write_report
@@ -194,7 +232,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.config:
         config = load_config(EvaluationConfig, args.config)
     else:
-        config = EvaluationConfig(items=HERE / "unseen_style" / "items.jsonl")
+        config = EvaluationConfig(
+            items=HERE / "unseen_style" / "items.jsonl", prompts=HERE / "prompts.json"
+        )
     quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
     config = override(config, [*quick, *args.overrides])
     if args.out:
@@ -229,7 +269,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
     config = override(config, args.overrides)
     bridge = _load_bridge()
-    result = diagnose(bridge, config)
+    result = diagnose(bridge, config, args.out)
     if args.out:
         write_report(result, look(bridge, config), args.out)
     print(json.dumps(result) if args.json else text_table(result))
@@ -241,6 +281,14 @@ def _bench(args: argparse.Namespace) -> None:
 
     result = bench(override(BenchConfig(), args.overrides))
     print(json.dumps(result) if args.json else text_table(result))
+
+
+def _card(args: argparse.Namespace) -> None:
+    from mm_c2c.evaluation.card import write_card
+    from mm_c2c.hub import CARD_NAME
+
+    write_card(args.folder, args.evaluation, licence=args.licence, name=args.name)
+    print(args.folder / CARD_NAME)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -111,10 +111,13 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
+    if typing.get_origin(kind) is dict and isinstance(value, Mapping):
+        _, inner = typing.get_args(kind)
+        return {key: _convert(inner, item, f"{name}.{key}") for key, item in value.items()}
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         return _convert_items(typing.get_args(kind), value, name)
     expected = typing.get_origin(kind) or kind
-    if expected in (int, float, str, bool, tuple, Path) and (
+    if expected in (int, float, str, bool, tuple, dict, Path) and (
         not isinstance(value, expected) or (expected is int and isinstance(value, bool))
     ):
         raise ConfigError(f"{name}: expected {expected.__name__}, got {value!r}")
@@ -138,7 +141,9 @@ def _set(data: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"expected key=value, got {assignment!r}")
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise ConfigError(f"{key}: {parent!r} is not a mapping")
     try:

@@ -7,6 +7,7 @@
     ├── InputError (ValueError)         a picture, question or file handed in by a user
     ├── UnsupportedError (ValueError)   a model or a decoding mode this library refuses
     ├── MismatchError (ValueError)      a fuser, cache or weights made for other models
+    ├── TrainingError (RuntimeError)    a training that cannot go on
     └── FetchError (OSError)            weights or data that could not be had
 
 Each is also a built-in, so that callers who do not know this module can still catch it.
@@ -39,6 +40,10 @@ class UnsupportedError(MMC2CError, ValueError):
 
 class MismatchError(MMC2CError, ValueError):
     """A fuser, a cache or weights belong to other models than the ones at hand."""
+
+
+class TrainingError(MMC2CError, RuntimeError):
+    """A training cannot go on: a loss that is no number, a disk that is full."""
 
 
 class FetchError(MMC2CError, OSError):

@@ -17,12 +17,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mm_c2c.bridge import CONFIG_NAME, WEIGHTS_NAME, BridgeConfig, LinkConfig, read_header
+from mm_c2c.bridge import BridgeConfig
 from mm_c2c.cache import CacheShape, PositionKind
 from mm_c2c.config import from_dict
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.geometry import CacheLayout, cache_layout, pair_costs
 from mm_c2c.geometry import find as find_geometry
+from mm_c2c.link import LinkConfig
+from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_header
 from mm_c2c.transport import load_cache
 
 

@@ -85,6 +85,37 @@ def load_cache(path: str | Path, device: torch.device | str = "cpu") -> SourceCa
     return _build(path, header, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
+def load_row(path: Path, row: int, device: torch.device | str = "cpu") -> SourceCache:
+    """Read one row of a batch that `save_cache` wrote, and nothing of the others.
+
+    The checksum, which is of the whole file, is not looked at.
+
+    Args:
+        path: the file.
+        row: which.
+        device: where its tensors go.
+
+    Raises:
+        MismatchError: the file is missing or cut off, or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = _read_header(path, file.metadata())
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                # Position ids of M-RoPE are the one tensor whose batch is not in front.
+                wide = name == "position_ids" and len(part.get_shape()) == 3
+                tensors[name] = (part[:, row : row + 1] if wide else part[row : row + 1]).to(device)
+    except OSError as error:
+        raise MismatchError(f"{path} is missing or unreadable: {error}") from error
+    except SafetensorError as error:
+        raise MismatchError(f"{path} is damaged or cut off: {error}; save it again") from error
+    for name in ("grids", "texts"):
+        header[name] = header[name][row : row + 1]
+    return _build(path, header, tensors)
+
+
 def _copy(tensor: Tensor) -> Tensor:
     """On the CPU and contiguous; a copy, since safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What the fuser is compared with: searched prompts, a tuned target, a soft-prompt connector."""
+"""What the fuser is compared with: prompts, a tuned target, a connector, the target itself."""
 
 import dataclasses
 import json
@@ -10,15 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mm_c2c import Bridge
+from mm_c2c import Bridge, SourceInput
 from mm_c2c.errors import ConfigError, InputError, MismatchError, UnsupportedError
 from mm_c2c.evaluation.arms import FILES, Asked, Setting, build_arm
+from mm_c2c.evaluation.arms.own_source import OWN_NAME, build_own_bridge
 from mm_c2c.evaluation.arms.prompts import Example, RelayPrompt, read_winner
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig, tower_features
 from mm_c2c.evaluation.arms.tuned import add_adapter, import_peft, load_adapter
 from mm_c2c.evaluation.prompt_search import PromptSearchConfig, search_prompts, text_table
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
+from mm_c2c.fuser import CacheFuser
 from mm_c2c.reference import models
+from mm_c2c.reference.train_baseline import aligned_loss
 
 
 @pytest.fixture
@@ -213,7 +216,7 @@ def test_an_adapter_has_about_the_parameters_it_was_allowed(bridge: Bridge) -> N
     wrapped, model = add_adapter(bridge.target, 5000)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     a_rank = 3 * (64 + 48 + 48 + 64 + 3 * 80)
-    assert abs(trained - 5000) <= a_rank / 2
+    assert abs(trained - 9000) <= a_rank / 2
     assert trained % a_rank == 0
     assert [name for name, _ in bridge.target.model.named_modules()] == before
     ids = torch.tensor([[5, 6, 7]])
@@ -259,6 +262,60 @@ def test_a_missing_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UnsupportedError, match=r"mm-c2c\[tune\]"):
         import_peft()
+
+
+# --- the target as its own source ------------------------------------------------------------
+
+
+def test_the_target_as_its_own_source_sees_no_picture(
+    bridge: Bridge, asked: list[Asked], tmp_path: Path
+) -> None:
+    own = build_own_bridge(bridge, parameters=9000)
+    width = own.config.links[0].fuser.hidden_size
+    assert own.config.links[0].fuser.rank == round(width * 4 / 16)  # as the other fuser's
+    assert sum(p.numel() for p in own.fusers.parameters()) <= 9000
+    wider = dataclasses.replace(own.config.links[0].fuser, hidden_size=width + 1)
+    assert sum(p.numel() for p in CacheFuser(wider).parameters()) > 9000
+    with pytest.raises(ConfigError, match="too few"):
+        build_own_bridge(bridge, parameters=100)
+    questions = [row.question for row in asked]
+    alone = bridge.generate(None, questions, max_new_tokens=12, do_sample=False)
+
+    def answers() -> list[str]:
+        own.save_pretrained(tmp_path)
+        arm = build_arm("own_source", setting(bridge, own_bridge=tmp_path))
+        said = arm.answer(asked)
+        assert said == [arm.answer([row])[0] for row in asked]
+        other = [row._replace(picture=Image.new("RGB", (8, 8))) for row in asked]
+        assert said == arm.answer(other)
+        assert {reply.relayed for reply in said} == {None}
+        return [reply.answer for reply in said]
+
+    assert answers() == [text.strip() for text in alone]  # untrained
+    open_up(own.fusers)
+    assert answers() != [text.strip() for text in alone]
+
+
+def test_an_aligned_training_counts_each_answer_token_over_the_fused_cache(bridge: Bridge) -> None:
+    own = build_own_bridge(bridge, parameters=9000).eval()
+    open_up(own.fusers, std=0.5)
+    questions, answers = ["is it red ?", "where ?"], ["the green apple", "left"]
+    losses = []
+    for question, answer in zip(questions, answers, strict=True):
+        cache = own.sources[OWN_NAME].prefill([SourceInput(text=question)])
+        fused = own.fuse(None, [question], {OWN_NAME: cache})
+        tokenizer = bridge.target.tokenizer
+        ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        last, past = fused["input_ids"][:, -1:], fused["past_key_values"]
+        for token in ids:
+            logits = bridge.target.model(last, past_key_values=past).logits[0, -1]
+            losses.append(-logits.log_softmax(-1)[token])
+            last = torch.tensor([[token]])
+    cache = own.sources[OWN_NAME].prefill([SourceInput(text=q) for q in questions])
+    found = aligned_loss(own, {OWN_NAME: cache}, questions, answers)
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+    found.backward()
+    assert all(param.grad is not None for param in own.fusers.parameters())
 
 
 # --- in an evaluation ------------------------------------------------------------------------

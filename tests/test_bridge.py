@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import align_all, patch_coordinates
-from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs, LinkConfig, Target
+from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs
 from mm_c2c.cache import LayerKV, PatchGrid, SourceCache
 from mm_c2c.errors import (
     AlignmentError,
@@ -29,10 +29,12 @@ from mm_c2c.errors import (
     UnsupportedError,
 )
 from mm_c2c.fuser import FuserConfig
+from mm_c2c.link import LinkConfig
 from mm_c2c.rope import RopeSpec, derotate, rotate
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.text import TextSource
 from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
+from mm_c2c.target import Target
 
 QUESTIONS = ("is it red ?", "Which sticker is above the apple ? answer with one word :")
 EYES = ("eyes", "slots")

@@ -8,6 +8,9 @@ from PIL import Image
 
 from mm_c2c import Bridge
 from mm_c2c.cli import main
+from mm_c2c.config import from_dict
+from mm_c2c.evaluation.arms.prompts import RelayPrompt, read_winner
+from mm_c2c.evaluation.prompt_search import PromptSearchConfig
 from mm_c2c.reference import models
 
 
@@ -96,6 +99,7 @@ def test_evaluate_takes_its_settings_from_the_command_line(
     printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert printed["n"] == 2
     assert printed["config"]["resamples"] == 20
+    assert "question_aware_relay" in printed["arms"]  # in the words that are shipped
     assert printed["config"]["items"] == f"{tmp_path.name}/mine.jsonl"
     # The items of a user have no true description, and a tiny pair has nothing to retain.
     assert "true_description" not in printed["arms"]
@@ -119,3 +123,12 @@ def test_prompts_writes_what_it_found(
     assert json.loads(out.read_text())["winner"]["template"] == "{caption} {question}"
     assert main(["prompts", "limit=1"]) == 1
     assert "items" in capsys.readouterr().err
+
+
+def test_the_shipped_search_has_a_winner_of_its_own_table() -> None:
+    path = models.HERE / "prompts.json"
+    result = json.loads(path.read_text())
+    settings = from_dict(PromptSearchConfig, result["config"])
+    assert len(result["table"]) == 4 * len(settings.requests) * len(settings.templates)
+    best = max(result["table"], key=lambda row: (row["in_a_sentence"][0], row["accuracy"][0]))
+    assert read_winner(path) == from_dict(RelayPrompt, best["prompt"])

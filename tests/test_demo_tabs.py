@@ -206,7 +206,7 @@ def test_shipped_results_are_shown_from_their_json() -> None:
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     shown = run_html(title)
     assert f"n = {summary['n']:,}" in shown
-    assert shown.count("<svg") == 2
+    assert shown.count("<svg") == len(summary["kinds"]) + 2
     assert f"<td>{100 * summary['arms']['fused']['accuracy'][0]:.1f}</td>" in shown
 
 

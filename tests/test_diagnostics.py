@@ -23,6 +23,7 @@ from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, effective
 from mm_c2c.evaluation.tasks import load_items
 from mm_c2c.images import load_image
 from mm_c2c.reference.models import SOURCE_NAME
+from mm_c2c.rope import derotate
 
 
 @pytest.fixture
@@ -82,15 +83,59 @@ def test_a_variant_fuses_only_what_it_says(
     torch.testing.assert_close(first[0].values, whole[0].values)
     assert torch.equal(first[1].values, alone[1].values)
     assert variants["3 x 3 slots"].config.links[0].num_slots == 9
-    half = read_layers(variants["every other slot"].perceive(pictures[0]).past_key_values)[0]
-    nothing = read_layers(variants["nothing"].perceive(pictures[0]).past_key_values)[0]
-    for own, fused, shut, found in zip(alone, whole, nothing, half, strict=True):
-        for index in range(2):
-            assert torch.equal(shut[index], own[index])
-            assert torch.equal(found[index][:, :, -3::2], own[index][:, :, -3::2])
-            written = slice(-4, None, 2)
-            torch.testing.assert_close(found[index][:, :, written], fused[index][:, :, written])
+    nothing = read_layers(variants["nothing written"].perceive(pictures[0]).past_key_values)[0]
+    for own, shut in zip(alone, nothing, strict=True):
+        assert torch.equal(shut.keys, own.keys)
+        assert torch.equal(shut.values, own.values)
     assert all(torch.equal(before[n], weight) for n, weight in trained.state_dict().items())
+
+
+def test_slots_that_are_taken_out_are_gone_and_the_others_close_up(
+    trained: Bridge, config: DiagnosticsConfig, pictures: list[Image.Image]
+) -> None:
+    (name,) = trained.fusers
+    variants = diagnostics._variants(trained, name, config)
+    whole, half = (variants[v].perceive(pictures[:2]) for v in ("whole", "every other slot"))
+    length = whole.input_ids.shape[1]
+    stay = [*range(length - 4), length - 4, length - 2]
+    assert half.input_ids.equal(whole.input_ids[:, stay])
+    old, new = (torch.tensor([places] * 2) for places in (stay, range(len(stay))))
+    for index, (fused, found) in enumerate(
+        zip(*(read_layers(seen.past_key_values)[0] for seen in (whole, half)), strict=True)
+    ):
+        assert torch.equal(found.values, fused.values[:, :, stay])
+        spec = trained.target.rope(length)[index]
+        torch.testing.assert_close(
+            derotate(found.keys, new, spec), derotate(fused.keys[:, :, stay], old, spec)
+        )
+    # The question comes right after them, and as far as it can see, nothing is missing.
+    fused_inputs = variants["every other slot"].fuse(half, ["What?", "Where?"])
+    assert fused_inputs["attention_mask"].shape == fused_inputs["input_ids"].shape
+    none = variants["no slots"].perceive(pictures[:2])
+    asked = variants["no slots"].fuse(none, ["What?", "What?"])
+    alone = trained.fuse(None, ["What?"])
+    assert asked["input_ids"].equal(alone["input_ids"].expand(2, -1))
+
+
+def test_a_stopped_diagnosis_goes_on_where_it_stopped(
+    trained: Bridge, config: DiagnosticsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    expected = diagnose(trained, config, out, progress=False)
+    assert expected == diagnose(trained, config, progress=False)
+    whole = (out / "answers.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    (out / "answers.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    asked = []
+    answer_rows = diagnostics._answer_rows
+    monkeypatch.setattr(
+        diagnostics, "_answer_rows", lambda *args: asked.append(args[0]) or answer_rows(*args)
+    )
+    assert diagnose(trained, config, out, progress=False) == expected
+    assert asked == list(expected["variants"])[2:]
+    assert (out / "answers.jsonl").read_text() == whole
+    with pytest.raises(ConfigError, match="resamples differ"):
+        diagnose(trained, dataclasses.replace(config, resamples=30), out, progress=False)
 
 
 def test_a_diagnosis_has_a_row_for_every_variant(
@@ -124,7 +169,7 @@ def test_a_diagnosis_has_a_row_for_every_variant(
     sizes = {load_image(tmp_path / "out" / name).size for name in names}
     assert sizes == {looks[0].picture.size}
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == html.count("aria-label=") == 5
     assert html.count("<img") == len(names)
 
 

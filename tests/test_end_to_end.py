@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from mm_c2c import CacheFuser, PatchGrid, SourceInput
-from mm_c2c.bridge import WEIGHTS_NAME, BridgeConfig, read_header
+from mm_c2c.bridge import BridgeConfig
 from mm_c2c.config import from_dict
 from mm_c2c.evaluation.report import brief
 from mm_c2c.evaluation.tasks import is_right, load_items
 from mm_c2c.images import load_image
 from mm_c2c.inspection import describe
+from mm_c2c.pretrained import WEIGHTS_NAME, read_header
 from mm_c2c.reference import models
 
 ROOT = Path(__file__).parent.parent

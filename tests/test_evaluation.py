@@ -15,7 +15,7 @@ from mm_c2c import Bridge, SourceInput
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Reply, Setting, build_arm
-from mm_c2c.evaluation.arms.fused import Shuffled, Zeroed
+from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.report import (
     brief,
@@ -29,7 +29,7 @@ from mm_c2c.evaluation.report import (
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, split_rows
 from mm_c2c.evaluation.statistics import hits_of
 from mm_c2c.evaluation.summary import swap_outcomes
-from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.evaluation.tasks import load_items, normalise, vqa_accuracy
 from mm_c2c.reference import models
 
 # Those that want files are in test_baselines.py.
@@ -236,13 +236,53 @@ def test_items_may_bring_their_own_options_and_no_kind(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text('{"image": "a.png", "question": "Q?", "answer": "B", "options": ["A", "B"]}\n')
     (item,) = load_items(path)
-    assert item == (tmp_path / "a.png", "question", "Q?", "B", ("A", "B"), None)
+    assert item == (tmp_path / "a.png", "question", "Q?", "B", ("A", "B"), None, ())
     path.write_text("\n")
     with pytest.raises(InputError, match="line 1"):
         load_items(path)
     path.write_text("")
     with pytest.raises(InputError, match="holds no items"):
         load_items(path)
+
+
+def test_vqa_accuracy_is_what_the_published_code_counts() -> None:
+    def published(answer: str, people: list[str]) -> float:
+        """Leave each person out, and see how many of the others agree."""
+        left_out = [people[:i] + people[i + 1 :] for i in range(len(people))]
+        scores = [min(1.0, others.count(answer) / 3) for others in left_out]
+        return sum(scores) / len(scores)
+
+    for count in (1, 3, 10):
+        for agree in range(count + 1):
+            people = ["stop"] * agree + ["go"] * (count - agree)
+            assert vqa_accuracy("stop", people) == pytest.approx(published("stop", people))
+    ten = ["two"] * 2 + ["a stop."] + ["no"] * 7
+    assert vqa_accuracy("2", ten) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
+    assert vqa_accuracy("Stop", ten) == pytest.approx(0.3)
+    assert normalise("Ten of the SEVEN") == "10 of 7"
+
+
+def test_an_evaluation_counts_agreement_where_people_were_asked(
+    bridge: Bridge, config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fused, "answer", lambda _, asked, *__: [Reply("dog")] * len(asked))
+    config = dataclasses.replace(config, arms=("fused", "source"), timed=0)
+    rows = [json.loads(line) for line in config.items.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["human_answers"] = ["dog"] * number + ["cat"] * (10 - number)
+    config.items.write_text("\n".join(map(json.dumps, rows)))
+    summary = evaluate(bridge, config, progress=False)
+    expected = [vqa_accuracy("dog", row["human_answers"]) for row in rows]
+    value, low, high = summary["arms"]["fused"]["vqa_accuracy"]
+    assert value == pytest.approx(sum(expected) / 5)
+    assert low < value < high
+    assert "| VQA |" in brief(summary)
+    assert "VQA" in text_table(summary)
+    del rows[0]["human_answers"]
+    config.items.write_text("\n".join(map(json.dumps, rows)))
+    summary = evaluate(bridge, config, progress=False)
+    assert "vqa_accuracy" not in summary["arms"]["fused"]
+    assert "VQA" not in brief(summary)
 
 
 def test_a_report_stands_beside_its_run_and_in_the_readme(
@@ -260,10 +300,10 @@ def test_a_report_stands_beside_its_run_and_in_the_readme(
     assert brief(read_back) in markdown(read_back)
     assert (out / "report.md").read_text() == markdown(read_back)
     shown = (out / "report.html").read_text()
-    assert shown.count("<svg") == 2
-    assert "caption_relay_options" in shown
+    assert shown.count("<svg") == shown.count("aria-label=") == 3  # all, the one kind, times
+    assert "caption relay, options shown" in shown
     assert page(summary, "again") == page(summary, "again")
-    assert page(summary, "again").count("<tr>") == 1 + len(PLAIN_ARMS)
+    assert page(summary, "again").count("<tr>") == 2 * (1 + len(PLAIN_ARMS))
     with pytest.raises(InputError, match="no lines"):
         write_readme(out / "report.md", "x")
     with pytest.raises(InputError, match="no finished run"):

@@ -14,7 +14,7 @@ from transformers import AutoModel, DynamicCache, LlamaForCausalLM, PreTrainedTo
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import align_pooled
-from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import (
     CacheOrigin,
     LayerKV,
@@ -29,6 +29,7 @@ from mm_c2c.errors import InputError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.geometry import Geometry, find, pair_costs, table, training_memory
 from mm_c2c.inspection import describe_pair
+from mm_c2c.link import LinkConfig
 from mm_c2c.rope import RopeSpec
 
 NAMES = list(table())

@@ -188,6 +188,8 @@ def test_a_set_of_the_hub_gives_items(
         "textvqa": [("text", "stop", ())],
     }
     assert [(item.kind, item.answer, item.options) for item in items] == expected[name]
+    people = {"vqav2": ANSWERS, "textvqa": ANSWERS[::-1]}
+    assert items[0].human_answers == tuple(people.get(name, ()))
     assert items[0].picture().getpixel((0, 0)) == (0, 0, 255)
     assert sets.write_set(name, tmp_path, limit=1) == 1
 

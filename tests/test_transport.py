@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_c2c import Bridge, SourceCache, SourceInput, load_cache, save_cache
-from mm_c2c.bridge import WEIGHTS_NAME
 from mm_c2c.cache import CacheOrigin, LayerKV, PatchGrid, PositionKind
 from mm_c2c.errors import MismatchError
+from mm_c2c.pretrained import WEIGHTS_NAME
 from mm_c2c.reference.models import SOURCE_NAME
 from mm_c2c.rope import RopeSpec
 from mm_c2c.transport import FORMAT, _checksum

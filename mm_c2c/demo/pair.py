@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Target
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.images import load_image
+from mm_c2c.link import LinkConfig
 from mm_c2c.reference.models import (
     BRIDGE_FOLDER,
     HERE,
@@ -28,6 +29,7 @@ from mm_c2c.reference.models import (
     load_source,
 )
 from mm_c2c.reference.scenes import CAPTION_REQUEST
+from mm_c2c.target import Target
 
 PROMPTS = BRIDGE_FOLDER / "prompts.json"
 ITEMS = HERE / "unseen_style" / "items.jsonl"

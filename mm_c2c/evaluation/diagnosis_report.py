@@ -16,7 +16,15 @@ from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attribute, overlay
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, spread_items
-from mm_c2c.evaluation.report import STYLE, new_figure, pipe_table, svg
+from mm_c2c.evaluation.report import (
+    AXIS_POINTS,
+    html_page,
+    html_table,
+    new_figure,
+    pipe_table,
+    quieten,
+    svg,
+)
 from mm_c2c.evaluation.results import write_json
 from mm_c2c.evaluation.tasks import load_items
 
@@ -30,9 +38,9 @@ _MAPS = (
     "answered so."
 )
 _SLOTS = (
-    "Retention: (accuracy - nothing written) / (all slots - nothing written). *Pooled*: the "
-    "picture gets so many slots. *Masked*: it gets all of them, the others stay as the target's "
-    "own."
+    "Retention: (accuracy - no slots) / (all slots - no slots). *Pooled*: the whole picture in so "
+    "many slots. *Taken out*: so many of all its slots; the others are taken out of the cache, and "
+    "those that stay close up."
 )
 _COSINE = (
     "Between what the target's attention returns at the question's words and what it returns "
@@ -117,12 +125,17 @@ def markdown(result: dict[str, Any], looks: list[Look]) -> str:
 def page(result: dict[str, Any], looks: list[Look]) -> str:
     """One HTML file with its plots and pictures inside."""
     body = [f"<p>n = {result['n']:,}, exact match, 95 % bootstrap intervals.</p>"]
-    plots = {"Slots": plot_slots(result), "Layers": plot_layers(result)}
+    plots = {
+        "Parts": [plot_variants(result)],
+        "Slots": [plot_slots(result)],
+        "Layers": plot_layers(result),
+    }
     for title, note, rows in _tables(result):
         body.append(f"<h2>{title}</h2>")
         body += [f"<p>{html.escape(note.replace('*', ''))}</p>"] if note else []
-        body += [f"<figure>{plots[title]}</figure>"] if title in plots else []
-        body.append(_html_table(rows))
+        panels = "".join(f"<figure>{plot}</figure>" for plot in plots[title])
+        body.append(f'<div class="plots">{panels}</div>' if len(plots[title]) > 1 else panels)
+        body.append(html_table(rows))
     if looks:
         body.append(f"<h2>Maps</h2><p>{html.escape(_MAPS.replace('*', ''))}</p>")
     for seen in looks:
@@ -133,19 +146,33 @@ def page(result: dict[str, Any], looks: list[Look]) -> str:
         )
         asked = f"<em>{html.escape(seen.question)}</em> {html.escape(seen.answer)}"
         body.append(f'<p>{asked}</p><div class="maps">{cells}</div>')
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><title>Diagnosis</title>'
-        f"<style>{STYLE}{_MAP_STYLE}</style><h1>Diagnosis</h1>{''.join(body)}</html>"
-    )
+    return html_page("Diagnosis", "".join(body))
+
+
+def plot_variants(result: dict[str, Any]) -> str:
+    """SVG: what is right with parts of the fuser switched off, with intervals."""
+    rows = result["variants"]
+    figure = new_figure(4.6, 0.5 + 0.18 * len(rows))
+    axes = figure.subplots()
+    for place, (value, low, high) in enumerate(rows.values()):
+        error = [[100 * (value - low)], [100 * (high - value)]]
+        axes.errorbar(100 * value, place, xerr=error, fmt="o", markersize=4, color="C0")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("right, %", fontsize=AXIS_POINTS)
+    axes.grid(axis="x", color="0.9")
+    quieten(axes)
+    told = "; ".join(f"{label} {100 * row[0]:.1f}" for label, row in rows.items())
+    return svg(figure, f"Right, in percent: {told}")
 
 
 def plot_slots(result: dict[str, Any]) -> str:
     """SVG: what is left of the gain with fewer slots, with intervals."""
-    figure = new_figure(7, 3.4)
+    figure = new_figure(4.6, 2.8)
     axes = figure.subplots()
     rows = [row for row in result["slots"] if None not in row["retention"]]
-    for how, mark in (("pooled", "o-"), ("masked", "s")):
+    for how, mark in (("pooled", "o-"), ("taken out", "s")):
         shown = [row for row in rows if row["how"] == how]
         if not shown:
             continue
@@ -155,49 +182,45 @@ def plot_slots(result: dict[str, Any]) -> str:
             [v[0] for v in values],
             yerr=[[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]],
             fmt=mark,
-            capsize=3,
+            markersize=4,
             label=how,
         )
     axes.axhline(100, color="0.8", linewidth=0.8, zorder=0)
-    axes.set_xlabel("slots that are written")
-    axes.set_ylabel("retention, %")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("slots that the target sees", fontsize=AXIS_POINTS)
+    axes.set_ylabel("retention, %", fontsize=AXIS_POINTS)
+    quieten(axes)
     if rows:
-        axes.legend(frameon=False)
-    return svg(figure)
+        axes.legend(frameon=False, fontsize=AXIS_POINTS)
+    told = "; ".join(
+        f"{row['slots']} {row['how']}: {100 * row['retention'][0]:.0f}" for row in rows
+    )
+    return svg(figure, f"Retention in percent, by slots that the target sees: {told}")
 
 
-def plot_layers(result: dict[str, Any]) -> str:
-    """SVG: gates, effective ranks and cosines, a layer each."""
-    cosine = result["attention_cosine"]
-    figure = new_figure(10, 3.2)
-    gates, ranks, *rest = figure.subplots(1, 2 + bool(cosine))
-    layers = range(len(result["gates"]))
-    for index, name in enumerate(_KV):
-        colour = f"C{index}"
-        gates.plot(layers, [row[index] for row in result["gates"]], color=colour, label=name)
-        for when, style in (("before", ":"), ("after", "-")):
-            values = [row[index] for row in result["effective_rank"][when]]
-            ranks.plot(layers, values, style, color=colour, label=f"{name}, {when}")
-    gates.set_title("gate")
-    gates.set_ylim(0, 1)
-    ranks.set_title("effective rank of the slots")
-    ranks.set_ylim(0, None)
-    for axes in rest:
-        for when, style in (("before", ":"), ("after", "-")):
-            axes.plot(layers, cosine[when], style, color="C2", label=when)
-        axes.set_title("cosine to a true description")
-    for axes in (gates, ranks, *rest):
-        axes.set_xlabel("target layer")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    return svg(figure)
+def plot_layers(result: dict[str, Any]) -> list[str]:
+    """SVGs: gates, effective ranks and cosines, a layer each."""
+    ranks, cosine = result["effective_rank"], result["attention_cosine"]
+    gates = {k: [row[i] for row in result["gates"]] for i, k in enumerate(_KV)}
+    both = ("before", "after")
+    rank = {f"{k}, {w}": [row[i] for row in ranks[w]] for i, k in enumerate(_KV) for w in both}
+    plots = [_plot_lines("gate", gates), _plot_lines("effective rank of the slots", rank)]
+    return plots + ([_plot_lines("cosine to a true description", cosine)] if cosine else [])
 
 
-_MAP_STYLE = (
-    ".maps{display:grid;grid-template-columns:repeat(3,1fr);gap:.5rem}.maps figure{margin:0}"
-    ".maps img{width:100%}figcaption{font-size:.85rem}"
-)
+def _plot_lines(title: str, lines: dict[str, list[float]]) -> str:
+    """One value a layer; what was before fusing is dotted."""
+    figure = new_figure(3.4, 2.8)
+    axes = figure.subplots()
+    for name, values in lines.items():
+        colour = "C1" if name.startswith("V") else "C0"
+        axes.plot(values, ":" if name.endswith("before") else "-", color=colour, label=name)
+    axes.set_title(title, fontsize=AXIS_POINTS + 1)
+    axes.set_xlabel("target layer", fontsize=AXIS_POINTS)
+    axes.set_ylim(min(0, axes.get_ylim()[0]), None)
+    quieten(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=AXIS_POINTS)
+    told = "; ".join(f"{n} from {min(v):.2f} to {max(v):.2f}" for n, v in lines.items())
+    return svg(figure, f"{title}, a layer: {told}")
 
 
 def _tables(result: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
@@ -228,7 +251,7 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
             row.append(f"{before:.3f}, {after:.3f}")
     return [
         ("Parts", "", [["variant", "accuracy", "95 %"], *variants]),
-        ("Slots", _SLOTS, [["slots", "others", "accuracy", "retention"], *slots]),
+        ("Slots", _SLOTS, [["slots", "how", "accuracy", "retention"], *slots]),
         ("Layers", f"Cosine: {_COSINE}" if cosine else "", [head, *layers]),
     ]
 
@@ -260,14 +283,3 @@ def _data_url(picture: Image.Image) -> str:
     with io.BytesIO() as file:
         picture.save(file, "PNG")
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    return (
-        f'<div class="scroll"><table><tr>{top}</tr>'
-        + "".join(f"<tr>{line}</tr>" for line in lines)
-        + "</table></div>"
-    )

@@ -3,6 +3,9 @@
 `mm-c2c diagnose` asks the same questions with keys only, values only, the first layers only, each
 fifth of the layers left out, every other slot and other numbers of slots; and measures gates,
 effective ranks, and how near the target's attention comes to that over a true description.
+
+A folder keeps `config.json` and `answers.jsonl` (one line an item and variant): what was stopped
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +21,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
-from mm_c2c.align import Alignment
-from mm_c2c.bridge import Bridge, LinkConfig, Perception
-from mm_c2c.cache import SourceCache, read_layers
+from mm_c2c.bridge import Bridge, Perception
+from mm_c2c.cache import (
+    LayerKV,
+    SourceCache,
+    cut_layers,
+    keeps_states,
+    read_layers,
+    repeat_rows,
+)
+from mm_c2c.config import to_dict
 from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
-from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of, retention
+from mm_c2c.evaluation.results import JsonLines, claim, hold
+from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
+from mm_c2c.link import LinkConfig
+from mm_c2c.pretrained import fingerprint
+from mm_c2c.rope import derotate, rotate
 from mm_c2c.sources.base import SourceInput
 
 _PARTS = 5
@@ -63,44 +79,63 @@ class DiagnosticsConfig:
     seed: int = 0
 
 
-def diagnose(bridge: Bridge, config: DiagnosticsConfig, *, progress: bool = True) -> dict[str, Any]:
+def diagnose(
+    bridge: Bridge, config: DiagnosticsConfig, out: Path | None = None, *, progress: bool = True
+) -> dict[str, Any]:
     """Switch off parts and ask again.
 
     Args:
         bridge: a trained bridge; it is not changed.
         config: settings.
+        out: folder of the run; what was answered there is not asked again. None keeps nothing.
         progress: whether to show a bar.
 
     Returns:
         Plain values. Values with an interval are [value, low, high].
         `variants`: accuracy by name.
-        `slots`: a row for each number of slots, with `slots` that are written, `how` (`pooled` or
-        `masked`: as many slots as before, the others left as the target's own), `accuracy`, and
-        `retention`, (accuracy - nothing) / (whole - nothing), None where that divides by 0.
+        `slots`: a row for each number of slots that the target sees, with `slots`, `how` (`pooled`:
+        the picture in so many; `taken out`: of as many as before the others are taken out of the
+        cache), `accuracy`, and `retention`, (accuracy - no slots) / (whole - no slots), None where
+        that divides by 0.
         `gates`: `(layers, 2)`, K and V.
         `effective_rank`: of the slots' K and V, `(layers, 2)` each, `before` and `after` fusing.
         `attention_cosine`: a value a layer, `before` and `after` fusing: between what attention
         returns at the question's words and what it returns where the target reads a true
         description; None without descriptions.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings, or another process writes in it.
     """
+    with hold(out):
+        return _run(bridge, config, out, progress=progress)
+
+
+def _run(
+    bridge: Bridge, config: DiagnosticsConfig, out: Path | None, *, progress: bool
+) -> dict[str, Any]:
     items = load_items(config.items, config.limit)
     link = slots_link(bridge, config.source)
     name = link.name
     variants = _variants(bridge, name, config)
+    if out is not None:
+        # Folder and name: a result is read on other machines.
+        place = "/".join(config.items.parts[-2:])
+        claim(
+            out,
+            {**to_dict(config), "items": place, "fuser": fingerprint(bridge.fusers.state_dict())},
+        )
+    hits = _ask_all(variants, items, config, out, progress=progress)
     draws = draw_resamples(len(items), config.resamples, config.seed)
-    hits = {}
-    for label, variant in tqdm(variants.items(), desc="variants", disable=not progress):
-        hits[label] = hits_of(_ask(variant, items, config))
     results = {label: list(accuracy(found, draws)) for label, found in hits.items()}
     kept = {
         label: [
             None if math.isnan(value) else value
-            for value in retention(found, hits["nothing"], hits["whole"], draws)
+            for value in retention(found, hits["no slots"], hits["whole"], draws)
         ]
         for label, found in hits.items()
     }
     pictures = [item.picture() for item in spread_items(items, config.rank_pictures)]
-    closed = variants["nothing"]
+    closed = variants["nothing written"]
     return {
         "n": len(items),
         "variants": results,
@@ -179,9 +214,11 @@ def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str,
         masks[f"without layers {start} to {end - 1}"] = open_gates & ~inside[:, None]
     variants = {
         "whole": bridge,
-        "nothing": scale_gates(bridge, name, torch.tensor(0.0)),
-        "every other slot": _EveryOther.of(bridge),
+        "no slots": _copied(bridge, _NoSlots),
+        "nothing written": scale_gates(bridge, name, torch.tensor(0.0)),
     }
+    if not keeps_states(DynamicCache(config=bridge.target.model.config)):
+        variants["every other slot"] = _copied(bridge, _EveryOtherSlot)
     variants |= {label: scale_gates(bridge, name, mask.float()) for label, mask in masks.items()}
     # A resampler has learned one number of slots.
     pooled = _fuser(bridge, name).resampler is None
@@ -200,33 +237,61 @@ def scale_gates(bridge: Bridge, name: str, factor: Tensor) -> Bridge:
         factor: in [0, 1], one number or `(layers, 2)`: 1 leaves a gate as it is, bit for bit, and
             0 shuts it. A straight-through gate knows no degrees: below a half it is shut.
     """
-    new = Bridge(bridge.target, bridge.sources, bridge.config)
-    new.load_state_dict(bridge.state_dict())
+    new = _copied(bridge)
     logits = _fuser(new, name).gate_logits
     scaled = torch.logit(torch.sigmoid(logits) * factor)
     logits.copy_(torch.where(factor == 1, logits, scaled))
+    return new
+
+
+def _copied(bridge: Bridge, kind: type[Bridge] = Bridge, **changes: Any) -> Bridge:
+    """A bridge of the same weights over the same models."""
+    new = kind(bridge.target, bridge.sources, dataclasses.replace(bridge.config, **changes))
+    new.load_state_dict(bridge.state_dict())
     return new.eval()
 
 
-class _EveryOther(Bridge):
-    """Every other slot, in reading order, stays as the target's own."""
+class _NoSlots(Bridge):
+    """The prompt without slots."""
 
-    @classmethod
-    def of(cls, bridge: Bridge) -> _EveryOther:
-        new = cls(bridge.target, bridge.sources, bridge.config)
-        new.load_state_dict(bridge.state_dict())
-        return new.eval()
+    def fuse_slots(
+        self, caches: Mapping[str, SourceCache], keep: Mapping[str, Tensor] | None = None
+    ) -> Perception:
+        blank = super().fuse_slots({})
+        (rows,) = {cache.batch_size for cache in caches.values()}
+        cache = repeat_rows(blank.past_key_values, rows)
+        return Perception(blank.input_ids.expand(rows, -1), cache)
 
-    def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
-        whole = super()._align_slots(link, source, index)
-        written = torch.arange(link.num_slots, device=index.device) % 2 == 0
-        return dataclasses.replace(whole, mask=whole.mask & written)
+
+class _EveryOtherSlot(Bridge):
+    """Half of the slots, in reading order, are taken out of the cache; the others close up.
+
+    A slot that is only left unwritten would still be seen, as the target's own.
+    """
+
+    def fuse_slots(
+        self, caches: Mapping[str, SourceCache], keep: Mapping[str, Tensor] | None = None
+    ) -> Perception:
+        seen = super().fuse_slots(caches, keep)
+        count = sum(link.num_slots for link in self.config.links if link.source in caches)
+        places = torch.arange(seen.input_ids.shape[1], device=self.device)
+        start = len(places) - count
+        old = torch.cat([places[:start], places[start::2]])
+        moved, new = old.expand(seen.batch_size, -1), places[: len(old)].expand(seen.batch_size, -1)
+        rope = self.target.rope(len(places))
+        layers, indices = read_layers(seen.past_key_values)
+        left = {}
+        for index, (keys, values) in zip(indices, layers, strict=True):
+            plain = derotate(keys[:, :, old], moved, rope[index])
+            left[index] = LayerKV(rotate(plain, new, rope[index]), values[:, :, old])
+        return Perception(seen.input_ids[:, old], cut_layers(seen.past_key_values, left))
 
 
 def _slot_counts(link: LinkConfig, variants: dict[str, Bridge]) -> list[tuple[str, int, str]]:
-    """Label, slots that are written, and how the others went; by number of slots."""
-    rows = [("nothing", 0, "masked"), ("every other slot", -(-link.num_slots // 2), "masked")]
-    rows.append(("whole", link.num_slots, "pooled"))
+    """Label, slots that the target sees, and how they came about; by number of slots."""
+    rows = [("no slots", 0, "taken out"), ("whole", link.num_slots, "pooled")]
+    if "every other slot" in variants:
+        rows.append(("every other slot", -(-link.num_slots // 2), "taken out"))
     for label, variant in variants.items():
         (new,) = (other for other in variant.config.links if other.name == link.name)
         if new.num_slots != link.num_slots:
@@ -240,9 +305,7 @@ def _with_grid(bridge: Bridge, name: str, rows: int, cols: int) -> Bridge:
         dataclasses.replace(link, rows=rows, cols=cols) if link.name == name else link
         for link in bridge.config.links
     )
-    new = Bridge(bridge.target, bridge.sources, dataclasses.replace(bridge.config, links=links))
-    new.load_state_dict(bridge.state_dict())
-    return new.eval()
+    return _copied(bridge, links=links)
 
 
 def spread_items(items: list[Item], count: int) -> list[Item]:
@@ -273,14 +336,44 @@ def _cosines(
     return {label: torch.stack(rows).mean(0).tolist() for label, rows in found.items()}
 
 
-def _ask(bridge: Bridge, items: list[Item], config: DiagnosticsConfig) -> list[bool]:
-    arm = Fused(Setting(bridge=bridge, source_name=config.source, request=""))
-    right = []
-    for start in range(0, len(items), config.batch_size):
-        batch = items[start : start + config.batch_size]
-        replies = arm.answer([Asked(item.picture(), item.question) for item in batch])
-        right += [is_right(r.answer, item.answer) for r, item in zip(replies, batch, strict=True)]
-    return right
+def _ask_all(
+    variants: dict[str, Bridge],
+    items: list[Item],
+    config: DiagnosticsConfig,
+    out: Path | None,
+    *,
+    progress: bool,
+) -> dict[str, Hits]:
+    """Which items each variant answers right; a batch at a time is kept."""
+    starts = range(0, len(items), config.batch_size)
+    todo = [(label, items[i : i + config.batch_size]) for label in variants for i in starts]
+    ends = list(itertools.accumulate(len(batch) for _, batch in todo))
+    answers = JsonLines(out / "answers.jsonl" if out else None, ends)
+    bar = tqdm(todo, desc="variants", disable=not progress)
+    for (label, batch), end in zip(bar, ends, strict=True):
+        if end > len(answers.rows):
+            answers.append(_answer_rows(label, variants[label], batch, config.source))
+    hits: dict[str, list[bool]] = {label: [] for label in variants}
+    for row in answers.rows:
+        hits[row["variant"]].append(is_right(row["answer"], row["gold"]))
+    return {label: hits_of(found) for label, found in hits.items()}
+
+
+def _answer_rows(
+    label: str, bridge: Bridge, batch: list[Item], source: str
+) -> list[dict[str, Any]]:
+    arm = Fused(Setting(bridge=bridge, source_name=source, request=""))
+    replies = arm.answer([Asked(item.picture(), item.question) for item in batch])
+    return [
+        {
+            "variant": label,
+            "image": item.image.name,
+            "question": item.question,
+            "gold": item.answer,
+            "answer": reply.answer,
+        }
+        for reply, item in zip(replies, batch, strict=True)
+    ]
 
 
 def slot_ranks(bridge: Bridge, perception: Perception) -> Tensor:

@@ -13,7 +13,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ _NAMES = {
     "source": "source answers itself",
     "shuffled": "control: another picture's cache",
     "zeroed": "control: empty cache",
+    "own_source": "control: the target as its own source",
 }
-_CONTROLS = ("shuffled", "zeroed")
+_CONTROLS = ("shuffled", "zeroed", "own_source")
+_ACCENT, _PLAIN, _FAINT = "C0", "0.25", "0.6"
+AXIS_POINTS = 8
 _AXIS = "right, wordy or not, %"
 _MARKS = ("<!-- results: mm-c2c evaluate -->", "<!-- end of results -->")
 
@@ -43,8 +46,16 @@ def text_table(summary: dict[str, Any]) -> str:
     """For a terminal."""
     kinds = list(summary["kinds"])
     rows = [
-        ["arm", "all", "95 %", "wordy", *kinds, "first token", "total"],
-        *([name, *_arm_cells(summary, name, kinds)] for name in summary["arms"]),
+        ["arm", *_head(summary), *kinds, "first token", "total"],
+        *(
+            [
+                name,
+                *_accuracy_cells(summary, name),
+                *_kind_cells(summary, name),
+                *_time_cells(summary, name),
+            ]
+            for name in summary["arms"]
+        ),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -71,56 +82,73 @@ def brief(summary: dict[str, Any]) -> str:
         "right option and no other; *fused ahead by* counts wordy answers as right, in points "
         "(McNemar's p < 0.001 where not said)."
     )
+    if _VQA in _head(summary):
+        head += f" *{_VQA}*: VQA accuracy, how many of those asked agree."
     if times:
         head += f" Times: median of {times} warm runs, raw picture and question in."
-    rows = [["", "accuracy", "95 %", "wordy", "fused ahead by", "first token", "total"]]
-    for name in summary["arms"]:
-        cells = _arm_cells(summary, name, ())
-        rows.append([_NAMES.get(name, name), *cells[:3], _lead(summary, name), *cells[3:]])
+    rows = [["", *_head(summary), "fused ahead by", "first token", "total"]]
+    rows += [[_NAMES.get(name, name), *_row(summary, name)] for name in summary["arms"]]
     found = "\n".join(f"- {line}" for line in _findings(summary))
     return f"{head}\n\n{pipe_table(rows)}\n\n{found}\n"
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """For a page that renders Markdown: what `brief` says, and accuracy by kind of question."""
-    kinds = list(summary["kinds"])
     by_kind = [
         ["", *(f"{kind} ({count})" for kind, count in summary["kinds"].items())],
-        *(
-            [name.replace("_", " "), *_arm_cells(summary, name, kinds)[3:-2]]
-            for name in summary["arms"]
-        ),
+        *([_short(name), *_kind_cells(summary, name)] for name in summary["arms"]),
     ]
     return f"{brief(summary)}\n{pipe_table(by_kind)}\n"
 
 
 def page(summary: dict[str, Any], title: str) -> str:
     """One HTML file with its plots inside."""
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(title)}</h1>{report_body(summary)}</html>"
-    )
+    return html_page(title, report_body(summary))
 
 
 def report_body(summary: dict[str, Any]) -> str:
-    """What `page` shows beneath its title, for a page that has its own style."""
-    kinds = list(summary["kinds"])
-    head = ["arm", "accuracy", "95 %", "wordy", *kinds, "first token", "total", "fused ahead by"]
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (name, *cells, _lead(summary, name)))
-        + "</tr>"
-        for name, cells in ((n, _arm_cells(summary, n, kinds)) for n in summary["arms"])
-    )
+    """What `page` shows beneath its title, for a page that has a style of its own."""
+    arms = summary["arms"]
+    shown = {name: _plain(_NAMES.get(name, name)) for name in arms}
+    overall = [["", *_head(summary), "fused ahead by", "first token", "total"]]
+    overall += [[shown[name], *_row(summary, name)] for name in arms]
+    by_kind = [["", *(f"{kind}\nn = {count:,}" for kind, count in summary["kinds"].items())]]
+    by_kind += [[shown[name], *_kind_cells(summary, name, spans=True)] for name in arms]
     found = "".join(f"<li>{html.escape(_plain(line))}</li>" for line in _findings(summary))
+    panels = "".join(f"<figure>{plot_kind(summary, k)}</figure>" for k in (None, *summary["kinds"]))
+    times = plot_times(summary)
     return (
-        f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals.</p>"
-        f"<figure>{plot_kinds(summary)}</figure><figure>{plot_times(summary)}</figure>"
-        '<div class="scroll" tabindex="0" role="region" aria-label="All arms"><table><tr>'
-        + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        + f"</tr>{body}</table></div><ul>{found}</ul>"
+        f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals. "
+        "<em>Wordy</em> also accepts a sentence that names the right option and no other.</p>"
+        f"{html_table(overall)}<ul>{found}</ul>"
+        f'<h2>By kind of question</h2><p>Right, wordy or not.</p><div class="plots">{panels}</div>'
+        f"<p>Exact match:</p>{html_table(by_kind)}"
+        + (f"<h2>Accuracy against time</h2><figure>{times}</figure>" if times else "")
+    )
+
+
+def html_page(title: str, body: str) -> str:
+    """A page that reads on a phone too; `body` is HTML."""
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1>{body}</html>"
+    )
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain cells, of which any may have several lines; the first row is its head."""
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    lines = [
+        f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:])
+        for row in body
+    ]
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table><tr>{top}</tr>'
+        + "".join(f"<tr>{line}</tr>" for line in lines)
+        + "</table></div>"
     )
 
 
@@ -139,31 +167,33 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def plot_kinds(summary: dict[str, Any]) -> str:
-    """SVG: what each arm got right by kind of question, in whatever words, with intervals."""
-    kinds = list(summary["kinds"])
-    arms = summary["arms"]
-    figure = new_figure(10, 3.6)
+def plot_kind(summary: dict[str, Any], kind: str | None = None) -> str:
+    """SVG: what each arm got right of one kind of question, or of all, with intervals."""
+    rows = {
+        name: row["in_a_sentence"] if kind is None else row["kinds_in_a_sentence"][kind]
+        for name, row in summary["arms"].items()
+    }
+    count = summary["n"] if kind is None else summary["kinds"][kind]
+    figure = new_figure(3.4, 0.55 + 0.18 * len(rows))
     axes = figure.subplots()
-    width = 0.8 / len(arms)
-    for index, (name, row) in enumerate(arms.items()):
-        values = [row["in_a_sentence"], *(row["kinds_in_a_sentence"][kind] for kind in kinds)]
-        places = [i + (index - (len(arms) - 1) / 2) * width for i in range(len(values))]
-        axes.bar(
-            places,
-            [100 * v[0] for v in values],
-            width,
-            yerr=[[100 * (v[0] - v[1]) for v in values], [100 * (v[2] - v[0]) for v in values]],
-            error_kw={"linewidth": 0.8},
-            label=name.replace("_", " "),
-            color=f"C{index}",
+    for place, (name, values) in enumerate(rows.items()):
+        value, low, high = (100 * x for x in values)
+        axes.errorbar(
+            value,
+            place,
+            xerr=[[value - low], [high - value]],
+            fmt="o",
+            markersize=4,
+            color=_ACCENT if name == "fused" else _FAINT if name in _CONTROLS else _PLAIN,
         )
-    axes.set_xticks(range(len(kinds) + 1), ["all", *kinds])
-    axes.set_ylabel(_AXIS)
-    axes.set_ylim(0, 100)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    return svg(figure)
+    axes.set_yticks(range(len(rows)), map(_short, rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
+    axes.grid(axis="x", color="0.9")
+    axes.set_title(f"{kind or 'all'} (n = {count:,})", fontsize=AXIS_POINTS + 1)
+    quieten(axes)
+    told = "; ".join(f"{_short(name)} {_span(values)}" for name, values in rows.items())
+    return svg(figure, f"{kind or 'All'} questions, {_AXIS}: {told}")
 
 
 def plot_times(summary: dict[str, Any]) -> str:
@@ -171,29 +201,37 @@ def plot_times(summary: dict[str, Any]) -> str:
 
     Empty where nothing was timed; controls are left out.
     """
-    if not summary["time"]:
+    rows = {name: row for name, row in summary["time"].items() if name not in _CONTROLS}
+    if not rows:
         return ""
-    figure = new_figure(7, 3.4)
+    figure = new_figure(4.6, 2.8 + 0.1 * len(rows))
     axes = figure.subplots()
-    for index, (name, row) in enumerate(summary["time"].items()):
-        if name in _CONTROLS:
-            continue
-        value, low, high = (100 * v for v in summary["arms"][name]["in_a_sentence"])
+    told = []
+    for index, (name, row) in enumerate(rows.items()):
+        values = summary["arms"][name]["in_a_sentence"]
+        value, low, high = (100 * v for v in values)
         axes.errorbar(
             row["ttft_ms"],
             value,
             yerr=[[value - low], [high - value]],
-            fmt="o",
+            fmt="o^s"[index // 5 % 3],  # colours alone are hard to tell apart
             color=f"C{index}",
-            label=name.replace("_", " "),
+            label=_short(name),
         )
-    axes.set_xlabel("first token, ms (median)")
-    axes.set_ylabel(_AXIS)
+        told.append(f"{_short(name)} {_span(values)} after {row['ttft_ms']:.0f} ms")
+    axes.set_xlabel("first token, ms (median)", fontsize=AXIS_POINTS)
+    axes.set_ylabel(_AXIS, fontsize=AXIS_POINTS)
     axes.set_ylim(0, 100)
     axes.set_xlim(0, None)
+    quieten(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=AXIS_POINTS)
+    return svg(figure, f"{_AXIS}, against the time to the first token: {'; '.join(told)}")
+
+
+def quieten(axes: Any) -> None:
+    """Small labels, and no frame where there is no scale."""
+    axes.tick_params(labelsize=AXIS_POINTS, length=2)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
-    return svg(figure)
 
 
 def write_readme(path: Path, text: str) -> None:
@@ -221,32 +259,62 @@ def write_report(run: Path, readme: Path | None = None) -> None:
         ) from error
     text = markdown(summary)
     (run / "report.md").write_text(text, encoding="utf-8")
-    (run / "report.html").write_text(page(summary, summary["config"]["items"]), encoding="utf-8")
+    (run / "report.html").write_text(
+        page(summary, f"Evaluation: {summary['config']['items']}"), encoding="utf-8"
+    )
     if readme is not None:
         write_readme(readme, brief(summary))
 
 
-STYLE = (
+_STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;font-size:.85rem}.scroll{overflow-x:auto}"
-    "td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
-    "td:first-child,th:first-child{text-align:left}figure{margin:1rem 0}svg{width:100%;height:auto}"
+    "h1{font-size:1.6rem;overflow-wrap:anywhere}h2{font-size:1.25rem;margin-top:2rem}"
+    ".scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}"
+    "td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:pre}"
+    "th{vertical-align:bottom}th[scope=row],th:first-child{font-weight:400;text-align:left;"
+    "white-space:normal;vertical-align:top;min-width:6rem;position:sticky;left:0;background:#fff}"
+    "figure{margin:1rem 0}svg,img{max-width:100%;height:auto}"
+    ".plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));"
+    "gap:0 1rem}.maps{display:grid;gap:0 1rem;"
+    "grid-template-columns:repeat(auto-fill,minmax(max(9rem,30%),1fr))}"
+    ".plots svg,.maps img{width:100%}figcaption{font-size:.85rem}"
 )
+_VQA = "VQA"
 
 
-def _arm_cells(summary: dict[str, Any], name: str, kinds: Iterable[str]) -> list[str]:
-    """Accuracy, interval, wordy, each kind, first token, total."""
+def _head(summary: dict[str, Any]) -> list[str]:
+    """What `_accuracy_cells` are; VQA accuracy where it was counted."""
+    counted = all("vqa_accuracy" in row for row in summary["arms"].values())
+    return ["accuracy", "95 %", "wordy", *([_VQA] if counted else [])]
+
+
+def _row(summary: dict[str, Any], name: str) -> list[str]:
+    """An arm's accuracy, the lead over it, and its times."""
+    cells = _accuracy_cells(summary, name)
+    return [*cells, _lead(summary, name), *_time_cells(summary, name)]
+
+
+def _accuracy_cells(summary: dict[str, Any], name: str) -> list[str]:
     row = summary["arms"][name]
     value, low, high = row["accuracy"]
+    cells = [_percent(value), f"{_percent(low)} to {_percent(high)}"]
+    cells.append(_percent(row["in_a_sentence"][0]))
+    return [*cells, _percent(row["vqa_accuracy"][0])] if _VQA in _head(summary) else cells
+
+
+def _kind_cells(summary: dict[str, Any], name: str, *, spans: bool = False) -> list[str]:
+    """Accuracy in each kind of question, with its interval in a line of its own or without."""
+    cells = []
+    for value, low, high in summary["arms"][name]["kinds"].values():
+        below = f"\n{_percent(low)} to {_percent(high)}" if spans else ""
+        cells.append(_percent(value) + below)
+    return cells
+
+
+def _time_cells(summary: dict[str, Any], name: str) -> list[str]:
+    """Time to the first token and to the last."""
     time = summary["time"].get(name)
-    return [
-        _percent(value),
-        f"{_percent(low)} to {_percent(high)}",
-        _percent(row["in_a_sentence"][0]),
-        *(_percent(row["kinds"][kind][0]) for kind in kinds),
-        f"{time['ttft_ms']:.0f} ms" if time else "",
-        f"{time['total_ms']:.0f} ms" if time else "",
-    ]
+    return [f"{time[key]:.0f} ms" if time else "" for key in ("ttft_ms", "total_ms")]
 
 
 def _findings(summary: dict[str, Any]) -> list[str]:
@@ -294,6 +362,14 @@ def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{100 * share:.1f}"
 
 
+def _span(values: Sequence[float | None]) -> str:
+    return "{} ({} to {})".format(*map(_percent, values))
+
+
+def _short(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def _plain(line: str) -> str:
     return line.replace("`", "").replace("*", "")
 
@@ -305,15 +381,21 @@ def pipe_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def svg(figure: Any) -> str:
-    """A figure as an SVG element, the same for the same figure."""
+def svg(figure: Any, alt: str) -> str:
+    """A figure as an SVG element, the same for the same figure.
+
+    Args:
+        figure: of matplotlib.
+        alt: what it shows, in words, for those who cannot see it.
+    """
     from matplotlib import rc_context
 
-    # No date and no random ids: the same summary gives the same file.
-    with io.StringIO() as file, rc_context({"svg.hashsalt": "mm_c2c"}):
+    # No date and no random ids: the same summary gives the same file. Letters stay letters.
+    settings = rc_context({"svg.hashsalt": "mm_c2c", "svg.fonttype": "none"})
+    with io.StringIO() as file, settings:
         figure.savefig(file, format="svg", metadata={"Date": None})
         text = file.getvalue()
-    return text[text.index("<svg") :]
+    return f'<svg role="img" aria-label="{html.escape(alt)}"' + text[text.index("<svg") + 4 :]
 
 
 def main() -> None:

@@ -72,6 +72,25 @@ def hold(folder: Path | None) -> Iterator[None]:
         yield
 
 
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Take a folder for a run, or go on with the run in it if its settings are the same.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    keys = settings.keys() | found.keys()
+    if changed := sorted(key for key in keys if settings.get(key) != found.get(key)):
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({', '.join(changed)} differ); give another "
+            "folder, or delete this one to start anew"
+        )
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_suffix(".part")

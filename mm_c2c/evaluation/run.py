@@ -7,7 +7,6 @@ that ran by the clock), `summary.json`. A run that was stopped goes on where it 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
 from mm_c2c.evaluation.clock import timed
-from mm_c2c.evaluation.results import JsonLines, hold, write_json
+from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
+from mm_c2c.pretrained import fingerprint
 
 _WARM_UP = 2
 
@@ -36,11 +36,12 @@ class EvaluationConfig:
         items: JSONL of questions, pictures beside it.
         source: name of the source in the bridge.
         arms: which to run, by name; when empty all, without `true_description` where an item has
-            none, and without those whose `prompts`, `adapter` or `connector` is not given.
+            none, and without those whose own file (`prompts` and the three below it) is not given.
         request: what the source is asked for when it writes a caption.
         prompts: as in `Setting`.
         adapter: as in `Setting`.
         connector: as in `Setting`.
+        own_bridge: as in `Setting`.
         limit: ask only so many; None asks all.
         batch_size: items at once, for accuracy.
         timed: items that are also run one at a time, by the clock, after two to warm up.
@@ -55,6 +56,7 @@ class EvaluationConfig:
     prompts: Path | None = None
     adapter: Path | None = None
     connector: Path | None = None
+    own_bridge: Path | None = None
     limit: int | None = None
     batch_size: int = 48
     timed: int = 10
@@ -96,10 +98,10 @@ def _run(
     arms = {name: build_arm(name, setting) for name in config.arms or _possible_arms(items, given)}
     # Folder and name: a result is read on other machines.
     settings = {**to_dict(config), "items": "/".join(config.items.parts[-2:])}
-    settings["fuser"] = _fingerprint(bridge)
+    settings["fuser"] = fingerprint(bridge.fusers.state_dict())
     settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:
-        _claim(out, settings)
+        claim(out, settings)
     batches = split_rows(len(items), config.batch_size)
     answers = JsonLines(out / "answers.jsonl" if out else None, [rows.stop for rows in batches])
     for rows in tqdm(batches, desc="answers", disable=not progress):
@@ -142,6 +144,7 @@ def _answer_rows(arms: dict[str, Arm], batch: Sequence[Item]) -> list[dict[str, 
             "kind": item.kind,
             "question": item.question,
             "gold": item.answer,
+            **({"human_answers": item.human_answers} if item.human_answers else {}),
             "answers": {name: texts[i].answer for name, texts in replies.items()},
             "relayed": {n: t[i].relayed for n, t in replies.items() if t[i].relayed is not None},
         }
@@ -163,32 +166,8 @@ def to_asked(item: Item) -> Asked:
     return Asked(item.picture(), item.question, item.options, item.description)
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Take a folder for this run, or go on with the run in it if its settings are the same."""
-    path = out / "config.json"
-    if not path.exists():
-        write_json(path, settings)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    keys = settings.keys() | found.keys()
-    if changed := sorted(key for key in keys if settings.get(key) != found.get(key)):
-        raise ConfigError(
-            f"{out} holds a run with other settings ({', '.join(changed)} differ); give another "
-            "folder, or delete this one to start anew"
-        )
-
-
-def _fingerprint(bridge: Bridge) -> str:
-    """Which fuser weights answered, so that a run never goes on with others."""
-    digest = hashlib.sha256()
-    for name, weights in sorted(bridge.fusers.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weights.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _fingerprint_files(path: Path) -> str:
-    """The same for a file, or for all files of a folder."""
+    """Which bytes a file has, or all files of a folder."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist; configs/README.md says what makes it")
     digest = hashlib.sha256()

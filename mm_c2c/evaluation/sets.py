@@ -5,8 +5,8 @@
 
 writes `items.jsonl` with its pictures beside it. easy-vqa comes from the package index, the others
 from the Hub through `datasets`, row by row. Where a set has several people's answers, the item's
-answer is the one most of them gave, and what is counted is the exact match of `tasks.is_right`:
-stricter than VQA accuracy, which also pays for answers that few gave. `openbookqa` has no
+answer is the one most of them gave, which the exact match of `tasks.is_right` takes, and all of
+them go with it: `mm-c2c evaluate` then counts VQA accuracy too. `openbookqa` has no
 pictures, so that its items are read by text to text bridges, not by `mm-c2c evaluate`.
 """
 
@@ -52,6 +52,7 @@ class SetItem(NamedTuple):
         options: the answers to choose from; empty where the question is open.
         picture: the picture, if the set has any.
         picture_name: names its file, the same for all questions about it.
+        human_answers: what each of several people answered, if the set says so.
     """
 
     question: str
@@ -60,6 +61,7 @@ class SetItem(NamedTuple):
     options: tuple[str, ...] = ()
     picture: Image.Image | None = None
     picture_name: str = ""
+    human_answers: tuple[str, ...] = ()
 
 
 Row = Mapping[str, Any]
@@ -94,6 +96,7 @@ def _vqav2(row: Row) -> Iterator[SetItem]:
         row["answer_type"],
         picture=row["image"],
         picture_name=str(row["image_id"]),
+        human_answers=tuple(given["answer"] for given in row["answers"]),
     )
 
 
@@ -104,10 +107,15 @@ def _gqa(row: Row) -> Iterator[SetItem]:
 
 
 def _textvqa(row: Row) -> Iterator[SetItem]:
-    given: Counter[str] = Counter(row["answers"])
-    answer = given.most_common(1)[0][0]
-    name = str(row["question_id"])
-    yield SetItem(row["question"], answer, "text", picture=row["image"], picture_name=name)
+    given = tuple(row["answers"])
+    yield SetItem(
+        row["question"],
+        Counter(given).most_common(1)[0][0],
+        "text",
+        picture=row["image"],
+        picture_name=str(row["question_id"]),
+        human_answers=given,
+    )
 
 
 def _captionqa(row: Row) -> Iterator[SetItem]:
@@ -130,7 +138,7 @@ def _openbookqa(row: Row) -> Iterator[SetItem]:
 
 # Ids, splits and columns as lmms-eval 0.7.3 and lm-eval 0.4.13 read them. The rest is from the data
 # sets' cards and from copies of them, and was not tried against the Hub: VQAv2's
-# `multiple_choice_answer`, `answer_type` and `image_id`, GQA's `types`.
+# `multiple_choice_answer`, `answer_type`, `image_id` and `answers`, GQA's `types`.
 HUB_SETS = {
     "captionqa": HubSet(hub_id="Borise/CaptionQA", split="natural", items=_captionqa),
     "vqav2": HubSet(hub_id="lmms-lab-encoder/VQAv2", split="validation", items=_vqav2),
@@ -231,6 +239,8 @@ def _write(items: Iterable[SetItem], out: Path, limit: int | None) -> int:
             "kind": item.kind,
             "options": item.options,
         }
+        if item.human_answers:
+            row["human_answers"] = item.human_answers
         if item.picture is not None:
             file = Path("images") / (re.sub(r"[^\w.-]", "_", item.picture_name) + ".png")
             if not (out / file).exists():

@@ -61,8 +61,8 @@ def interval(
     return Interval(whole, float(low), float(high))
 
 
-def accuracy(hits: Hits, draws: NDArray[np.int64]) -> Interval:
-    """Share of items answered right."""
+def accuracy(hits: Hits | NDArray[np.float64], draws: NDArray[np.int64]) -> Interval:
+    """Share of items answered right; an item may be right in part, from 0 to 1."""
     return interval(lambda rows: hits[rows].mean(1), draws)
 
 

@@ -19,7 +19,7 @@ from mm_c2c.evaluation.statistics import (
     hits_of,
     retention,
 )
-from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence
+from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, vqa_accuracy
 
 Row = Mapping[str, Any]
 
@@ -41,7 +41,8 @@ def summarise(
 
     Returns:
         Plain values, ready for JSON. For each arm `accuracy`, `in_a_sentence` (a wordy answer may
-        name the option), and either by kind; `against` the arm `fused` the paired tests; `retention` over
+        name the option), and either by kind; where every item has several people's answers also
+        `vqa_accuracy`; `against` the arm `fused` the paired tests; `retention` over
         the blind target and over an empty cache, which knows the form of the answers; `recovered`
         of the items that the source knows and its caption relay misses; `swap`; `time`. Values
         with an interval are [value, low, high]; None where there is nothing to divide by. What
@@ -75,6 +76,10 @@ def summarise(
         "kinds": {kind: int(where.sum()) for kind, where in kinds.items()},
         "time": _median_times(times),
     }
+    if all(row.get("human_answers") for row in rows):
+        for name in names:
+            scores = [vqa_accuracy(row["answers"][name], row["human_answers"]) for row in rows]
+            summary["arms"][name]["vqa_accuracy"] = accuracy(np.array(scores), draws)
     if "fused" in hits:
         summary["against"] = {
             name: {

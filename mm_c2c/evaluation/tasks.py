@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,20 @@ from PIL import Image
 from mm_c2c.errors import InputError
 from mm_c2c.images import load_image
 
-_NUMBERS = {"zero": "0", "none": "0", "one": "1", "two": "2", "three": "3", "four": "4"}
+_COUNT_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+)
+_NUMBERS = {word: str(number) for number, word in enumerate(_COUNT_WORDS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
 
 
@@ -27,6 +40,7 @@ class Item(NamedTuple):
         answer: the true answer.
         options: all answers this kind of question can have.
         description: a true description of the picture, where the file has one.
+        human_answers: what each of several people answered, where the file has that.
     """
 
     image: Path
@@ -35,6 +49,7 @@ class Item(NamedTuple):
     answer: str
     options: tuple[str, ...]
     description: str | None = None
+    human_answers: tuple[str, ...] = ()
 
     def picture(self) -> Image.Image:
         """The picture, read from disk."""
@@ -44,7 +59,8 @@ class Item(NamedTuple):
 def load_items(path: Path, limit: int | None = None) -> list[Item]:
     """Read a JSONL of `{"image", "question", "answer"}`; pictures lie beside it.
 
-    A line may also have `kind`, its `options` (else: the answers of its kind) and a true `caption`.
+    A line may also have `kind`, its `options` (else: the answers of its kind), a true `caption`,
+    and `human_answers`, a list of what each of several people answered.
 
     Args:
         path: the file.
@@ -79,13 +95,14 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
             answer=row["answer"],
             options=tuple(row.get("options", sorted(answers[row["kind"]]))),
             description=row.get("caption"),
+            human_answers=tuple(row.get("human_answers", ())),
         )
         for row in rows
     ]
 
 
 def normalise(text: str) -> str:
-    """Lower case, without articles and punctuation; numbers up to four as digits."""
+    """Lower case, without articles and punctuation; numbers up to ten as digits."""
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -93,6 +110,24 @@ def normalise(text: str) -> str:
 def is_right(answer: str, gold: str) -> bool:
     """Exact match after normalising."""
     return normalise(answer) == normalise(gold)
+
+
+def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """How far people agree with an answer (Antol et al., arXiv:1505.00468).
+
+    As the published code counts: min(people who said so / 3, 1), averaged over leaving out each
+    of the people in turn. Answers are normalised as everywhere here; that code has a longer list
+    of contractions.
+
+    Args:
+        answer: what is scored.
+        human_answers: one a person, ten in VQAv2 and TextVQA; at least one.
+    """
+    said, count = normalise(answer), len(human_answers)
+    agree = sum(normalise(other) == said for other in human_answers)
+    # Without one of those who agree, and without one of those who do not.
+    scores = agree * min(1, (agree - 1) / 3) + (count - agree) * min(1, agree / 3)
+    return scores / count
 
 
 def is_right_in_a_sentence(answer: str, gold: str, options: Collection[str]) -> bool:

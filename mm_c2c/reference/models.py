@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mm_c2c.bridge import Bridge, Target
+from mm_c2c.bridge import Bridge
 from mm_c2c.reference.fetch import HUB_ID, target_path
 from mm_c2c.reference.source import load_model
 from mm_c2c.sources.vlm import VLMSource
+from mm_c2c.target import Target
 
 SOURCE_NAME = "stickers"
 SOURCE_ID = "mm_c2c/reference/source"

@@ -15,11 +15,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from mm_c2c.bridge import Bridge
+from mm_c2c.cache import SourceCache
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
+from mm_c2c.evaluation.arms.own_source import OWN_NAME, build_own_bridge
 from mm_c2c.evaluation.arms.prompts import RelayPrompt
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig
 from mm_c2c.evaluation.arms.tuned import add_adapter
@@ -31,16 +34,16 @@ from mm_c2c.reference.train_fuser import (
     FeatureReader,
     answer_loss,
     answer_turns,
-    build_optimizers,
     draw_questions,
     turns_loss,
 )
+from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.text import render_chat
 from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.training.loop import Loop, cosine_rate
+from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
 
-KINDS = ("tuned_relay", "soft_prompt")
-OPTIMIZERS = ("adamw", "muon")
+KINDS = ("tuned_relay", "soft_prompt", "own_source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class BaselineTrainingConfig:
 
     Attributes:
         kind: `tuned_relay` puts a LoRA into the target, which reads the source's captions;
-            `soft_prompt` trains a connector from the source's vision tower into the frozen target.
+            `soft_prompt` trains a connector from the source's vision tower into the frozen target;
+            `own_source` trains a fuser from the target into itself, which sees no picture.
         data: folder of shards written by `scene_data`.
         source: folder of the trained source.
         out: where checkpoints, the log and the result (in `out/KIND`) go.
@@ -113,8 +117,8 @@ def train(config: BaselineTrainingConfig) -> None:
     source = load_source(config.source)
     target = load_target(dtype=DTYPES[config.dtype])
     bridge = Bridge.from_pretrained(config.bridge, target, {SOURCE_NAME: source})
-    build = _tuned_relay if config.kind == "tuned_relay" else _soft_prompt
-    baseline = build(config, bridge, source)
+    builds = {"tuned_relay": _tuned_relay, "soft_prompt": _soft_prompt, "own_source": _own_source}
+    baseline = builds[config.kind](config, bridge, source)
     pool = ScenePool(config.data)
 
     def loss(step: int, rng: random.Random) -> Tensor:
@@ -129,20 +133,11 @@ def train(config: BaselineTrainingConfig) -> None:
         seed=config.seed,
     ).run(
         baseline.module,
-        _build_optimizers(baseline.module, config),
+        build_optimizers(baseline.module, config.learning_rate, config.optimizer),
         lambda step: cosine_rate(step, config.warmup, config.steps),
         loss,
-        baseline.save,
+        lambda _: baseline.save(),
     )
-
-
-def _build_optimizers(
-    module: nn.Module, config: BaselineTrainingConfig
-) -> list[torch.optim.Optimizer]:
-    if config.optimizer == "muon":
-        return build_optimizers(module, config.learning_rate)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.98))]
 
 
 def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
@@ -181,6 +176,51 @@ def _soft_prompt(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSour
         return answer_loss(bridge, connector.perceive(bridge, states), asked)
 
     return _Baseline(connector, loss, lambda: connector.save_pretrained(config.out / config.kind))
+
+
+def _own_source(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
+    """A fuser from the target into itself, on the questions alone."""
+    del source
+    own = build_own_bridge(bridge, config.parameters)
+
+    def loss(features: Tensor, asked: list[list[Question]]) -> Tensor:
+        del features
+        questions = [q for row in asked for q in row]
+        texts = [q.question for q in questions]
+        cache = own.sources[OWN_NAME].prefill([SourceInput(text=text) for text in texts])
+        return aligned_loss(own, {OWN_NAME: cache}, texts, [q.answer for q in questions])
+
+    return _Baseline(own.fusers, loss, lambda: own.save_pretrained(config.out / config.kind))
+
+
+def aligned_loss(
+    bridge: Bridge, caches: dict[str, SourceCache], questions: list[str], answers: list[str]
+) -> Tensor:
+    """Cross-entropy of the answers and their end over aligned links, mean over tokens.
+
+    Args:
+        bridge: with the fusers in training.
+        caches: of the same questions, by source.
+        questions: one a row.
+        answers: one a row.
+    """
+    target = bridge.target
+    fused = bridge.fuse(None, questions, caches)
+    cache = fused["past_key_values"]
+    done = cache.get_seq_length()
+    encoded = target.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    wanted = [torch.tensor([*ids, target.tokenizer.eos_token_id]) for ids in encoded]
+    labels = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-100)
+    # The last word of the prompt, which is not in the cache yet, and the answer but its end.
+    input_ids = torch.cat([fused["input_ids"], labels[:, :-1].clamp(min=0)], dim=1)
+    mask = torch.cat([fused["attention_mask"], (labels[:, :-1] != -100).long()], dim=1)
+    logits = target.model(
+        input_ids[:, done:],
+        attention_mask=mask,
+        position_ids=count_positions(mask)[:, done:],
+        past_key_values=cache,
+    ).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def main() -> None:

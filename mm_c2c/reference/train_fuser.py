@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
-from mm_c2c.bridge import Bridge, BridgeConfig, LinkConfig, Perception
+from mm_c2c.bridge import Bridge, BridgeConfig, Perception
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, zeroed
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import CAPTION_TOKENS
 from mm_c2c.fuser import FuserConfig
+from mm_c2c.link import LinkConfig
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
-from mm_c2c.reference.muon import StackedMuon
 from mm_c2c.reference.packing import Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, ScenePool
 from mm_c2c.reference.scenes import (
@@ -44,6 +44,7 @@ from mm_c2c.rope import RopeSpec, derotate
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.training.loop import Loop, cosine_rate
+from mm_c2c.training.optimizers import build_optimizers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NOTHING = "nothing"
@@ -319,7 +320,7 @@ def train(config: FuserTrainingConfig) -> None:
         build_optimizers(bridge.fusers, config.learning_rate),
         lambda step: _rate(step, config),
         loss,
-        lambda: bridge.save_pretrained(config.out / "bridge", dtype=torch.float16),
+        lambda _: bridge.save_pretrained(config.out / "bridge", dtype=torch.float16),
     )
 
 
@@ -360,18 +361,6 @@ def draw_questions(scenes: list[Scene], rng: random.Random, count: int) -> list[
         ]
         for scene in scenes
     ]
-
-
-def build_optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of what of a module is trained, AdamW for its biases and gates."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, param in module.named_parameters():
-        if param.requires_grad:
-            (matrices if name.endswith("weight") else rest).append(param)
-    if not rest:
-        return [StackedMuon(matrices, rate)]
-    return [StackedMuon(matrices, rate), torch.optim.AdamW(rest, rate, betas=(0.9, 0.98))]
 
 
 def _rate(step: int, config: FuserTrainingConfig) -> float:

@@ -32,7 +32,8 @@ from mm_c2c.sources.base import (
     count_positions,
     full_cache,
 )
-from mm_c2c.sources.vlm import VLMSource, place, trim_spans, whole_view
+from mm_c2c.sources.views import place, whole_view
+from mm_c2c.sources.vlm import VLMSource, trim_spans
 
 
 class PI0Source:

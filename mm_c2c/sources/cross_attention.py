@@ -29,7 +29,8 @@ from mm_c2c.cache import (
 from mm_c2c.errors import InputError
 from mm_c2c.rope import RopeSpec
 from mm_c2c.sources.base import SourceInput
-from mm_c2c.sources.vlm import View, VLMSource, by_row, place, tiled_view, whole_view
+from mm_c2c.sources.views import View, by_row, place, tiled_view, whole_view
+from mm_c2c.sources.vlm import VLMSource
 
 
 class MllamaSource(VLMSource):

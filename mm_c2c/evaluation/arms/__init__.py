@@ -39,6 +39,7 @@ ARMS: dict[str, str] = {
     "source": "alone:SourceAlone",
     "shuffled": "fused:Shuffled",
     "zeroed": "fused:Zeroed",
+    "own_source": "own_source:OwnSource",
 }
 """Name to `file:Class`, in the order of the tables; the controls come last."""
 
@@ -46,6 +47,7 @@ FILES = {
     "question_aware_relay": "prompts",
     "tuned_relay": "adapter",
     "soft_prompt": "connector",
+    "own_source": "own_bridge",
 }
 """Arms that want something trained or found before, and the attribute of `Setting` that says where."""
 
@@ -91,6 +93,7 @@ class Setting:
         prompts: result of `mm-c2c prompts`, for the arm `question_aware_relay`.
         adapter: folder of a trained LoRA, for the arm `tuned_relay`.
         connector: folder of a trained connector, for the arm `soft_prompt`.
+        own_bridge: folder of a bridge from the target into itself, for the arm `own_source`.
     """
 
     bridge: Bridge
@@ -99,6 +102,7 @@ class Setting:
     prompts: Path | None = None
     adapter: Path | None = None
     connector: Path | None = None
+    own_bridge: Path | None = None
 
     @property
     def source(self) -> Source:

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from mm_c2c.bridge import Target
 from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
 from mm_c2c.evaluation.arms import Asked, Reply, target_answers
 from mm_c2c.evaluation.arms.relay import CaptionRelay
+from mm_c2c.target import Target
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 

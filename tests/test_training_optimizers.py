@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mm_c2c.reference.muon import StackedMuon, orthogonalise
+from mm_c2c.training.optimizers import StackedMuon, orthogonalise
 
 
 def test_singular_values_come_near_one_and_directions_stay() -> None:

@@ -1,6 +1,7 @@
-"""Muon for stacked matrices: momentum made orthogonal (Jordan et al., github.com/KellerJordan/Muon).
+"""What moves a fuser's weights: AdamW, or Muon for its matrices.
 
-`torch.optim.Muon` takes single matrices only; the fuser's are stacked `(layers, in, out)`.
+Muon makes momentum orthogonal (Jordan et al., github.com/KellerJordan/Muon). `torch.optim.Muon`
+takes single matrices only; the fuser's are stacked `(layers, in, out)`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+OPTIMIZERS = ("muon", "adamw")
+_BETAS = (0.9, 0.98)
 # The quintic iteration whose slope at 0 is steepest, as published with Muon.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 # Root mean square of an update before the learning rate: AdamW's own (Liu et al., 2502.16982).
@@ -59,3 +62,26 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def build_optimizers(
+    module: nn.Module, rate: float, name: str = "muon", weight_decay: float = 0.01
+) -> list[torch.optim.Optimizer]:
+    """Optimisers of what of a module is trained.
+
+    Args:
+        module: the parameters that ask for gradients are trained.
+        rate: learning rate, on the scale of AdamW's.
+        name: `adamw`, or `muon` for the weights, with AdamW for biases and gates.
+        weight_decay: AdamW's.
+    """
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for key, param in module.named_parameters():
+        if param.requires_grad:
+            (matrices if name == "muon" and key.endswith("weight") else rest).append(param)
+    optimizers: list[torch.optim.Optimizer] = [StackedMuon(matrices, rate)] if matrices else []
+    if rest:
+        adam = torch.optim.AdamW(rest, rate, betas=_BETAS, weight_decay=weight_decay)
+        optimizers.append(adam)
+    return optimizers

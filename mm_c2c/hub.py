@@ -1,0 +1,72 @@
+"""The Hub: sending a saved bridge there, and fetching one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from mm_c2c.errors import FetchError
+from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME
+
+CARD_NAME = "README.md"
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload fuser",
+) -> str:
+    """Send a saved bridge and its card to the Hub; the repository is made if it is not there.
+
+    Returns:
+        The commit's address.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        allow_patterns=[CARD_NAME, CONFIG_NAME, WEIGHTS_NAME],
+    )
+    return commit.commit_url
+
+
+def fetch_folder(folder: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is; a repository of the Hub, `user/name`, downloaded or from the cache.
+
+    Args:
+        folder: a folder is taken before a repository of the same name.
+        revision: branch, tag or commit of the repository; None takes its newest.
+
+    Raises:
+        FetchError: there is no such folder, and the repository could not be had.
+    """
+    if isinstance(folder, Path) or Path(folder).is_dir() or not is_repo_id(folder):
+        return Path(folder)
+    try:
+        found = snapshot_download(
+            folder, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]
+        )
+    except OSError as error:
+        raise FetchError(
+            f"{folder!r} is no folder here, and no repository that could be had from the Hub: {error}"
+        ) from error
+    return Path(found)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name has the form `user/name` of the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name

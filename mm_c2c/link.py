@@ -1,0 +1,252 @@
+"""A link: one source's way into the target's cache. Align, fuse, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from mm_c2c.align import Alignment
+from mm_c2c.align.patches import (
+    PatchResampler,
+    ResamplerConfig,
+    align_all,
+    align_pooled,
+    line_up,
+    patch_coordinates,
+)
+from mm_c2c.cache import LayerKV, PatchGrid, PositionKind, SourceCache, read_layers, with_layers
+from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
+from mm_c2c.fuser import CacheFuser, FuserConfig
+from mm_c2c.pretrained import check_shape
+from mm_c2c.rope import RopeSpec, derotate, rotate
+
+GEOMETRIES = ("slots", "aligned")
+POOLINGS = ("window", "resampler")
+KINDS = tuple(kind.name.lower() for kind in PositionKind if kind != PositionKind.PAD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """One way from a source into the target.
+
+    Attributes:
+        source: name of the source.
+        geometry: `slots` gives a picture, or other positions of the source, places of their own
+            in the target's prompt; `aligned` adds to the words that both models read.
+        fuser: the fuser's shape.
+        rows: rows of slots a picture gets.
+        cols: columns of slots a picture gets.
+        images: pictures a row of the batch shows the source, such as a robot's cameras or the
+            frames of a video; the slots of one follow those of the other. For `slots` only.
+        pooling: what a slot takes of a picture's patches: `window` averages those of the finest
+            view that lie where the slot lies; `resampler` learns, for each slot, what to look for
+            in all of them, also where a source's queries have no place. For `slots` only.
+        kinds: what the slots draw on in place of patches: positions of these kinds, such as
+            `("state", "action")`, as a picture of one row in the prompt's order. With rows 1 and
+            cols their number, a position gets a slot; fewer are pooled. For `slots` only.
+    """
+
+    source: str
+    geometry: str
+    fuser: FuserConfig
+    rows: int = 4
+    cols: int = 4
+    images: int = 1
+    pooling: str = "window"
+    kinds: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.geometry == "aligned" and self.pooling == "resampler":
+            raise ConfigError(
+                "pooling 'resampler' shares patches among slots, and geometry 'aligned' has none; "
+                "leave pooling at 'window' or set geometry to 'slots'"
+            )
+        for name in ("rows", "cols", "images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.geometry == "aligned" and self.images > 1:
+            raise ConfigError(
+                f"images counts pictures that get slots, and geometry 'aligned' has none, got "
+                f"{self.images}; leave images at 1, the source may see any number"
+            )
+        unknown = sorted(set(self.kinds) - set(KINDS))
+        if unknown or len(set(self.kinds)) != len(self.kinds):
+            raise ConfigError(
+                f"kinds must be some of {', '.join(KINDS)}, each once, got {', '.join(self.kinds)}"
+            )
+        if self.kinds and (self.geometry, self.rows, self.images) != ("slots", 1, 1):
+            raise ConfigError(
+                f"positions of kind {' and '.join(self.kinds)} stand in one line: expected geometry "
+                f"'slots', rows 1 and images 1, got {self.geometry!r}, {self.rows} and "
+                f"{self.images}; set cols to the number of slots"
+            )
+
+    @property
+    def name(self) -> str:
+        """What the link's weights are saved under."""
+        return "_".join([self.source, self.geometry, *self.kinds])
+
+    @property
+    def num_slots(self) -> int:
+        """Slots a row of the batch gets."""
+        return self.images * self.rows * self.cols if self.geometry == "slots" else 0
+
+
+class FuserInputs(NamedTuple):
+    """What a link's fuser is given.
+
+    Attributes:
+        source: `(source_layers, batch, target_len, 2, source_width)`: aligned K and V.
+        target: `(target_layers, batch, target_len, 2, target_width)`: the target's own.
+        alignment: which source positions each of those came from.
+    """
+
+    source: Tensor
+    target: Tensor
+    alignment: Alignment
+
+
+def build_fuser(link: LinkConfig) -> CacheFuser:
+    """An untrained fuser, with a resampler where the link has one."""
+    if link.pooling == "window":
+        return CacheFuser(link.fuser)
+    shape = link.fuser.source
+    width = shape.num_layers * 2 * shape.width
+    slots = link.rows * link.cols
+    return CacheFuser(
+        link.fuser, PatchResampler(ResamplerConfig(num_slots=slots, source_width=width))
+    )
+
+
+def align_slots(
+    link: LinkConfig, fuser: CacheFuser, source: SourceCache, index: Tensor
+) -> Alignment:
+    """What each slot takes of its row's patches.
+
+    Args:
+        link: of geometry `slots`.
+        fuser: of the link.
+        source: the source's cache.
+        index: `(batch, num_slots)`: where in the target's prompt the slots stand.
+    """
+    if link.kinds:
+        source = line_up(source, [PositionKind[kind.upper()] for kind in link.kinds])
+    _check_pictures(link, source)
+    if link.pooling == "window":
+        return align_pooled(source, PatchGrid(link.rows, link.cols), index, image=None)
+    resampler: Any = fuser.resampler
+    states = _source_states(link, source).flatten(2)
+    alignment = align_all(source, link.rows * link.cols, index, image=None)
+    return resampler(states, patch_coordinates(source), alignment)
+
+
+def gather_inputs(
+    link: LinkConfig,
+    source: SourceCache,
+    alignment: Alignment,
+    cache: Cache,
+    positions: Tensor,
+    rope: Sequence[RopeSpec | None],
+) -> FuserInputs:
+    """The source's aligned states, and the target's own at the same positions.
+
+    Args:
+        link: whose fuser is to be given them.
+        source: the source's cache.
+        alignment: of the source to the target.
+        cache: the target's.
+        positions: `(batch, target_len)`: the position ids of what the cache holds.
+        rope: how each of the target's layers rotates its keys.
+    """
+    flat = _source_states(link, source)
+    gathered = alignment.gather(flat.flatten(2)).unflatten(2, flat.shape[2:])
+    aligned = gathered.permute(2, 0, 1, 3, 4, 5).flatten(4)
+    layers, indices = read_layers(cache)
+    own, index = _stack(layers), alignment.target_index
+    picked = own.gather(
+        3, index[None, :, None, :, None, None].expand(*own.shape[:3], -1, *own.shape[4:])
+    )
+    keys = picked[..., 0, :]
+    if not link.fuser.raw_keys:
+        keys = _per_spec(derotate, keys, positions.gather(1, index), [rope[i] for i in indices])
+    states = torch.stack([keys, picked[..., 1, :]], dim=-2)
+    states = states.transpose(2, 3).transpose(3, 4).flatten(4)
+    return FuserInputs(aligned.float(), states.float(), alignment)
+
+
+def write_link(
+    link: LinkConfig,
+    fuser: CacheFuser,
+    source: SourceCache,
+    alignment: Alignment,
+    cache: Cache,
+    positions: Tensor,
+    rope: Sequence[RopeSpec | None],
+) -> Cache:
+    """A cache in which a fuser has written its differences; arguments as in `gather_inputs`."""
+    inputs = gather_inputs(link, source, alignment, cache, positions, rope)
+    delta = fuser(inputs.source, inputs.target)
+    layers, indices = read_layers(cache)
+    own, index = _stack(layers), alignment.target_index
+    delta = delta.unflatten(-1, (own.shape[2], -1)).permute(0, 1, 4, 2, 3, 5)
+    keys, values = delta[..., 0, :], delta[..., 1, :]
+    if not link.fuser.raw_keys:
+        keys = _per_spec(rotate, keys, positions.gather(1, index), [rope[i] for i in indices])
+    keep = alignment.mask[None, :, None, :, None]
+    at = index[None, :, None, :, None].expand_as(keys)
+    new_keys = own[..., 0, :].scatter_add(3, at, (keys * keep).to(own.dtype))
+    new_values = own[..., 1, :].scatter_add(3, at, (values * keep).to(own.dtype))
+    written = map(LayerKV, new_keys, new_values)
+    return with_layers(cache, dict(zip(indices, written, strict=True)))
+
+
+def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
+    """`(batch, source_len, layers, 2, heads, head_dim)`: K as the fuser wants it, and V."""
+    check_shape(f"the cache of source {link.source!r}", link.fuser.source, source.shape)
+    states = _stack(source.layers)
+    if not link.fuser.raw_keys:
+        keys = _per_spec(derotate, states[..., 0, :], source.position_ids, source.rope)
+        states = torch.stack([keys, states[..., 1, :]], dim=-2)
+    return states.permute(1, 3, 0, 4, 2, 5)
+
+
+def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
+    """A row's slots hold so many pictures, each in any number of views."""
+    for row, grids in enumerate(source.grids):
+        pictures = len({grid.image for grid in grids})
+        # Without a grid there may be one picture, summed up in queries: the aligner's to judge.
+        if max(pictures, 1) != link.images:
+            raise ShapeError(
+                f"row {row} of source {link.source!r} has {pictures} pictures, its slots hold "
+                f"{link.images}; show it {link.images}, or build the link with images={pictures}"
+            )
+
+
+def _stack(layers: Sequence[LayerKV]) -> Tensor:
+    """`(layers, batch, heads, seq_len, 2, head_dim)`: K at 0, V at 1."""
+    try:
+        return torch.stack([torch.stack([kv.keys, kv.values], dim=3) for kv in layers])
+    except RuntimeError as error:
+        raise AlignmentError(f"layers of unlike shape cannot be fused together: {error}") from error
+
+
+def _per_spec(
+    turn: Any, keys: Tensor, positions: Tensor, specs: Sequence[RopeSpec | None]
+) -> Tensor:
+    """Rotate or derotate `(layers, batch, heads, len, head_dim)`, layers of one kind at once."""
+    if len(set(specs)) == 1:
+        layers, _, heads = keys.shape[:3]
+        side_by_side = keys.transpose(0, 1).flatten(1, 2)
+        turned = turn(side_by_side, positions, specs[0])
+        return turned.unflatten(1, (layers, heads)).transpose(0, 1)
+    return torch.stack([turn(k, positions, s) for k, s in zip(keys, specs, strict=True)])

@@ -1,0 +1,86 @@
+"""Files of a saved bridge, and whether they belong to the models at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mm_c2c.cache import CacheOrigin, CacheShape
+from mm_c2c.errors import MismatchError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """The config of a saved bridge: links, prompt, and the models it was trained for."""
+    path = folder / CONFIG_NAME
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MismatchError(f"{folder} is not a saved bridge: {path.name} is missing") from error
+    except json.JSONDecodeError as error:
+        raise MismatchError(f"{path} is damaged: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != 1:
+        raise MismatchError(f"{path} is not a saved bridge of format 1")
+    lacking = [key for key in ("bridge", "target", "sources") if key not in header]
+    if lacking:
+        raise MismatchError(f"{path} lacks {', '.join(lacking)}")
+    return header
+
+
+def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Weights from a safetensors file, strictly those that the module has."""
+    expected = module.state_dict()
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise MismatchError(f"{path} is missing or unreadable: {error}") from error
+    except SafetensorError as error:
+        raise MismatchError(f"{path} is damaged or cut off: {error}; fetch it again") from error
+    if found.keys() != expected.keys():
+        missing = sorted(expected.keys() - found.keys())
+        extra = sorted(found.keys() - expected.keys())
+        raise MismatchError(f"{path}: missing weights {missing[:5]}, unknown ones {extra[:5]}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise MismatchError(
+                f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Which fuser weights these are, whatever dtype they were saved in, as far as it kept them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_shape(what: str, expected: CacheShape, found: CacheShape) -> None:
+    """Refuse a fuser made for a cache of another shape; `what` says whose."""
+    if expected != found:
+        raise MismatchError(f"{what}: the fuser was made for {expected}, got {found}")
+
+
+def check_origin(what: str, expected: Mapping[str, Any], found: CacheOrigin) -> None:
+    """Refuse a fuser trained with another model, or revision; `what` says whose."""
+    if set(expected) != set(CacheOrigin._fields):
+        raise MismatchError(
+            f"{what}: expected {', '.join(CacheOrigin._fields)}, got {', '.join(expected)}"
+        )
+    wanted = CacheOrigin(**expected)
+    if wanted != found:
+        raise MismatchError(
+            f"{what}: the fuser was trained with {wanted.model!r} at revision {wanted.revision!r} "
+            f"({wanted.model_type}), got {found.model!r} at {found.revision!r} ({found.model_type})"
+        )

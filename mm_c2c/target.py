@@ -1,0 +1,62 @@
+"""`Target`: the frozen text LLM that answers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from mm_c2c.cache import minds_padding
+from mm_c2c.errors import UnsupportedError
+from mm_c2c.sources.base import FrozenReader, full_cache
+
+# Tokens of each half of the prompt that tells whether a model goes on from its cache.
+_PIECE = 8
+
+
+class Target(FrozenReader):
+    """The frozen text LLM that answers.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its fast tokenizer.
+        name: Hub id or folder.
+        revision: the Hub's commit, where there is one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(model, name, revision)
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def minds_padding(self) -> bool:
+        """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
+        return minds_padding(DynamicCache(config=self.model.config))
+
+    @torch.no_grad()
+    def check_continues(self) -> None:
+        """Refuse a model that reads a prompt in two pieces otherwise than in one.
+
+        Slots are read before the question. Some models with recurrent layers start afresh with the
+        second piece, and transformers does not say so.
+        """
+        ids = torch.arange(1, 2 * _PIECE + 1, device=self.model.device).unsqueeze(0)
+        whole = self.model(ids).logits[:, -1].float()
+        cache = full_cache(self.model)
+        self.model(ids[:, :_PIECE], past_key_values=cache)
+        pieces = self.model(ids[:, _PIECE:], past_key_values=cache).logits[:, -1].float()
+        misfit = float((pieces - whole).norm() / whole.norm())
+        accepted = max(1e-4, 8 * torch.finfo(self.model.dtype).eps)
+        if not misfit <= accepted:
+            raise UnsupportedError(
+                f"{self} does not go on where its cache ends: a prompt read in two pieces gives "
+                f"logits {misfit:.2%} off those of one piece, accepted is {accepted:.2%}; it can "
+                "be a source, not a target"
+            )

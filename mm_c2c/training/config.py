@@ -1,0 +1,296 @@
+"""Settings of `mm-c2c train`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_c2c.cache import CacheShape
+from mm_c2c.config import from_dict
+from mm_c2c.errors import ConfigError
+from mm_c2c.link import LinkConfig
+from mm_c2c.training.loop import ON_NAN, PRECISIONS, TRACKERS
+from mm_c2c.training.optimizers import OPTIMIZERS
+
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("jsonl", "webdataset", "datasets")
+ON_CORRUPT = ("stop", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A frozen model.
+
+    Attributes:
+        model: Hub id or folder.
+        revision: the Hub's commit.
+        dtype: of its weights.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Examples; `mm_c2c.training.data` says what one looks like.
+
+    Attributes:
+        path: a JSONL file; a shard or a pattern of shards (`shards/*.tar`); or what
+            `datasets.load_dataset` takes.
+        format: `jsonl`, `webdataset` (tar shards on disk) or `datasets`.
+        name: of a configuration of a data set, where it has several.
+        split: of a data set.
+        streaming: read a data set as it comes, without keeping it on disk.
+        columns: our names to a data set's own, such as `{answer: multiple_choice_answer}`.
+        questions: at most so many of a picture's questions are asked at once, chosen anew each
+            time; they share what the source saw.
+        window: examples of a stream that are shuffled among each other.
+        on_corrupt: what to do about a line, a picture or a shard that cannot be read: `stop`, or
+            `skip` it, with a warning; the example after it takes its place.
+    """
+
+    path: str
+    format: str = "jsonl"
+    name: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    questions: int = 4
+    window: int = 1024
+    on_corrupt: str = "stop"
+
+    def __post_init__(self) -> None:
+        _one_of("data.format", self.format, FORMATS)
+        _one_of("data.on_corrupt", self.on_corrupt, ON_CORRUPT)
+        _at_least_one(self, "data.", "questions", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """First phase: the question's cache becomes what it is after a true description.
+
+    The target reads `description, question, answer`, and over the slots `question, answer`; the
+    squared distance between both caches of the question and the answer is what is learned from.
+
+    Attributes:
+        steps: optimiser steps; 0 leaves the phase out.
+        warmup: steps of its warm-up.
+    """
+
+    steps: int = 0
+    warmup: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Second phase: cross-entropy of the answers.
+
+    Attributes:
+        steps: optimiser steps.
+        warmup: steps of its warm-up.
+        distill: share of the questions whose answer is the source's own, written greedily, in place
+            of the true one (sequence-level distillation, Kim & Rush, arXiv:1606.07947: it needs no
+            common vocabulary). Takes one link.
+        answer_tokens: at most so many are written for that.
+    """
+
+    steps: int = 1000
+    warmup: int = 20
+    distill: float = 0.0
+    answer_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        _share("phases.generate.distill", self.distill)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasesConfig:
+    """The two phases, one after the other; the learning rate starts anew in each."""
+
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+    def __post_init__(self) -> None:
+        for phase in (self.reconstruct, self.generate):
+            if phase.steps and phase.steps <= phase.warmup:
+                raise ConfigError(f"steps ({phase.steps}) must exceed warmup ({phase.warmup})")
+        if not self.steps:
+            raise ConfigError("expected steps in at least one phase, got none")
+
+    @property
+    def steps(self) -> int:
+        """Of both."""
+        return self.reconstruct.steps + self.generate.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropConfig:
+    """Shares of what is left out at random, so that a fuser stays usable where it is missing.
+
+    Attributes:
+        sources: share of rows in which a source's cache is emptied, drawn for each source.
+        slots: share of slots that stay as the target has them.
+        questions: share of rows in which the sources of slots look without reading the question;
+            1 is question-blind: look once, ask any number of questions.
+    """
+
+    sources: float = 0.1
+    slots: float = 0.0
+    questions: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("sources", "slots", "questions"):
+            _share(f"drop.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the fuser's weights move.
+
+    Attributes:
+        name: `muon` for the weights with AdamW for biases and gates, or `adamw` for all.
+        learning_rate: after the warm-up; falls to zero along a cosine in each phase.
+        weight_decay: AdamW's.
+        clip: norm to which gradients are clipped.
+    """
+
+    name: str = "muon"
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptConfig:
+    """Source caches that are kept on disk, so that later epochs do not run the source.
+
+    Attributes:
+        folder: where; caches of other models and of other examples may lie there too.
+        budget_gb: at most so many gigabytes of all processes; what is over is computed each time.
+    """
+
+    folder: Path
+    budget_gb: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of one training.
+
+    Attributes:
+        sources: by name.
+        target: the LLM that answers.
+        links: by any name, what `LinkConfig` takes, without the shapes of the caches, which are
+            read off the models; `source` is the link's own name unless it says otherwise.
+        data: examples.
+        out: where checkpoints, the log and the finished bridge (`out/bridge`) go.
+        start: folder of a saved bridge to go on from, whose links and prompt are then taken in
+            place of these; None starts from nothing.
+        system: as in `BridgeConfig`.
+        slot_token: as in `BridgeConfig`.
+        phases: what is learned, and for how long.
+        drop: what is left out at random.
+        optimizer: how weights move.
+        batch_size: examples of a step, over all processes and pieces: the number of processes does
+            not change what a step sees.
+        accumulation: pieces in which a process takes its share of a step.
+        precision: `fp32`, or `bf16` for bfloat16 products over float32 weights.
+        kept: source caches on disk; None computes them each time.
+        seed: of weights, order of the examples, questions and what is dropped.
+        save_every: steps between checkpoints.
+        log_every: steps between rows of the log.
+        on_nan: what to do where gradients are no finite numbers: `stop`, or `skip` the step.
+        tracking: `tensorboard`, `wandb` or both, beside `out/log.csv`.
+    """
+
+    sources: dict[str, ModelConfig]
+    target: ModelConfig
+    links: dict[str, dict[str, Any]]
+    data: DataConfig
+    out: Path
+    start: Path | None = None
+    system: str | None = None
+    slot_token: str = " image"
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+    drop: DropConfig = field(default_factory=DropConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch_size: int = 32
+    accumulation: int = 1
+    precision: str = "fp32"
+    kept: KeptConfig | None = None
+    seed: int = 0
+    save_every: int = 100
+    log_every: int = 10
+    on_nan: str = "stop"
+    tracking: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, tuple(PRECISIONS))
+        _one_of("on_nan", self.on_nan, ON_NAN)
+        for name in self.tracking:
+            _one_of("tracking", name, tuple(TRACKERS))
+        _at_least_one(self, "", "batch_size", "accumulation", "save_every", "log_every")
+        blank = CacheShape(num_layers=1, num_key_value_heads=1, head_dim=2)
+        for link in self.build_links(dict.fromkeys(self.sources, blank), blank):
+            if link.source not in self.sources:
+                raise ConfigError(
+                    f"a link names source {link.source!r}; sources: {', '.join(self.sources)}"
+                )
+        if self.phases.generate.distill and len(self.links) != 1:
+            raise ConfigError(
+                f"phases.generate.distill takes the answers of one source, and there are "
+                f"{len(self.links)} links; set it to 0"
+            )
+
+    def build_links(
+        self, shapes: dict[str, CacheShape], target: CacheShape
+    ) -> tuple[LinkConfig, ...]:
+        """The links for caches of these shapes, by source name."""
+        links = []
+        for name, link in self.links.items():
+            source = link.get("source", name)
+            shape = asdict(shapes.get(source, target))
+            fuser = {**link.get("fuser", {}), "source": shape, "target": asdict(target)}
+            values = {**link, "source": source, "fuser": fuser}
+            links.append(from_dict(LinkConfig, values, f"links.{name}."))
+        return tuple(links)
+
+    def share(self, processes: int) -> int:
+        """Examples of one piece on one process.
+
+        Raises:
+            ConfigError: a step cannot be cut into so many.
+        """
+        count, rest = divmod(self.batch_size, processes * self.accumulation)
+        if rest or not count:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be cut into {processes} processes x "
+                f"{self.accumulation} pieces; take a multiple of {processes * self.accumulation}"
+            )
+        return count
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1 or math.isnan(value):
+        raise ConfigError(f"{name} must be in [0, 1], got {value}")
+
+
+def _at_least_one(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{where}{name} must be at least 1, got {getattr(config, name)}")

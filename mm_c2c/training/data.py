@@ -1,0 +1,349 @@
+"""Examples by their position: whatever the number of processes, a step sees the same ones.
+
+An example is a mapping (a line of JSONL, the `.json` of a sample in a tar shard, a row of a data
+set) of
+
+    image or images   a picture or several; in JSONL, paths beside the file
+    text              what the source reads beside them, such as an instruction
+    state             a robot's state, numbers
+    question, answer  or `turns`, a list of such pairs
+    caption           a true description, for the reconstruct phase
+
+so that what `mm-c2c evaluate` asks can be trained on. Lines that follow each other and show the
+same are one example with several questions.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import random
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+
+from mm_c2c.errors import FetchError, InputError, UnsupportedError
+from mm_c2c.images import load_image
+from mm_c2c.sources.base import SourceInput
+from mm_c2c.training.config import DataConfig
+
+logger = logging.getLogger(__name__)
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+_FIELDS = ("image", "images", "text", "state", "question", "answer", "turns", "caption")
+_BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+
+
+class Turn(NamedTuple):
+    """A question and its true answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """What a source is shown, and what is asked about it.
+
+    Attributes:
+        images: pictures.
+        text: what the source reads beside them.
+        state: a robot's state.
+        turns: questions and their answers.
+        description: a true description, where there is one.
+    """
+
+    images: tuple[Image.Image, ...]
+    text: str
+    state: tuple[float, ...]
+    turns: tuple[Turn, ...]
+    description: str | None
+
+    def look(self, question: str = "") -> SourceInput:
+        """What a source is given: the pictures, and the text with a question or without."""
+        return SourceInput(
+            text="\n".join(part for part in (self.text, question) if part),
+            images=self.images,
+            state=torch.tensor(self.state) if self.state else None,
+        )
+
+
+Reader = Callable[[], Example]
+
+
+class Examples(Protocol):
+    """Examples in a shuffled order that does not end."""
+
+    def at(self, position: int) -> Example:
+        """The example at a position, which goes on counting from epoch to epoch."""
+
+
+def open_examples(config: DataConfig, seed: int) -> Examples:
+    """Find the examples; pictures are read when they are asked for.
+
+    Raises:
+        InputError: there are none, or `on_corrupt` is `stop` and something cannot be read.
+        FetchError: a data set could not be had.
+        UnsupportedError: the package that reads it is missing.
+    """
+    skip = config.on_corrupt == "skip"
+    if config.format == "datasets":
+        rows = _load_dataset(config)
+        rename = partial(_rename, config.columns)
+        if config.streaming:
+            return _Stream(rows, rename, config.path, config.window, seed, skip=skip)
+        readers: list[Reader] = [
+            partial(_read_row, rows, index, rename, config.path) for index in range(len(rows))
+        ]
+    elif config.format == "webdataset":
+        readers = list(_index_shards(config.path, skip=skip))
+    else:
+        readers = list(_index_lines(Path(config.path), skip=skip))
+    if not readers:
+        raise InputError(f"{config.path} holds no examples")
+    return _Shuffled(readers, seed, skip=skip)
+
+
+class _Shuffled:
+    """Examples that can be reached in any order; a new order in each epoch."""
+
+    def __init__(self, readers: list[Reader], seed: int, *, skip: bool) -> None:
+        self.readers, self.seed, self.skip = readers, seed, skip
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def at(self, position: int) -> Example:
+        """See `Examples`."""
+        return _first_whole(self._reader, position, len(self.readers), skip=self.skip)
+
+    def _reader(self, position: int) -> Reader:
+        epoch, place = divmod(position, len(self.readers))
+        if epoch != self._epoch:
+            # Python's generator, whose numbers stay from release to release.
+            rng = random.Random(f"{self.seed}/{epoch}")
+            self._order = rng.sample(range(len(self.readers)), len(self.readers))
+            self._epoch = epoch
+        return self.readers[self._order[place]]
+
+
+class _Stream:
+    """Examples that come one after the other; those of a window are shuffled among each other.
+
+    A position before the last one, or after a restart, is found by reading from the start again.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Any],
+        rename: Callable[[Mapping[str, Any]], dict[str, Any]],
+        name: str,
+        window: int,
+        seed: int,
+        *,
+        skip: bool,
+    ) -> None:
+        self.rows, self.rename, self.name = rows, rename, name
+        self.window, self.seed, self.skip = window, seed, skip
+        self._coming = self._endless()
+        self._block = -1
+        self._held: list[tuple[int, Any]] = []
+
+    def at(self, position: int) -> Example:
+        """See `Examples`."""
+        return _first_whole(self._reader, position, self.window, skip=self.skip)
+
+    def _reader(self, position: int) -> Reader:
+        block, place = divmod(position, self.window)
+        if block < self._block:
+            self._coming, self._block = self._endless(), -1
+        while self._block < block:
+            self._held = list(itertools.islice(self._coming, self.window))
+            self._block += 1
+            random.Random(f"{self.seed}/{self._block}").shuffle(self._held)
+        index, row = self._held[place]
+        where = f"{self.name}, row {index}"
+        return lambda: _example(self.rename(row), where, _open_picture)
+
+    def _endless(self) -> Iterator[tuple[int, Any]]:
+        while True:
+            empty = True
+            for index, row in enumerate(self.rows):
+                empty = False
+                yield index, row
+            if empty:
+                raise InputError(f"{self.name} holds no examples")
+
+
+def _first_whole(
+    reader: Callable[[int], Reader], position: int, tries: int, *, skip: bool
+) -> Example:
+    """The example at a position, or the first after it that can be read."""
+    for place in range(position, position + tries):
+        try:
+            return reader(place)()
+        except InputError as error:
+            if not skip:
+                raise InputError(f"{error}; data.on_corrupt=skip goes on without it") from error
+            logger.warning("left out: %s", error)
+    raise InputError(f"none of {tries} examples in succession can be read")
+
+
+def _index_lines(path: Path, *, skip: bool) -> Iterator[Reader]:
+    """Examples of a JSONL file."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read examples from {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            _turns(row)
+        except (*_BAD_JSON, KeyError, TypeError) as error:
+            _meet_corrupt(
+                f'{path}, line {number}: expected {{"question", "answer"}} and what is shown, got '
+                f"{error!r}",
+                skip=skip,
+            )
+            continue
+        rows.append((number, row))
+
+    def shown(numbered: tuple[int, dict[str, Any]]) -> str:
+        return json.dumps([numbered[1].get(k) for k in ("image", "images", "text", "state")])
+
+    for seen, group in itertools.groupby(rows, shown):
+        numbers, same = zip(*group, strict=True)
+        # A line that shows nothing is an example of its own.
+        parts = [same] if seen != shown((0, {})) else [(row,) for row in same]
+        for number, part in zip(numbers, parts, strict=False):
+            captions = [row["caption"] for row in part if row.get("caption")]
+            merged = {
+                **part[0],
+                "turns": [turn for row in part for turn in _turns(row)],
+                "caption": captions[0] if captions else None,
+            }
+            yield partial(_example, merged, f"{path}, line {number}", partial(_beside, path.parent))
+
+
+def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
+    """Examples of tar shards: files that follow each other and share a name before the first dot.
+
+    Shards are gone through once, without reading what is in them.
+    """
+    path = Path(pattern)
+    shards = sorted(path.parent.glob(path.name))
+    if not shards:
+        raise InputError(f"no shard is named {pattern}")
+    for shard in shards:
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                members = [
+                    (m.name, m.offset_data, m.size) for m in archive.getmembers() if m.isfile()
+                ]
+        except (OSError, tarfile.TarError) as error:
+            _meet_corrupt(f"shard {shard} is damaged or cut off: {error}", skip=skip)
+            continue
+        for stem, group in itertools.groupby(members, lambda member: _stem(member[0])):
+            yield partial(_read_sample, shard, stem, list(group))
+
+
+def _stem(name: str) -> str:
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"
+
+
+def _read_sample(shard: Path, stem: str, members: list[tuple[str, int, int]]) -> Example:
+    parts = {}
+    with shard.open("rb") as file:
+        for name, offset, size in members:
+            file.seek(offset)
+            parts[name] = file.read(size)
+            if len(parts[name]) < size:
+                raise InputError(f"shard {shard} is cut off in {name}")
+    try:
+        (text,) = [data for name, data in parts.items() if name.endswith(".json")]
+        row = json.loads(text)
+    except (*_BAD_JSON, ValueError) as error:
+        raise InputError(f"{shard}, sample {stem}: expected one .json, got {error!r}") from error
+    pictures = [data for name, data in parts.items() if name.lower().endswith(_PICTURES)]
+    return _example({**row, "images": pictures}, f"{shard}, sample {stem}", _open_picture)
+
+
+def _load_dataset(config: DataConfig) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UnsupportedError(
+            f'data.format datasets needs a package ({error}): pip install "mm-c2c[train]"'
+        ) from error
+    try:
+        return datasets.load_dataset(
+            config.path, config.name, split=config.split, streaming=config.streaming
+        )
+    except (OSError, ValueError) as error:
+        raise FetchError(f"data set {config.path}, split {config.split!r}: {error}") from error
+
+
+def _read_row(rows: Any, index: int, rename: Any, name: str) -> Example:
+    return _example(rename(rows[index]), f"{name}, row {index}", _open_picture)
+
+
+def _rename(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
+    lacking = sorted(set(columns.values()) - set(row))
+    if lacking:
+        raise InputError(f"a row lacks {', '.join(lacking)}; its columns: {', '.join(row)}")
+    return {
+        ours: row[columns.get(ours, ours)] for ours in _FIELDS if columns.get(ours, ours) in row
+    }
+
+
+def _turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+    pairs = row.get("turns", [row])
+    return tuple(
+        pair if isinstance(pair, Turn) else Turn(str(pair["question"]), str(pair["answer"]))
+        for pair in pairs
+    )
+
+
+def _example(
+    row: Mapping[str, Any], where: str, open_picture: Callable[[Any], Image.Image]
+) -> Example:
+    """Read what a mapping says and open its pictures; `where` it stands goes into errors."""
+    try:
+        alone = [] if row.get("image") is None else [row["image"]]
+        return Example(
+            images=tuple(open_picture(picture) for picture in row.get("images") or alone),
+            text=str(row.get("text") or ""),
+            state=tuple(map(float, row.get("state") or ())),
+            turns=_turns(row),
+            description=row.get("caption") or None,
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(
+            f"{where}: {error if isinstance(error, InputError) else repr(error)}"
+        ) from error
+
+
+def _beside(folder: Path, name: str) -> Image.Image:
+    return load_image(folder / name)
+
+
+def _open_picture(data: Any) -> Image.Image:
+    """A picture, or the bytes of its file."""
+    if isinstance(data, Image.Image):
+        return data.convert("RGB")
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _meet_corrupt(words: str, *, skip: bool) -> None:
+    if not skip:
+        raise InputError(f"{words}; data.on_corrupt=skip goes on without it")
+    logger.warning("left out: %s", words)

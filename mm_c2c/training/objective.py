@@ -1,0 +1,270 @@
+"""What a batch of examples costs, in both phases.
+
+Each example weighs the same, however many questions it has and however long their answers are; so
+the mean over a step does not depend on how it is cut into pieces and processes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
+
+from mm_c2c.bridge import Bridge, FusedInputs, Perception
+from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, select_rows
+from mm_c2c.errors import InputError
+from mm_c2c.rope import derotate
+from mm_c2c.sources.base import SourceInput, count_positions, full_cache
+from mm_c2c.training.config import DropConfig
+from mm_c2c.training.data import Example, Turn
+
+Prefill = Callable[[str, Sequence[SourceInput]], SourceCache]
+"""Reads inputs by the source of a name: runs it, or fetches what is kept."""
+
+
+class Asked(NamedTuple):
+    """The questions of a batch of examples.
+
+    Attributes:
+        turns: of all examples, one after the other.
+        owners: for each, which example it is about.
+        weights: for each; an example's questions share its weight, and all sum to 1.
+    """
+
+    turns: list[Turn]
+    owners: list[int]
+    weights: list[float]
+
+
+class Read(NamedTuple):
+    """The target after reading questions and answers.
+
+    Attributes:
+        logits: `(questions, answer_len, vocab_size)`, where the next token is one of the answer.
+        labels: `(questions, answer_len)`: those tokens; -100 pads.
+        cache: of all that was read.
+        mask: `(questions, seq_len)`: 1 where it holds a token.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    cache: Cache
+    mask: Tensor
+
+
+def draw_questions(examples: Sequence[Example], rngs: Sequence[random.Random], count: int) -> Asked:
+    """At most so many questions about each example, which has a generator of its own."""
+    asked = Asked([], [], [])
+    for owner, (example, rng) in enumerate(zip(examples, rngs, strict=True)):
+        picked = rng.sample(example.turns, min(count, len(example.turns)))
+        asked.turns.extend(picked)
+        asked.owners.extend([owner] * len(picked))
+        asked.weights.extend([1 / (len(picked) * len(examples))] * len(picked))
+    return asked
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The losses of a bridge's fusers.
+
+    Attributes:
+        bridge: with the fusers in training.
+        prefill: how sources are read.
+        drop: what is left out at random.
+    """
+
+    bridge: Bridge
+    prefill: Prefill
+    drop: DropConfig
+
+    def generate(self, fused: FusedInputs, asked: Asked) -> Tensor:
+        """Cross-entropy of the answers and their end."""
+        read = self.read(fused, asked)
+        costs = F.cross_entropy(read.logits.mT.float(), read.labels, reduction="none")
+        return _weigh(costs.sum(1) / (read.labels != -100).sum(1), asked)
+
+    def reconstruct(self, fused: FusedInputs, asked: Asked, examples: Sequence[Example]) -> Tensor:
+        """Distance of the cache of question and answer from what it is after a true description.
+
+        Squared, keys without rotation, each layer in units of its own spread over those tokens.
+
+        Raises:
+            InputError: an example has no description.
+        """
+        with torch.no_grad():
+            truth = self._read_after_description(asked, examples)
+        questions = self.bridge.question_tokens(self._questions(examples, asked))
+        answers = (truth.labels != -100).sum(1).tolist()
+        spans = [len(q) + a - 1 for q, a in zip(questions, answers, strict=True)]
+        wanted, real = self._last_states(truth, spans)
+        found, _ = self._last_states(self.read(fused, asked), spans)
+        count = real.sum((2, 3, 4), keepdim=True)
+        mean = (wanted * real).sum(2, keepdim=True) / count
+        spread = ((wanted - mean).pow(2) * real).sum(2, keepdim=True) / count
+        error = ((found - wanted).pow(2) * real).sum(2, keepdim=True) / count
+        scale = spread.mean(4, keepdim=True) + 1e-6
+        return _weigh((error / scale).mean((0, 2, 3, 4)), asked)
+
+    # --- what is read ---------------------------------------------------------------------
+
+    def fuse(
+        self, examples: Sequence[Example], asked: Asked, rngs: Sequence[random.Random]
+    ) -> FusedInputs:
+        """The questions over what the sources saw; what is dropped is left out.
+
+        Args:
+            examples: of one piece of a step.
+            asked: questions about them.
+            rngs: one for each example.
+        """
+        # A row for each example, or for each question where the sources of slots may hear it.
+        rows = [(owner, "") for owner in range(len(examples))]
+        place = asked.owners
+        if self.drop.questions < 1:
+            place = list(range(len(asked.turns)))
+            rows = [
+                (owner, "" if rngs[owner].random() < self.drop.questions else turn.question)
+                for owner, turn in zip(asked.owners, asked.turns, strict=True)
+            ]
+        seen: dict[str, SourceCache] = {}
+        heard: dict[str, SourceCache] = {}
+        keep: dict[str, Tensor] = {}
+        for link in self.bridge.config.links:
+            empty = [rng.random() < self.drop.sources for rng in rngs]
+            if link.geometry == "aligned":
+                looks = [
+                    examples[owner].look(turn.question)
+                    for owner, turn in zip(asked.owners, asked.turns, strict=True)
+                ]
+                cache = self.prefill(link.source, looks)
+                heard[link.source] = emptied(cache, [empty[owner] for owner in asked.owners])
+                continue
+            if link.source not in seen:
+                looks = [examples[owner].look(question) for owner, question in rows]
+                cache = self.prefill(link.source, looks)
+                seen[link.source] = emptied(cache, [empty[owner] for owner, _ in rows])
+            if self.drop.slots:
+                keep[link.name] = torch.tensor(
+                    [
+                        [rngs[owner].random() >= self.drop.slots for _ in range(link.num_slots)]
+                        for owner, _ in rows
+                    ],
+                    device=self.bridge.device,
+                )
+        perception = None
+        if seen:
+            whole = self.bridge.fuse_slots(seen, keep)
+            order = torch.tensor(place, device=self.bridge.device)
+            perception = Perception(
+                whole.input_ids[order], select_rows(whole.past_key_values, order)
+            )
+        return self.bridge.fuse(perception, self._questions(examples, asked), heard)
+
+    def _questions(self, examples: Sequence[Example], asked: Asked) -> list[str]:
+        """What the target is asked; words that are aligned must be the source's own."""
+        aligned = any(link.geometry == "aligned" for link in self.bridge.config.links)
+        return [
+            examples[owner].look(turn.question).text.strip() if aligned else turn.question.strip()
+            for owner, turn in zip(asked.owners, asked.turns, strict=True)
+        ]
+
+    def read(self, fused: FusedInputs, asked: Asked) -> Read:
+        """The target reads on through the questions and the answers; gradients reach the fusers."""
+        target, cache = self.bridge.target, fused["past_key_values"]
+        labels = self._labels(asked)
+        # The token that ends an answer is not read, in shorter rows neither.
+        shown = (labels[:, 1:] != -100).long()
+        input_ids = torch.cat([fused["input_ids"], labels[:, :-1] * shown], dim=1)
+        mask = torch.cat([fused["attention_mask"], shown], dim=1)
+        done = cache.get_seq_length()
+        cache = fork(cache)
+        width = labels.shape[1]
+        logits = target.model(
+            input_ids[:, done:],
+            attention_mask=mask,
+            position_ids=count_positions(mask)[:, done:],
+            past_key_values=cache,
+            use_cache=True,
+            **dict.fromkeys(target.spared, width),
+        ).logits[:, -width:]
+        return Read(logits, labels, cache, mask)
+
+    def _read_after_description(self, asked: Asked, examples: Sequence[Example]) -> Read:
+        """The target alone, which is told the truth before each question."""
+        told = [examples[owner].description for owner in asked.owners]
+        if None in told:
+            raise InputError(
+                "phases.reconstruct wants a `caption` in each example, and one has none; give it, "
+                "or set phases.reconstruct.steps=0"
+            )
+        tokenizer = self.bridge.target.tokenizer
+        before = self.bridge.fuse_slots({}).input_ids[0].tolist()
+        words = tokenizer(told, add_special_tokens=False)["input_ids"]
+        questions = self.bridge.question_tokens(self._questions(examples, asked))
+        rows = [
+            torch.tensor([*before, *description, *question])
+            for description, question in zip(words, questions, strict=True)
+        ]
+        # Padded in front, where nothing has been read yet.
+        ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)
+        ids = ids.to(self.bridge.device)
+        fused = FusedInputs(
+            input_ids=ids.clamp(min=0),
+            attention_mask=(ids >= 0).long(),
+            past_key_values=full_cache(self.bridge.target.model),
+        )
+        return self.read(fused, asked)
+
+    def _labels(self, asked: Asked) -> Tensor:
+        """`(questions, answer_len)`: each answer and the token that ends it; -100 pads."""
+        tokenizer = self.bridge.target.tokenizer
+        texts = [turn.answer.strip() for turn in asked.turns]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor([*row, tokenizer.eos_token_id]) for row in ids]
+        return pad_sequence(rows, batch_first=True, padding_value=-100).to(self.bridge.device)
+
+    def _last_states(self, read: Read, spans: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """K without rotation and V of the last tokens of each row.
+
+        Returns:
+            `(layers, questions, tokens, 2, width)`, and where these are real: `(1, questions,
+            tokens, 1, 1)`.
+        """
+        layers, indices = read_layers(read.cache)
+        device, length = read.mask.device, read.mask.shape[1]
+        last = (read.mask * torch.arange(1, length + 1, device=device)).argmax(1)
+        back = torch.arange(max(spans) - 1, -1, -1, device=device)
+        index = (last[:, None] - back).clamp(min=0)
+        positions = count_positions(read.mask).gather(1, index)
+        rope = self.bridge.target.rope(length)
+        states = []
+        for (keys, values), layer_index in zip(layers, indices, strict=True):
+            at = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            plain = derotate(keys.gather(2, at), positions, rope[layer_index])
+            both = torch.stack([plain, values.gather(2, at)], dim=3)
+            states.append(both.permute(0, 2, 3, 1, 4).flatten(3))
+        real = back < torch.tensor(spans, device=device)[:, None]
+        return torch.stack(states).float(), real[None, :, :, None, None]
+
+
+def emptied(cache: SourceCache, rows: Sequence[bool]) -> SourceCache:
+    """The same positions, with nothing in some rows: what a fuser gets when a source is dropped."""
+    if not any(rows):
+        return cache
+    empty = torch.tensor(rows, device=cache.kinds.device)[:, None, None, None]
+    layers = tuple(
+        LayerKV(k.masked_fill(empty, 0), v.masked_fill(empty, 0)) for k, v in cache.layers
+    )
+    return replace(cache, layers=layers)
+
+
+def _weigh(costs: Tensor, asked: Asked) -> Tensor:
+    weights: Any = torch.tensor(asked.weights, device=costs.device)
+    return (costs * weights).sum()

@@ -1,0 +1,207 @@
+"""`mm-c2c train`: a fuser, between any source and any target.
+
+    mm-c2c train CONFIG [key.sub=value ...]
+    accelerate launch -m mm_c2c.cli train CONFIG [key.sub=value ...]
+
+trains in one process or in as many as `accelerate` starts. Only the fuser is trained, wrapped and
+sharded; each process holds the frozen models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from mm_c2c.bridge import Bridge
+from mm_c2c.cache import SourceCache
+from mm_c2c.config import to_dict
+from mm_c2c.evaluation.results import hold, write_json
+from mm_c2c.sources.base import SourceInput
+from mm_c2c.target import Target
+from mm_c2c.training.config import TrainingConfig
+from mm_c2c.training.data import Example, Examples, Turn, open_examples
+from mm_c2c.training.kept import KeptCaches, row_key
+from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
+from mm_c2c.training.models import build_bridge, load_source, load_target
+from mm_c2c.training.objective import Asked, Objective, draw_questions
+from mm_c2c.training.optimizers import build_optimizers
+
+
+def train(config: TrainingConfig) -> None:
+    """Run, or go on with, one training.
+
+    Raises:
+        TrainingError: it cannot go on; the last checkpoint is whole.
+    """
+    accelerator = build_accelerator(
+        config.out, precision=config.precision, tracking=config.tracking
+    )
+    with hold(config.out) if accelerator.is_main_process else nullcontext():
+        target = load_target(config.target)
+        sources = {name: load_source(model) for name, model in config.sources.items()}
+        run_training(config, accelerator, target, sources)
+
+
+def run_training(
+    config: TrainingConfig, accelerator: Accelerator, target: Target, sources: dict[str, Any]
+) -> None:
+    """As `train`, with frozen models that are loaded already."""
+    examples = open_examples(config.data, config.seed)
+    trainer = Trainer(config, accelerator, target, sources, examples)
+    settings = to_dict(config)
+    if accelerator.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "config.json", settings)
+    Loop(
+        out=config.out,
+        steps=config.phases.steps,
+        save_every=config.save_every,
+        log_every=config.log_every,
+        seed=config.seed,
+        accumulation=config.accumulation,
+        clip=config.optimizer.clip,
+        on_nan=config.on_nan,
+        accelerator=accelerator,
+        settings=flatten(settings),
+    ).run(
+        trainer.bridge.fusers,
+        build_optimizers(
+            trainer.bridge.fusers,
+            config.optimizer.learning_rate,
+            config.optimizer.name,
+            config.optimizer.weight_decay,
+        ),
+        trainer.rate,
+        trainer.loss,
+        lambda weights: trainer.bridge.save_pretrained(config.out / "bridge", weights=weights),
+        trainer.gauges,
+    )
+
+
+class Trainer:
+    """What is learned from which examples.
+
+    Args:
+        config: settings.
+        accelerator: the processes, and where this one computes.
+        target: the frozen target.
+        sources: the frozen sources, by name.
+        examples: what is learned from.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        target: Target,
+        sources: dict[str, Any],
+        examples: Examples,
+    ) -> None:
+        self.config, self.accelerator, self.examples = config, accelerator, examples
+        for reader in (target, *sources.values()):
+            reader.model.to(accelerator.device)
+        self.bridge: Bridge = build_bridge(config, target, sources)
+        self.bridge.fusers.to(accelerator.device)
+        self.share = config.share(accelerator.num_processes)
+        self.objective = Objective(self.bridge, self.prefill, config.drop)
+        self.kept: KeptCaches | None = None
+        if config.kept is not None:
+            budget = int(config.kept.budget_gb * 1e9) // accelerator.num_processes
+            self.kept = KeptCaches(config.kept.folder, budget, accelerator.process_index)
+        self._tokens = 0
+
+    def loss(self, number: int, rng: random.Random) -> Tensor:
+        """Of one process's share of a piece of a step; random by the examples' positions alone."""
+        step, piece = divmod(number, self.config.accumulation)
+        examples, rngs = self.draw(step, piece)
+        asked = draw_questions(examples, rngs, self.config.data.questions)
+        phases = self.config.phases
+        reconstruct = step < phases.reconstruct.steps
+        if not reconstruct and phases.generate.distill:
+            asked = self.distil(examples, asked, rngs)
+        fused = self.objective.fuse(examples, asked, rngs)
+        self._tokens += int(fused["attention_mask"].sum())
+        if reconstruct:
+            return self.objective.reconstruct(fused, asked, examples)
+        return self.objective.generate(fused, asked)
+
+    def draw(self, step: int, piece: int) -> tuple[list[Example], list[random.Random]]:
+        """This process's examples of a piece, each with a generator that its position seeds."""
+        config, process = self.config, self.accelerator.process_index
+        before = piece * self.accelerator.num_processes + process
+        first = step * config.batch_size + before * self.share
+        places = range(first, first + self.share)
+        return (
+            [self.examples.at(place) for place in places],
+            [random.Random(f"{config.seed}/{place}") for place in places],
+        )
+
+    def prefill(self, name: str, looks: Sequence[SourceInput]) -> SourceCache:
+        """What a source makes of inputs: kept, or computed in its own precision."""
+        source = self.bridge.sources[name]
+        device = self.accelerator.device
+
+        def compute(rows: Sequence[int]) -> SourceCache:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                return source.prefill([looks[row] for row in rows])
+
+        if self.kept is None:
+            return compute(range(len(looks)))
+        salt = f"{source.origin} {self.config.sources[name].dtype}"
+        return self.kept.fetch([row_key(salt, look) for look in looks], compute, device)
+
+    def distil(
+        self, examples: Sequence[Example], asked: Asked, rngs: Sequence[random.Random]
+    ) -> Asked:
+        """Put the source's own answers in the place of some true ones."""
+        generate = self.config.phases.generate
+        (link,) = self.bridge.config.links
+        chosen = [
+            row for row, owner in enumerate(asked.owners) if rngs[owner].random() < generate.distill
+        ]
+        if not chosen:
+            return asked
+        looks = [examples[asked.owners[row]].look(asked.turns[row].question) for row in chosen]
+        with torch.no_grad(), torch.autocast(self.accelerator.device.type, enabled=False):
+            written = self.bridge.sources[link.source].generate(
+                looks, max_new_tokens=generate.answer_tokens, do_sample=False
+            )
+        turns = list(asked.turns)
+        for row, text in zip(chosen, written, strict=True):
+            turns[row] = Turn(turns[row].question, text)
+        return asked._replace(turns=turns)
+
+    def rate(self, step: int) -> float:
+        """A warm-up and a cosine to zero in each phase."""
+        first, second = self.config.phases.reconstruct, self.config.phases.generate
+        if step < first.steps:
+            return cosine_rate(step, first.warmup, first.steps)
+        return cosine_rate(step - first.steps, second.warmup, second.steps)
+
+    def gauges(self, seconds: float) -> dict[str, float]:
+        """Columns of the log: the share of open gates, and prompt tokens a second in all."""
+        tokens, self._tokens = self._tokens, 0
+        columns = {"tokens_per_s": tokens * self.accelerator.num_processes / seconds}
+        if self.accelerator.distributed_type != DistributedType.FSDP:  # no process has them whole
+            fusers: Any = self.bridge.fusers.values()
+            gates = [fuser.gates().flatten() for fuser in fusers]
+            columns["open_gates"] = float((torch.cat(gates) > 0.5).float().mean())
+        return columns
+
+
+def flatten(settings: Mapping[str, Any], where: str = "") -> dict[str, str | int | float]:
+    """Nested settings as `a.b: value`, which is what trackers take."""
+    flat: dict[str, str | int | float] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{where}{key}.")
+        else:
+            flat[f"{where}{key}"] = value if isinstance(value, str | int | float) else str(value)
+    return flat

@@ -1,0 +1,195 @@
+"""Examples from files, shards and data sets, in an order that the position alone decides."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mm_c2c.errors import InputError, UnsupportedError
+from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.training.config import DataConfig
+from mm_c2c.training.data import Example, Examples, open_examples
+
+
+def png(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    """Two questions about the first of five pictures, one about each other; pictures beside them."""
+    for shade in range(5):
+        (tmp_path / f"{shade}.png").write_bytes(png(shade))
+    asked = [(0, "first"), (0, "second"), (1, "a"), (2, "b"), (3, "c"), (4, "d")]
+    return [
+        {"image": f"{shade}.png", "question": question, "answer": f"{shade}"}
+        for shade, question in asked
+    ]
+
+
+def write_lines(folder: Path, rows: list[Any]) -> DataConfig:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return DataConfig(path=str(folder / "data.jsonl"))
+
+
+def shades(examples: Examples, positions: range) -> list[int]:
+    return [shade(examples.at(position)) for position in positions]
+
+
+def shade(example: Example) -> int:
+    return example.images[0].getpixel((0, 0))[0]
+
+
+def test_lines_about_one_picture_are_one_example(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    rows[1]["caption"] = "red"
+    config = write_lines(tmp_path, rows)
+    assert len(load_items(Path(config.path))) == 6  # what is evaluated can be trained on
+    examples = open_examples(config, seed=0)
+    found = {shade(example): example for example in map(examples.at, range(5))}
+    assert [turn.question for turn in found[0].turns] == ["first", "second"]
+    assert found[0].description == "red"
+    assert found[1].description is None
+    assert found[1].look("why?").text == "why?"
+    assert found[1].look().images[0].size == (4, 3)
+
+
+def test_the_order_is_new_in_each_epoch_and_follows_from_the_seed(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    config = write_lines(tmp_path, rows)
+    order = shades(open_examples(config, seed=0), range(20))
+    epochs = [order[start : start + 5] for start in range(0, 20, 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    assert shades(open_examples(config, seed=0), range(13, 20)) == order[13:]
+    assert shades(open_examples(config, seed=1), range(20)) != order
+
+
+def test_lines_without_a_picture_are_examples_of_their_own(tmp_path: Path) -> None:
+    texts = [{"question": f"{i}?", "answer": "yes", "state": [i, 1]} for i in range(2)]
+    texts += [{"question": "2?", "answer": "no", "text": "pick it up"}]
+    texts += [{"question": f"{i}?", "answer": "no"} for i in range(3, 5)]
+    examples = open_examples(write_lines(tmp_path, texts), seed=0)
+    found = sorted(map(examples.at, range(5)), key=lambda example: example.turns)
+    assert [len(example.turns) for example in found] == [1] * 5
+    assert found[1].look().state.tolist() == [1, 1]
+    assert found[2].look("2?").text == "pick it up\n2?"
+
+
+def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for stem, parts in samples.items():
+            for ending, data in parts.items():
+                member = tarfile.TarInfo(f"{stem}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> DataConfig:
+    """Three samples in two shards."""
+    said = json.dumps({"question": "what", "answer": "it"}).encode()
+    for name, picked in (("a", (0, 1)), ("b", (2,))):
+        samples = {f"{i:03d}": {"json": said, "png": png(i)} for i in picked}
+        write_shard(tmp_path / f"{name}.tar", samples)
+    return DataConfig(path=str(tmp_path / "*.tar"), format="webdataset")
+
+
+def test_shards_are_read_in_any_order(shards: DataConfig) -> None:
+    examples = open_examples(shards, seed=0)
+    assert sorted(shades(examples, range(3))) == [0, 1, 2]
+    assert examples.at(0).turns[0] == ("what", "it")
+
+
+def test_what_cannot_be_read_stops_or_is_left_out(
+    tmp_path: Path, rows: list[dict[str, Any]], shards: DataConfig
+) -> None:
+    broken = write_lines(tmp_path, [*rows[:3], "{", {"question": "no answer"}, *rows[3:]])
+    with pytest.raises(InputError, match=r"line 4: expected .*on_corrupt=skip goes on"):
+        open_examples(broken, seed=0)
+    left = open_examples(replace(broken, on_corrupt="skip"), seed=0)
+    assert sorted(shades(left, range(5))) == [0, 1, 2, 3, 4]
+
+    (tmp_path / "2.png").write_bytes(png(2)[:40])
+    config = write_lines(tmp_path, rows)
+    with pytest.raises(InputError, match=r"line 4: .*2\.png .*on_corrupt=skip goes on"):
+        shades(open_examples(config, seed=0), range(5))
+    skipping = replace(config, on_corrupt="skip")
+    found = shades(open_examples(skipping, seed=0), range(10))
+    assert set(found) == {0, 1, 3, 4}
+    # Whoever else reads, a position holds the same.
+    assert shades(open_examples(skipping, seed=0), range(4, 7)) == found[4:7]
+
+    whole = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(b"x" + whole[1:])
+    with pytest.raises(InputError, match=r"shard .*b\.tar is damaged"):
+        open_examples(shards, seed=0)
+    assert sorted(shades(open_examples(replace(shards, on_corrupt="skip"), seed=0), range(2))) == [
+        0,
+        1,
+    ]
+
+
+class Stream:
+    """What `datasets` streams: rows that can only be gone through."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+def test_data_sets_are_read_whole_or_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Any = [
+        {"pixels": Image.new("L", (3, 3), i), "question": "?", "label": f"{i}"} for i in range(7)
+    ]
+    asked = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        return Stream(rows) if kwargs["streaming"] else rows
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    columns = {"image": "pixels", "answer": "label"}
+    config = DataConfig(path="org/set", format="datasets", columns=columns, window=3)
+    assert sorted(shades(open_examples(config, seed=0), range(7))) == list(range(7))
+    assert asked == [(("org/set", None), {"split": "train", "streaming": False})]
+
+    streaming = replace(config, streaming=True)
+    order = shades(open_examples(streaming, seed=0), range(15))
+    for start, held in ((0, {0, 1, 2}), (3, {3, 4, 5}), (6, {6, 0, 1}), (9, {2, 3, 4})):
+        assert set(order[start : start + 3]) == held
+    assert order != sorted(order)
+    assert shades(open_examples(streaming, seed=0), range(8, 12)) == order[8:12]
+    with pytest.raises(InputError, match="a row lacks labels; its columns: pixels"):
+        open_examples(replace(streaming, columns={"answer": "labels"}), seed=0).at(0)
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UnsupportedError, match=r'pip install "mm-c2c\[train\]"'):
+        open_examples(config, seed=0)
+
+
+def test_no_examples_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(InputError, match="holds no examples"):
+        open_examples(DataConfig(path=str(tmp_path / "empty.jsonl")), seed=0)
+    with pytest.raises(InputError, match="no shard is named"):
+        open_examples(DataConfig(path=str(tmp_path / "x*.tar"), format="webdataset"), seed=0)
+    with pytest.raises(InputError, match="cannot read examples"):
+        open_examples(DataConfig(path=str(tmp_path / "none.jsonl")), seed=0)
