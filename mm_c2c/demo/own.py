@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever httpx it uses
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,13 +15,16 @@ from transformers import (
     AutoTokenizer,
 )
 
-from mm_c2c.bridge import CONFIG_NAME, WEIGHTS_NAME, Bridge, BridgeConfig, Target, read_header
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.config import from_dict
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
+from mm_c2c.hub import fetch_folder
+from mm_c2c.pretrained import read_header
 from mm_c2c.reference.tower import register
 from mm_c2c.sources import source_class
+from mm_c2c.target import Target
 
 
 class Checked(NamedTuple):
@@ -67,14 +67,15 @@ def check_pair(source: str, target: str, bridge: str) -> Checked:
 
     Raises:
         InputError: a name is missing, or there is no such model.
-        MismatchError: the bridge is damaged, or was trained for other models.
+        FetchError: the bridge could not be had from the Hub.
+        MismatchError: there is no such bridge, it is damaged, or was trained for other models.
         UnsupportedError: the source's family is unknown.
     """
     given = {"source": source.strip(), "target": target.strip(), "bridge": bridge.strip()}
     missing = [what for what, name in given.items() if not name]
     if missing:
         raise InputError(f"Give a Hub id or a folder for: {', '.join(missing)}.")
-    folder = _bridge_folder(given["bridge"])
+    folder = fetch_folder(given["bridge"])
     header = read_header(folder)
     links = from_dict(BridgeConfig, header["bridge"]).links
     if [link.geometry for link in links] != ["slots"] or links[0].kinds or links[0].images > 1:
@@ -130,18 +131,6 @@ def load_pair(source: str, target: str, bridge: str) -> Iterator[Step]:
     yield Step(
         f"Loaded: {checked.target['model']} sees through {checked.source['model']}.", setting
     )
-
-
-def _bridge_folder(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        files = [CONFIG_NAME, WEIGHTS_NAME]
-        return Path(snapshot_download(name, allow_patterns=files))
-    except (OSError, ValueError, httpx.HTTPError, HFValidationError) as error:
-        raise InputError(
-            f"{name!r} is neither a folder nor a bridge on the Hub that can be had: {_said(error)}"
-        ) from error
 
 
 def _model_type(origin: dict[str, Any]) -> str:
