@@ -5,11 +5,12 @@ VENV := .venv
 EXTRAS := dev
 HARNESS := .venv-harness
 BIN := $(VENV)/bin
+PLAYWRIGHT := 1.65.2
 INPUTS := pyproject.toml constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-all test-harness format clean
+.PHONY: help demo test check test-all test-browser test-harness format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,7 +29,11 @@ check: $(VENV)/.installed-dev ## Formatting, lint, types, tests
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.installed-dev ## Also the slow tests and those that download
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not browser"
+
+test-browser: $(VENV)/.installed-dev ## The page in a browser: needs a Chromium (apt-get install chromium)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet playwright==$(PLAYWRIGHT)
+	$(BIN)/python -m pytest -m browser tests/browser
 
 # lmms-eval brings torchvision, whose builds load beside one build of torch only; nothing here needs it.
 test-harness: ## The tests with lm-eval, lmms-eval and datasets, in an environment of their own

@@ -1,6 +1,6 @@
 """The page: ask about a picture, all arms side by side; also what a Hugging Face Space runs.
 
-python demos/app.py [--tiny] [--port 7860]
+python demos/app.py [--tiny] [--port 7860] [--share --auth user:password]
 """
 
 import sys

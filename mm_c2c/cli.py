@@ -117,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a page in the browser, on this machine alone")
     demo.add_argument("--tiny", action="store_true", help="a target of random weights: no download")
     demo.add_argument("--port", type=int, help="the first free one from 7860 when left out")
+    demo.add_argument("--host", help="address to listen on; this machine alone when left out")
+    demo.add_argument("--share", action="store_true", help="a public link, through Gradio's server")
+    demo.add_argument("--auth", metavar="USER:PASSWORD", help="the login for --host and --share")
+    demo.add_argument(
+        "--own-pair",
+        action="store_true",
+        help="let visitors load models of their own also where others than you can visit",
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -284,17 +292,27 @@ def _card(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from mm_c2c.demo.pair import load_tiny_bridge
+    from mm_c2c.demo.pair import load_tiny_bridge, reference_setting
 
     try:
-        from mm_c2c.demo import page
+        from mm_c2c.demo.page import build_page
+        from mm_c2c.demo.serve import Exposure, launch, warm_up
     except ImportError as error:
         raise UnsupportedError(
             f'the page needs Gradio ({error}): pip install "mm-c2c[demo]"'
         ) from error
+    exposure = Exposure.from_environment(
+        host=args.host, port=args.port, share=args.share, auth=args.auth
+    )
+    setting = reference_setting(load_tiny_bridge() if args.tiny else _load_bridge())
+    warm_up(setting)
     notice = "**Tiny**: this target has random weights; what it says means nothing."
-    bridge = load_tiny_bridge() if args.tiny else _load_bridge()
-    page.launch(page.build_page(bridge, notice=notice if args.tiny else ""), port=args.port)
+    page = build_page(
+        setting,
+        notice=notice if args.tiny else "",
+        own_pair=args.own_pair or exposure.is_private,
+    )
+    launch(page, exposure)
 
 
 if __name__ == "__main__":

@@ -16,42 +16,44 @@ from mm_c2c.reference.scenes import CAPTION_REQUEST
 
 @pytest.fixture
 def look(bridge: Bridge, pictures: list[Image.Image]) -> Look:
-    return Look(bridge.sources[SOURCE_NAME], pictures[0], CAPTION_REQUEST)
+    setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
+    return Look(setting, pictures[0])
 
 
 def test_columns_end_with_what_the_arms_answer(bridge: Bridge, look: Look) -> None:
-    *_, columns = compare(bridge, SOURCE_NAME, look, "Where is it?", ["left", "right"])
-    setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
+    *_, columns = compare(look, "Where is it?", ["left", "right"])
     asked = Asked(look.picture, "Where is it?", ("left", "right"))
     assert next(iter(columns)) == "fused"
     for name, column in columns.items():
-        assert column.text == build_arm(name, setting).answer([asked])[0].answer
+        assert column.text == build_arm(name, look.setting).answer([asked])[0].answer
 
 
 def test_a_second_question_perceives_and_captions_nothing_again(
     bridge: Bridge, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    list(compare(bridge, SOURCE_NAME, look, "Where is it?"))
-    monkeypatch.setattr(look.source, "prefill", lambda inputs: pytest.fail("perceived again"))
+    list(compare(look, "Where is it?"))
+    source = look.setting.source
+    monkeypatch.setattr(source, "prefill", lambda inputs: pytest.fail("perceived again"))
+    monkeypatch.setattr(bridge, "fuse_slots", lambda caches: pytest.fail("fused again"))
     written = []
-    generate = look.source.generate
+    generate = source.generate
 
     def count(inputs, **kwargs):
         written.append(inputs[0].text)
         return generate(inputs, **kwargs)
 
-    monkeypatch.setattr(look.source, "generate", count)
-    *_, columns = compare(bridge, SOURCE_NAME, look, "What is it?")
+    monkeypatch.setattr(source, "generate", count)
+    *_, columns = compare(look, "What is it?")
     assert written == ["What is it?"]
     assert look.perceived == 1
-    assert "perceived: <b>1 time</b>" in columns_html(columns, look)
+    assert "perceived <b>once</b>" in columns_html(columns, look)
 
 
 def test_a_column_says_what_was_handed_over(bridge: Bridge, look: Look) -> None:
-    *_, columns = compare(bridge, SOURCE_NAME, look, "Where is it?")
+    *_, columns = compare(look, "Where is it?")
     assert "caption_relay_options" not in columns
     assert columns["fused"].positions == 4
-    assert columns["fused"].num_bytes == look.prefill([]).num_bytes > 0
+    assert columns["fused"].num_bytes == look.cache.num_bytes > 0
     relayed = columns["caption_relay"].answer.relayed
     assert columns["caption_relay"].num_bytes == len(relayed.encode())
     assert columns["caption_relay"].positions > 0
@@ -59,10 +61,10 @@ def test_a_column_says_what_was_handed_over(bridge: Bridge, look: Look) -> None:
 
 
 def test_closing_a_comparison_stops_the_arm(bridge: Bridge, look: Look) -> None:
-    running = compare(bridge, SOURCE_NAME, look, "Where is it?")
+    running = compare(look, "Where is it?")
     next(running)
     running.close()
-    *_, columns = compare(bridge, SOURCE_NAME, look, "Where is it?")
+    *_, columns = compare(look, "Where is it?")
     assert columns["source"].answer is not None
 
 

@@ -68,7 +68,7 @@ def test_a_variant_fuses_only_what_it_says(
     (name,) = trained.fusers
     variants = diagnostics._variants(trained, name, config)
     whole = read_layers(trained.perceive(pictures[0]).past_key_values)[0]
-    closed = diagnostics._with_gates(trained, name, torch.zeros(len(whole), 2))
+    closed = diagnostics.scale_gates(trained, name, torch.zeros(len(whole), 2))
     alone = read_layers(closed.perceive(pictures[0]).past_key_values)[0]
     keys = read_layers(variants["keys only"].perceive(pictures[0]).past_key_values)[0]
     for layer, (own, fused, found) in enumerate(zip(alone, whole, keys, strict=True)):

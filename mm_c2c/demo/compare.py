@@ -9,14 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mm_c2c.bridge import Bridge
+from mm_c2c.bridge import Perception
 from mm_c2c.cache import CacheOrigin, CacheShape, SourceCache
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import Asked, Setting, build_arm
+from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.arms.relay import CaptionRelay
 from mm_c2c.evaluation.clock import Answer, Stopwatch, timed
 from mm_c2c.sources.base import Source, SourceInput
@@ -24,55 +26,80 @@ from mm_c2c.sources.base import Source, SourceInput
 COLUMNS = {
     "fused": ("Fused cache", "The text LLM never sees the picture; it is handed a cache."),
     "caption_relay": ("Caption relay", "The text LLM reads a caption instead."),
-    "caption_relay_options": ("Caption relay, options shown", "And the answers there can be."),
+    "caption_relay_options": (
+        "Caption relay, answers shown",
+        "It also reads which answers such a question can have.",
+    ),
+    "question_aware_relay": (
+        "Question-aware relay",
+        "A caption relay in the words that a search found best.",
+    ),
     "blind": ("Blind", "The text LLM alone, with nothing."),
     "source": ("Source alone", "The small vision model answers itself."),
 }
 """Arm to title and what it is, in the order in which they answer."""
 MAX_QUESTION = 300
+MODELS = threading.Lock()
+"""Held by whoever uses the models: they serve one at a time."""
 
 
 @dataclass
 class Look:
-    """A `Source` for one picture, which looks at it once and captions it once.
+    """A `Source` for one picture, which looks at it once, captions it once, and is fused once.
 
     Attributes:
-        source: the model that looks.
+        setting: the pair that is asked.
         picture: RGB.
-        request: what the source is asked for when it writes a caption.
         perceived: how often the picture has been looked at.
     """
 
-    source: Source
+    setting: Setting
     picture: Image.Image
-    request: str
     perceived: int = 0
     _cache: SourceCache | None = None
+    _slots: Perception | None = None
     _caption: list[str] | None = None
 
     @property
     def shape(self) -> CacheShape:
         """Of the source."""
-        return self.source.shape
+        return self.setting.source.shape
 
     @property
     def origin(self) -> CacheOrigin:
         """Of the source."""
-        return self.source.origin
+        return self.setting.source.origin
 
-    def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
+    @property
+    def cache(self) -> SourceCache:
         """The cache of the picture, made at the first call."""
         if self._cache is None:
-            self._cache = self.source.prefill(inputs)
+            with torch.no_grad():
+                self._cache = self.setting.source.prefill([SourceInput(images=(self.picture,))])
             self.perceived += 1
         return self._cache
 
+    @property
+    def slots(self) -> Perception:
+        """What the fuser writes into the target's cache, made at the first call."""
+        if self._slots is None:
+            with torch.no_grad():
+                caches = {self.setting.source_name: self.cache}
+                self._slots = self.setting.bridge.fuse_slots(caches)
+        return self._slots
+
+    def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
+        """See `cache`; the picture is the look's own."""
+        del inputs
+        return self.cache
+
     def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
         """The source's answers; a caption is written at the first call."""
-        if inputs[0].text != self.request or kwargs.get("streamer"):
-            return self.source.generate(inputs, **kwargs)
+        source = self.setting.source
+        if inputs[0].text != self.setting.request or kwargs.get("streamer"):
+            return source.generate(inputs, **kwargs)
         if self._caption is None:
-            self._caption = self.source.generate(inputs, **kwargs)
+            self._caption = source.generate(inputs, **kwargs)
         return self._caption
 
 
@@ -86,6 +113,18 @@ class LookSetting(Setting):
     def source(self) -> Source:
         """The look."""
         return self.look
+
+
+@dataclass(frozen=True)
+class FusedOnce(Fused):
+    """The fused arm, over slots that are kept from one question to the next."""
+
+    look: Look
+
+    def see(self, asked: Sequence[Asked]) -> Perception:
+        """The look's slots."""
+        del asked
+        return self.look.slots
 
 
 class Column(NamedTuple):
@@ -146,28 +185,38 @@ def check_question(question: str | None) -> str:
     return question
 
 
+def columns_of(setting: Setting, options: Sequence[str]) -> list[str]:
+    """The arms that can answer.
+
+    Without `setting.prompts` there is no question-aware relay, and the relay that shows the answers
+    stands in for it; that one needs to know them.
+    """
+    stand_in = (
+        "question_aware_relay" if setting.prompts else "caption_relay_options" * bool(options)
+    )
+    return [name for name in COLUMNS if "relay" not in name or name in ("caption_relay", stand_in)]
+
+
 def compare(
-    bridge: Bridge, source_name: str, look: Look, question: str, options: Sequence[str] = ()
+    look: Look, question: str | None, options: Sequence[str] = ()
 ) -> Iterator[dict[str, Column]]:
     """Let one arm after the other answer.
 
     Args:
-        bridge: both frozen models and the fuser.
-        source_name: the source that looks.
         look: the picture; what was seen for an earlier question is used again.
         question: what is asked.
-        options: answers that such a question can have; without them the arm that shows them to
-            the target is left out.
+        options: answers that such a question can have, where that is known.
 
     Yields:
         The columns so far, by arm, at every token. Closing the iterator stops the models.
+
+    Raises:
+        InputError: see `check_question`.
     """
-    setting = LookSetting(bridge=bridge, source_name=source_name, request=look.request, look=look)
+    setting = LookSetting(**vars(look.setting), look=look)
     asked = Asked(look.picture, check_question(question), tuple(options))
     columns: dict[str, Column] = {}
-    for name in COLUMNS:
-        if name == "caption_relay_options" and not options:
-            continue
+    for name in columns_of(setting, options):
         for column in _stream(name, setting, asked):
             columns[name] = column
             yield dict(columns)
@@ -175,8 +224,8 @@ def compare(
 
 def _stream(name: str, setting: LookSetting, asked: Asked) -> Iterator[Column]:
     """One arm's column, growing."""
-    arm = build_arm(name, setting)
-    source: Any = setting.look.source
+    arm = FusedOnce(setting, setting.look) if name == "fused" else build_arm(name, setting)
+    source: Any = setting.look.setting.source
     own = source.processor.tokenizer if name == "source" else setting.bridge.target.tokenizer
     live = _Live(own)
     done: list[Answer] = []
@@ -184,7 +233,8 @@ def _stream(name: str, setting: LookSetting, asked: Asked) -> Iterator[Column]:
 
     def run() -> None:
         try:
-            done.append(timed(arm, setting.bridge, asked, live))
+            with MODELS:
+                done.append(timed(arm, setting.bridge, asked, live))
         except _StoppedError:
             pass
         except Exception as error:  # noqa: BLE001, raised again in the caller's thread
@@ -199,7 +249,7 @@ def _stream(name: str, setting: LookSetting, asked: Asked) -> Iterator[Column]:
         while (text := live.texts.get()) is not None:
             yield Column(text)
     finally:
-        # The models serve one arm at a time: whoever comes next waits until this one is gone.
+        # Whoever comes next waits until this arm is gone.
         live.stopped.set()
         worker.join()
     if failure:
@@ -212,7 +262,7 @@ def _whole(name: str, arm: Any, setting: LookSetting, asked: Asked, answer: Answ
     positions = num_bytes = 0
     if name == "fused":
         positions = sum(link.num_slots for link in setting.bridge.config.links)
-        num_bytes = setting.look.prefill([]).num_bytes
+        num_bytes = setting.look.cache.num_bytes
     elif isinstance(arm, CaptionRelay) and answer.relayed is not None:
         read, bare = (
             setting.bridge.target.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -223,34 +273,51 @@ def _whole(name: str, arm: Any, setting: LookSetting, asked: Asked, answer: Answ
     return Column(answer.answer, answer, positions, num_bytes)
 
 
+def facts(columns: Mapping[str, Column]) -> dict[str, dict[str, Any]]:
+    """The columns that are whole, as plain values."""
+    return {
+        name: {
+            **column.answer._asdict(),
+            "cache_positions": column.positions,
+            "num_bytes": column.num_bytes,
+        }
+        for name, column in columns.items()
+        if column.answer is not None
+    }
+
+
 def columns_html(columns: Mapping[str, Column], look: Look) -> str:
     """All columns as cards, side by side where there is room."""
     cards = "".join(_card(name, column) for name, column in columns.items())
-    times = "1 time" if look.perceived == 1 else f"{look.perceived} times"
+    times = "once" if look.perceived == 1 else f"{look.perceived} times"
+    said = "; ".join(f"{COLUMNS[name][0]}: {c.text or 'nothing'}" for name, c in columns.items())
+    # A screen reader is told the answers when all are there, not each token.
+    whole = all(column.answer for column in columns.values())
     return (
-        f'<p class="seen">Picture perceived: <b>{times}</b>. A further question on it is answered '
-        f'from the same cache.</p><div class="cards" aria-live="polite">{cards}</div>'
+        f'<p class="seen">This picture was perceived <b>{times}</b>. A further question on it is '
+        f'answered from the same cache.</p><div class="cards">{cards}</div>'
+        f'<p class="unseen" role="status">{html.escape(said) if whole else ""}</p>'
     )
 
 
 def _card(name: str, column: Column) -> str:
     title, what = COLUMNS[name]
-    facts = caption = ""
+    numbers = caption = ""
     if column.answer is not None:
         answer = column.answer
         rows = {
-            "first token": f"{answer.ttft_ms:.0f} ms",
-            "total": f"{answer.total_ms:.0f} ms",
+            "first token": f"{answer.ttft_ms:,.0f} ms",
+            "total": f"{answer.total_ms:,.0f} ms",
             "tokens written": str(answer.tokens),
-            "cache positions added": str(column.positions),
+            "positions added": str(column.positions),
             "handed over": f"{column.num_bytes:,} bytes",
         }
-        facts = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows.items())
-        facts = f"<dl>{facts}</dl>"
+        numbers = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows.items())
+        numbers = f"<dl>{numbers}</dl>"
         if answer.relayed is not None:
             caption = f'<p class="caption">It reads: “{html.escape(answer.relayed)}”</p>'
     text = html.escape(column.text) or ("(nothing)" if column.answer else "…")
     return (
         f'<section class="card {name}"><h3>{title}</h3><p class="what">{what}</p>'
-        f'<p class="answer">{text}</p>{caption}{facts}</section>'
+        f'<p class="answer">{text}</p>{caption}{numbers}</section>'
     )

@@ -2,138 +2,155 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mm_c2c.bridge import Bridge
-from mm_c2c.demo.compare import Look, columns_html, compare
-from mm_c2c.demo.pair import GENERIC, ITEMS, digest, known, open_picture, suggestions
+from mm_c2c.demo.compare import Look, columns_html, compare, facts
+from mm_c2c.demo.pair import GENERIC, known, open_picture, picture_html, suggestions
+from mm_c2c.demo.shared import ONE_AT_A_TIME, Shared, look_at, shown_errors
+from mm_c2c.demo.tabs import builder_tab, inside_tab, own_tab, results_tab
 from mm_c2c.errors import MMC2CError
-from mm_c2c.reference.models import SOURCE_NAME
-from mm_c2c.reference.scenes import CAPTION_REQUEST
+from mm_c2c.evaluation.arms import Setting
 
-QUEUE_LENGTH = 20
-KEPT_S = 600
-CSS = """
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.75rem}
-.card{border:1px solid var(--border-color-primary);border-radius:.5rem;padding:.75rem}
-.card.fused{border:2px solid var(--color-accent)}
-.card h3{margin:0;font-size:1rem}.card .what{margin:.2rem 0;font-size:.8rem;opacity:.8}
-.card .answer{font-size:1.3rem;font-weight:600;margin:.5rem 0;overflow-wrap:anywhere}
-.card .caption{font-size:.85rem;font-style:italic;margin:.3rem 0}
-.card dl{display:grid;grid-template-columns:1fr auto;gap:.1rem .5rem;font-size:.8rem;margin:0}
-.card dd{margin:0;text-align:right}.seen{margin:.3rem 0 .6rem}
-footer{display:none!important}
+CSS = Path(__file__).with_name("page.css")
+PICK = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) trigger("select", { index: Number(button.dataset.index) });
+});
 """
+KEPT_S = 600
 
 
-def build_page(bridge: Bridge, *, notice: str = "") -> gr.Blocks:
+def build_page(setting: Setting, *, notice: str = "", own_pair: bool = False) -> gr.Blocks:
     """The whole page.
 
     Args:
-        bridge: both frozen models and the fuser.
+        setting: the pair that is asked.
         notice: what a visitor must know first, as Markdown.
+        own_pair: let visitors load models of their own: for a page that only its owner visits.
     """
+    first = known().scenes[0]
     with gr.Blocks(title="mm_c2c", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as page:
         gr.Markdown(
             "# A text LLM answers about a picture it never saw\n"
             "A small vision model looks at the picture once. Its **KV cache, not its words**, "
             "goes through a trained fuser into a frozen text LLM, which answers.\n\n" + notice
         )
-        with gr.Tab("Compare"):
-            _compare_tab(bridge)
+        shared = Shared(
+            setting,
+            gr.Image(
+                str(first.path),
+                type="filepath",
+                image_mode=None,
+                sources=["upload", "webcam", "clipboard"],
+                label="Picture",
+                height=300,
+                render=False,
+            ),
+            gr.Textbox(first.question, label="Question", max_length=300, render=False),
+            gr.State(None, time_to_live=KEPT_S),
+            gr.State(None),
+            gr.Tabs(render=False),
+        )
+        shared.tabs.render()
+        with shared.tabs:
+            with gr.Tab("Ask", id="ask"):
+                _ask_tab(shared)
+            with gr.Tab("Look inside", id="inside"):
+                inside_tab(shared)
+            with gr.Tab("Build a scene", id="build"):
+                builder_tab(shared)
+            with gr.Tab("Results", id="results") as tab:
+                results_tab(tab)
+            if own_pair:
+                with gr.Tab("Your own pair", id="own"):
+                    own_tab(shared)
     return page
 
 
-def launch(page: gr.Blocks, *, port: int | None = None, open_browser: bool = False) -> None:
-    """Serve the page on this machine alone, until it is stopped."""
-    page.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1).launch(
-        **launch_settings(), server_port=port, inbrowser=open_browser
-    )
-
-
-def launch_settings() -> dict[str, Any]:
-    """How the page is served: nothing is shared or fetched from elsewhere, fonts included."""
-    fonts = ["system-ui", "sans-serif"]
-    return {
-        "share": False,
-        "css": CSS,
-        "theme": gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
-        "allowed_paths": [str(ITEMS.parent)],
-        "max_file_size": "20mb",
-        "show_error": False,
-    }
-
-
-def _compare_tab(bridge: Bridge) -> None:
-    looks = gr.State(None, time_to_live=KEPT_S)
+def _ask_tab(shared: Shared) -> None:
+    picture, question = shared.picture, shared.question
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            picture = picture_input()
+            picture.render()
         with gr.Column(scale=2, min_width=280):
-            question = gr.Textbox(
-                label="Question", placeholder="What is on the left?", max_length=300
-            )
+            question.render()
             with gr.Row():
-                ask = gr.Button("Ask", variant="primary")
-                stop = gr.Button("Stop")
+                ask = gr.Button("Ask", variant="primary", scale=3, min_width=160)
+                stop = gr.Button("Stop", scale=1, min_width=80)
             gr.Markdown("Or press one:")
-            with gr.Row():
-                buttons = [gr.Button(text, size="sm", min_width=150) for text in GENERIC]
-    gr.Examples(
-        [[str(path), text] for path, text in known().scenes], [picture, question], label="Scenes"
-    )
-    answers = gr.HTML()
+            with gr.Row(elem_classes="suggested"):
+                shown = suggestions(open_picture(str(known().scenes[0].path)))
+                buttons = [gr.Button(text, size="sm", min_width=180) for text in shown]
+            scenes = gr.HTML(scenes_html(), js_on_load=PICK)
+    answers, numbers = gr.HTML(), gr.JSON(visible=False, label="numbers")
 
     def respond(
-        path: str | None, text: str, looks: dict[str, Look] | None
-    ) -> Iterator[tuple[str, dict[str, Look]]]:
-        try:
-            seen = open_picture(path)
-            key = digest(seen)
-            look = (looks or {}).get(key) or Look(
-                bridge.sources[SOURCE_NAME], seen, CAPTION_REQUEST
-            )
-            options = known().options.get(text.strip(), ())
-            for columns in compare(bridge, SOURCE_NAME, look, text, options):
-                yield columns_html(columns, look), {key: look}
-        except MMC2CError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        picture: dict[str, Any] | None, question: str, look: Look | None, own: Setting | None
+    ) -> Iterator[tuple[str, dict[str, Any], Look]]:
+        with shown_errors():
+            look = look_at(picture, look, own or shared.setting)
+            options = known().options.get(question.strip(), ())
+            for columns in compare(look, question, options):
+                yield columns_html(columns, look), facts(columns), look
 
-    inputs, outputs = [picture, question, looks], [answers, looks]
+    asking: dict[str, Any] = {
+        "fn": respond,
+        "inputs": [picture, question, shared.look, shared.own],
+        "outputs": [answers, numbers, shared.look],
+        "preprocess": False,
+        "scroll_to_output": True,
+        **ONE_AT_A_TIME,
+    }
     events = [
-        gr.on([ask.click, question.submit], respond, inputs, outputs, api_name="ask"),
+        gr.on(
+            [ask.click, question.submit],
+            **asking,
+            api_name="ask",
+            api_description="Ask all arms about a picture; returns HTML and, by arm, the numbers.",
+        ),
         *(
             button.click(lambda text: text, button, question, api_visibility="private").then(
-                respond, inputs, outputs, api_visibility="private"
+                **asking, api_visibility="private"
             )
             for button in buttons
         ),
     ]
     stop.click(None, cancels=events)
-    picture.change(_suggest, picture, buttons, api_visibility="private", queue=False)
-
-
-def picture_input() -> gr.Image:
-    """Where a visitor hands in a picture; it is read, and refused, by `open_picture` alone."""
-    picture = gr.Image(
-        type="filepath",
-        image_mode=None,
-        sources=["upload", "webcam", "clipboard"],
-        label="Picture",
-        height=300,
+    scenes.select(_pick, None, picture, api_visibility="private", queue=False)
+    picture.change(
+        _suggest,
+        picture,
+        [answers, *buttons],
+        preprocess=False,
+        api_visibility="private",
+        queue=False,
     )
-    picture.preprocess = (  # type: ignore[method-assign]
-        lambda payload: payload.path if payload else None
+
+
+def scenes_html() -> str:
+    """The bundled scenes as buttons, told apart also by what they show."""
+    buttons = "".join(
+        f'<button type="button" data-index="{index}" aria-label="{html.escape(scene.description)}">'
+        f"{picture_html(open_picture(str(scene.path)), '', pixels=96)}</button>"
+        for index, scene in enumerate(known().scenes)
     )
-    return picture
+    return f'<div class="scenes" role="group" aria-label="Other pictures">{buttons}</div>'
 
 
-def _suggest(path: str | None) -> list[Any]:
+def _pick(event: gr.EventData) -> str:
+    return str(known().scenes[int(event.index)].path)
+
+
+def _suggest(picture: dict[str, Any] | None) -> list[Any]:
+    """No answers, which were of another picture, and the buttons' questions."""
     try:
-        shown = suggestions(open_picture(path))
+        shown = suggestions(open_picture((picture or {}).get("path")))
     except MMC2CError:
         shown = list(GENERIC)  # what is wrong is said when it is asked about
-    return [gr.Button(text) for text in shown]
+    return ["", *(gr.Button(text) for text in shown)]

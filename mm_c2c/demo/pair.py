@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
+import html
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +16,22 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.errors import InputError
+from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.images import load_image
 from mm_c2c.link import LinkConfig
-from mm_c2c.reference.models import HERE, SOURCE_FOLDER, SOURCE_NAME, load_source
+from mm_c2c.reference.models import (
+    BRIDGE_FOLDER,
+    HERE,
+    SOURCE_FOLDER,
+    SOURCE_NAME,
+    load_source,
+)
+from mm_c2c.reference.scenes import CAPTION_REQUEST
 from mm_c2c.target import Target
 
+PROMPTS = BRIDGE_FOLDER / "prompts.json"
 ITEMS = HERE / "unseen_style" / "items.jsonl"
 GENERIC = (
     "How many things are there?",
@@ -33,18 +45,42 @@ NUM_SCENES = 8
 _CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
 
 
+class ShippedScene(NamedTuple):
+    """A picture that ships with the library.
+
+    Attributes:
+        path: of the picture.
+        question: one to begin with.
+        description: what it shows, truly.
+    """
+
+    path: Path
+    question: str
+    description: str
+
+
 class Known(NamedTuple):
     """What the shipped questions say.
 
     Attributes:
-        scenes: some pictures, each with a question.
+        scenes: some pictures.
         by_picture: questions of each picture, by `digest`.
         options: answers that a question can have.
     """
 
-    scenes: list[tuple[Path, str]]
+    scenes: list[ShippedScene]
     by_picture: dict[str, list[str]]
     options: dict[str, tuple[str, ...]]
+
+
+def reference_setting(bridge: Bridge) -> Setting:
+    """How the reference pair, or its stand-in, is asked; with the prompt of a search if one ships."""
+    return Setting(
+        bridge=bridge,
+        source_name=SOURCE_NAME,
+        request=CAPTION_REQUEST,
+        prompts=PROMPTS if PROMPTS.is_file() else None,
+    )
 
 
 def load_tiny_bridge() -> Bridge:
@@ -86,7 +122,7 @@ def known() -> Known:
     full = [items for items in by_path.values() if len(items) >= 6] or list(by_path.values())
     picked = full[:: max(1, len(full) // NUM_SCENES)][:NUM_SCENES]
     return Known(
-        [(items[0].image, items[0].question) for items in picked],
+        [ShippedScene(i[0].image, i[0].question, i[0].description or "") for i in picked],
         {digest(items[0].picture()): [item.question for item in items] for items in picked},
         options,
     )
@@ -116,3 +152,19 @@ def open_picture(path: str | None) -> Image.Image:
     except InputError as error:
         # A visitor knows the file's name, not where the page keeps it.
         raise InputError(str(error).replace(f"{Path(path).parent}/", "")) from error
+
+
+def picture_html(picture: Image.Image, alt: str, *, pixels: int = 320) -> str:
+    """A picture inside the page itself: nothing of it is kept on disk.
+
+    Args:
+        picture: RGB.
+        alt: what it shows, in words.
+        pixels: its longer side is made no longer than this.
+    """
+    small = picture.copy()
+    small.thumbnail((pixels, pixels))
+    with io.BytesIO() as file:
+        small.save(file, "WEBP", quality=85)
+        data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/webp;base64,{data}" alt="{html.escape(alt)}">'

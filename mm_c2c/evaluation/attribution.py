@@ -78,8 +78,25 @@ def attribute(
         answer: what the target answered, such as `bridge.generate` gave.
         source: name of the source that looks; it must have one link, with slots.
     """
-    link = slots_link(bridge, source)
+    slots_link(bridge, source)  # before the picture is looked at
     cache = bridge.sources[source].prefill([SourceInput(images=(picture,))])
+    return attribute_cache(bridge, cache, question, answer, source)
+
+
+@torch.no_grad()
+def attribute_cache(
+    bridge: Bridge, cache: SourceCache, question: str, answer: str, source: str
+) -> Attribution:
+    """As `attribute`, of a picture that the source has looked at already.
+
+    Args:
+        bridge: it is not changed.
+        cache: what the source saw in one picture.
+        question: what is asked.
+        answer: what the target answered.
+        source: as in `attribute`.
+    """
+    link = slots_link(bridge, source)
     written = slot_writing(bridge, link, cache)
     attention = answer_attention(bridge, bridge.fuse_slots({source: cache}), question, answer)
     shares = attention[..., -link.num_slots :].mean((0, 1, 2))

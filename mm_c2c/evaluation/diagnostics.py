@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -146,8 +145,10 @@ def _run(
         ],
         "gates": _fuser(bridge, name).gates().tolist(),
         "effective_rank": {
-            "before": _ranks(closed, pictures[0]).tolist(),
-            "after": torch.stack([_ranks(bridge, p) for p in pictures]).mean(0).tolist(),
+            "before": slot_ranks(closed, closed.perceive(pictures[0])).tolist(),
+            "after": torch.stack([slot_ranks(bridge, bridge.perceive(p)) for p in pictures])
+            .mean(0)
+            .tolist(),
         },
         "attention_cosine": _cosines(bridge, closed, items, config),
     }
@@ -214,11 +215,11 @@ def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str,
     variants = {
         "whole": bridge,
         "no slots": _copied(bridge, _NoSlots),
-        "nothing written": _with_gates(bridge, name, torch.zeros_like(open_gates)),
+        "nothing written": scale_gates(bridge, name, torch.tensor(0.0)),
     }
     if not keeps_states(DynamicCache(config=bridge.target.model.config)):
         variants["every other slot"] = _copied(bridge, _EveryOtherSlot)
-    variants |= {label: _with_gates(bridge, name, mask) for label, mask in masks.items()}
+    variants |= {label: scale_gates(bridge, name, mask.float()) for label, mask in masks.items()}
     # A resampler has learned one number of slots.
     pooled = _fuser(bridge, name).resampler is None
     for rows, cols in config.grids if pooled else ():
@@ -226,11 +227,20 @@ def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str,
     return variants
 
 
-def _with_gates(bridge: Bridge, name: str, mask: Tensor) -> Bridge:
-    """A copy with gates shut wherever `mask`, `(layers, 2)`, is 0; the models are shared."""
+@torch.no_grad()
+def scale_gates(bridge: Bridge, name: str, factor: Tensor) -> Bridge:
+    """A copy whose gates are open by a share of what they were; the models are shared.
+
+    Args:
+        bridge: it is not changed.
+        name: of the link.
+        factor: in [0, 1], one number or `(layers, 2)`: 1 leaves a gate as it is, bit for bit, and
+            0 shuts it. A straight-through gate knows no degrees: below a half it is shut.
+    """
     new = _copied(bridge)
-    with torch.no_grad():
-        _fuser(new, name).gate_logits.masked_fill_(~mask.bool(), -torch.inf)
+    logits = _fuser(new, name).gate_logits
+    scaled = torch.logit(torch.sigmoid(logits) * factor)
+    logits.copy_(torch.where(factor == 1, logits, scaled))
     return new
 
 
@@ -366,9 +376,16 @@ def _answer_rows(
     ]
 
 
-def _ranks(bridge: Bridge, picture: Image.Image) -> Tensor:
-    """`(layers, 2)`: effective rank of K and V at one picture's slots, heads side by side."""
-    perception = bridge.perceive(picture)
+def slot_ranks(bridge: Bridge, perception: Perception) -> Tensor:
+    """Effective rank of K and V at the slots of the first row, heads side by side.
+
+    Args:
+        bridge: it is not changed.
+        perception: of the sources of all its links with slots.
+
+    Returns:
+        `(target_layers, 2)`: K at 0, V at 1.
+    """
     # By place, for the slot's token may also stand in the system message.
     count = sum(link.num_slots for link in bridge.config.links)
     layers, _ = read_layers(perception.past_key_values)

@@ -103,6 +103,11 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def page(summary: dict[str, Any], title: str) -> str:
     """One HTML file with its plots inside."""
+    return html_page(title, report_body(summary))
+
+
+def report_body(summary: dict[str, Any]) -> str:
+    """What `page` shows beneath its title, for a page that has a style of its own."""
     arms = summary["arms"]
     shown = {name: _plain(_NAMES.get(name, name)) for name in arms}
     overall = [["", *_head(summary), "fused ahead by", "first token", "total"]]
@@ -112,14 +117,13 @@ def page(summary: dict[str, Any], title: str) -> str:
     found = "".join(f"<li>{html.escape(_plain(line))}</li>" for line in _findings(summary))
     panels = "".join(f"<figure>{plot_kind(summary, k)}</figure>" for k in (None, *summary["kinds"]))
     times = plot_times(summary)
-    return html_page(
-        title,
+    return (
         f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals. "
         "<em>Wordy</em> also accepts a sentence that names the right option and no other.</p>"
         f"{html_table(overall)}<ul>{found}</ul>"
         f'<h2>By kind of question</h2><p>Right, wordy or not.</p><div class="plots">{panels}</div>'
         f"<p>Exact match:</p>{html_table(by_kind)}"
-        + (f"<h2>Accuracy against time</h2><figure>{times}</figure>" if times else ""),
+        + (f"<h2>Accuracy against time</h2><figure>{times}</figure>" if times else "")
     )
 
 
@@ -142,7 +146,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
         for row in body
     ]
     return (
-        f'<div class="scroll"><table><tr>{top}</tr>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table><tr>{top}</tr>'
         + "".join(f"<tr>{line}</tr>" for line in lines)
         + "</table></div>"
     )

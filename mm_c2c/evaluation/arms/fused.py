@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from mm_c2c.bridge import Perception
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.evaluation.arms import Asked, Reply, Setting, captions, options
 from mm_c2c.sources.base import SourceInput
@@ -27,14 +28,17 @@ class Fused:
         """What is handed over; a control hands over something else."""
         return cache
 
+    def see(self, asked: Sequence[Asked]) -> Perception:
+        """The slots, written from what is handed over."""
+        looks = [SourceInput(images=(row.picture,)) for row in asked]
+        cache = self.alter(self.setting.source.prefill(looks))
+        return self.setting.bridge.fuse_slots({self.setting.source_name: cache})
+
     @torch.no_grad()
     def _ask(
         self, asked: Sequence[Asked], questions: list[str], streamer: BaseStreamer | None
     ) -> list[str]:
-        looks = [SourceInput(images=(row.picture,)) for row in asked]
-        cache = self.alter(self.setting.source.prefill(looks))
-        seen = self.setting.bridge.fuse_slots({self.setting.source_name: cache})
-        answers = self.setting.bridge.generate(seen, questions, **options(streamer))
+        answers = self.setting.bridge.generate(self.see(asked), questions, **options(streamer))
         return [text.strip() for text in answers]
 
 
