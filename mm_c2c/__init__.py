@@ -6,7 +6,7 @@ from mm_c2c.cache import CacheShape, PatchGrid, SourceCache
 from mm_c2c.errors import MMC2CError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.link import LinkConfig
-from mm_c2c.sources import Source, SourceInput, source_class
+from mm_c2c.sources import Source, SourceInput, load_source, source_class
 from mm_c2c.target import Target
 from mm_c2c.transport import load_cache, save_cache
 
@@ -27,6 +27,7 @@ __all__ = [
     "SourceInput",
     "Target",
     "load_cache",
+    "load_source",
     "save_cache",
     "source_class",
 ]

@@ -1,17 +1,48 @@
-"""The Hub: sending a saved bridge there, and fetching one."""
+"""The Hub: loading frozen models, sending a saved bridge there, and fetching one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mm_c2c.errors import FetchError
+from mm_c2c.errors import FetchError, UnsupportedError
 from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME
 
 CARD_NAME = "README.md"
+
+
+def load_pretrained(
+    kind: str, name: str, revision: str | None, dtype: torch.dtype | None = None
+) -> Any:
+    """What a class of transformers makes of a folder or a repository.
+
+    Weights are read from safetensors only; code that comes with a model is not run.
+
+    Args:
+        kind: name of the class.
+        name: Hub id or folder.
+        revision: the Hub's commit.
+        dtype: of a model's weights; None for what has none.
+
+    Raises:
+        FetchError: it could not be had, or not be read.
+        UnsupportedError: transformers has no such class.
+    """
+    found = getattr(transformers, kind, None)
+    if found is None:
+        raise UnsupportedError(f"{name!r} says that it is a {kind}, which transformers has not")
+    weights = {} if dtype is None else {"dtype": dtype, "use_safetensors": True}
+    try:
+        return found.from_pretrained(name, revision=revision, **weights)
+    except (OSError, ValueError, ImportError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise FetchError(f"{name!r} could not be loaded as {kind}: {said}") from error
 
 
 def push_folder(

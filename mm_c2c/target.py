@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mm_c2c.cache import minds_padding
 from mm_c2c.errors import UnsupportedError
+from mm_c2c.hub import load_pretrained
 from mm_c2c.sources.base import FrozenReader, full_cache
 
 # Tokens of each half of the prompt that tells whether a model goes on from its cache.
@@ -34,6 +35,23 @@ class Target(FrozenReader):
     ) -> None:
         super().__init__(model, name, revision)
         self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Target:
+        """The LLM of a folder or of the Hub.
+
+        Args:
+            name: Hub id or folder.
+            revision: the Hub's commit.
+            dtype: of the weights.
+
+        Raises:
+            FetchError: it could not be had.
+        """
+        model = load_pretrained("AutoModelForCausalLM", name, revision, dtype)
+        return cls(model, load_pretrained("AutoTokenizer", name, revision), name, revision)
 
     @cached_property
     def minds_padding(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, SourceCache
-from mm_c2c.errors import InputError, UnsupportedError
-from mm_c2c.sources import SOURCES, Source, SourceInput, source_class
+from mm_c2c.errors import FetchError, InputError, UnsupportedError
+from mm_c2c.sources import SOURCES, Source, SourceInput, load_source, source_class
 from mm_c2c.sources.action import PI0Source
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.speech import SpeechSource
 from mm_c2c.sources.text import TextSource, encode_chats
 from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
+from mm_c2c.target import Target
 
 WORDS = ("what is in the image ?", "Which sticker is above the apple ? answer with one word :")
 GEOMETRY = {
@@ -351,6 +354,36 @@ def test_without_a_chat_template_a_text_is_read_as_it_stands(
     assert tiny_text_source_tokenizer.decode(encoded["input_ids"][0]) == "in one word\nthe cat"
     text_ids = encoded["input_ids"][0][spans[0, :, 1] > spans[0, :, 0]]
     assert tiny_text_source_tokenizer.decode(text_ids) == "the cat"
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def test_a_text_model_loads_as_source_and_as_target(
+    tiny_text_source: Any, tiny_text_source_tokenizer: Any, tmp_path: Path
+) -> None:
+    name = str(tmp_path)
+    tiny_text_source.save_pretrained(name)
+    tiny_text_source_tokenizer.save_pretrained(name)
+    source, target = load_source(name), Target.from_pretrained(name, dtype=torch.bfloat16)
+    assert type(source) is TextSource
+    assert source.origin == target.origin
+    assert target.model.dtype == torch.bfloat16
+    own = TextSource(tiny_text_source, tiny_text_source_tokenizer, name)
+    asked = [SourceInput(text="hello")]
+    for got, expected in zip(source.prefill(asked).layers, own.prefill(asked).layers, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_model_that_cannot_be_had_is_said_by_name(tmp_path: Path, tiny_text_source: Any) -> None:
+    for load in (load_source, Target.from_pretrained):
+        with pytest.raises(FetchError, match="'no/such' could not be loaded as Auto"):
+            load("no/such")
+    tiny_text_source.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen9"]}))
+    with pytest.raises(UnsupportedError, match="is a Qwen9, which transformers has not"):
+        load_source(str(tmp_path))
 
 
 # --- refusals ---------------------------------------------------------------------------------

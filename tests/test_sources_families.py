@@ -13,15 +13,30 @@ import torch
 from families import FAMILIES, Family
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoProcessor, DynamicCache
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import AlignmentError, InputError, UnsupportedError
 from mm_c2c.rope import derotate
-from mm_c2c.sources import SourceInput, source_class
+from mm_c2c.sources import SourceInput, load_source, source_class
 
 WORDS = ("what is in the image ?", "Which sticker is above the apple ? answer with one word :")
+# Their processors neither save nor load without it, for the sake of videos.
+NEED_TORCHVISION = {
+    "gemma4",
+    "glm4v",
+    "internvl",
+    "lfm2_vl",
+    "llava_onevision",
+    "mistral3",
+    "pixtral",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_vl",
+    "smolvlm",
+}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -344,6 +359,28 @@ def test_an_answer_streams_and_outlives_a_saved_bridge(
 
 
 @torch.no_grad()
+def test_a_family_loads_from_its_folder(
+    name: str,
+    source: Any,
+    inputs: list[SourceInput],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source.model.save_pretrained(tmp_path)
+    if name in NEED_TORCHVISION:
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: source.processor)
+    else:
+        source.processor.save_pretrained(tmp_path)
+    loaded = load_source(str(tmp_path))
+    assert type(loaded) is type(source)
+    assert loaded.origin == source.origin._replace(model=str(tmp_path))
+    expected, found = source.prefill(inputs), loaded.prefill(inputs)
+    for got, own in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(got, own, rtol=0, atol=0)
+    assert found.patches.equal(expected.patches)
+    assert found.spans.equal(expected.spans)
+
+
 @pytest.mark.parametrize("pooling", ["window", "resampler"])
 def test_frames_of_a_video_are_pictures_in_order(
     tiny_target: Any, tiny_target_tokenizer: Any, pooling: str

@@ -6,24 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-)
-
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.config import from_dict
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
-from mm_c2c.hub import fetch_folder
+from mm_c2c.hub import fetch_folder, load_pretrained
 from mm_c2c.pretrained import read_header
 from mm_c2c.reference.tower import register
-from mm_c2c.sources import source_class
+from mm_c2c.sources import load_source, source_class
 from mm_c2c.target import Target
 
 
@@ -35,14 +26,12 @@ class Checked(NamedTuple):
         source_name: what the bridge calls its source.
         source: the source's origin, as the bridge's header gives it.
         target: the target's.
-        reader: the class that reads such sources.
     """
 
     folder: Path
     source_name: str
     source: dict[str, Any]
     target: dict[str, Any]
-    reader: type
 
 
 class Step(NamedTuple):
@@ -66,7 +55,8 @@ def check_pair(source: str, target: str, bridge: str) -> Checked:
         bridge: of what `Bridge.save_pretrained` wrote.
 
     Raises:
-        InputError: a name is missing, or there is no such model.
+        FetchError: there is no such model.
+        InputError: a name is missing.
         FetchError: the bridge could not be had from the Hub.
         MismatchError: there is no such bridge, it is damaged, or was trained for other models.
         UnsupportedError: the source's family is unknown.
@@ -93,15 +83,18 @@ def check_pair(source: str, target: str, bridge: str) -> Checked:
                 f"{folder} was trained for the {what} {origin['model']!r}, got {given[what]!r}"
             )
     register()
-    types = {what: _model_type(origin) for what, origin in origins.items()}
+    types = {
+        what: load_pretrained("AutoConfig", origin["model"], origin["revision"]).model_type
+        for what, origin in origins.items()
+    }
     for what, origin in origins.items():
         if types[what] != origin["model_type"]:
             raise MismatchError(
                 f"{folder} was trained for a {what} of type {origin['model_type']!r}; "
                 f"{given[what]!r} is {types[what]!r}"
             )
-    reader = source_class(types["source"], has_vision=True)
-    return Checked(folder, name, origins["source"], origins["target"], reader)
+    source_class(types["source"], has_vision=True)
+    return Checked(folder, name, origins["source"], origins["target"])
 
 
 def load_pair(source: str, target: str, bridge: str) -> Iterator[Step]:
@@ -117,57 +110,16 @@ def load_pair(source: str, target: str, bridge: str) -> Iterator[Step]:
 
     Raises:
         MMC2CError: as `check_pair` and `Bridge.from_pretrained` do.
-        InputError: a model's files cannot be read.
     """
     yield Step("1 of 4: reading what the files say …")
     checked = check_pair(source, target, bridge)
     yield Step(f"2 of 4: loading the source {checked.source['model']} …")
-    reader = _load_source(checked)
+    reader = load_source(checked.source["model"], checked.source["revision"])
     yield Step(f"3 of 4: loading the target {checked.target['model']} …")
-    llm = _load_target(checked)
+    llm = Target.from_pretrained(checked.target["model"], checked.target["revision"])
     yield Step("4 of 4: loading the fuser …")
     loaded = Bridge.from_pretrained(checked.folder, llm, {checked.source_name: reader})
     setting = Setting(bridge=loaded, source_name=checked.source_name, request=GENERIC_REQUEST)
     yield Step(
         f"Loaded: {checked.target['model']} sees through {checked.source['model']}.", setting
     )
-
-
-def _model_type(origin: dict[str, Any]) -> str:
-    try:
-        return AutoConfig.from_pretrained(origin["model"], revision=origin["revision"]).model_type
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{origin['model']!r} is no model that can be had: {_said(error)}"
-        ) from error
-
-
-def _load_source(checked: Checked) -> Any:
-    name, revision = checked.source["model"], checked.source["revision"]
-    try:
-        # Nothing is unpickled, no code of a model's own is run.
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=torch.float32, use_safetensors=True
-        )
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"the source {name!r} cannot be loaded: {_said(error)}") from error
-    return checked.reader(
-        model.requires_grad_(requires_grad=False).eval(), processor, name, revision
-    )
-
-
-def _load_target(checked: Checked) -> Target:
-    name, revision = checked.target["model"], checked.target["revision"]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=torch.float32, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"the target {name!r} cannot be loaded: {_said(error)}") from error
-    return Target(model.requires_grad_(requires_grad=False).eval(), tokenizer, name, revision)
-
-
-def _said(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from typing import Any
+
+import torch
 
 from mm_c2c.errors import UnsupportedError
+from mm_c2c.hub import load_pretrained
 from mm_c2c.sources.base import Source, SourceInput
 
 SOURCES: dict[str, str] = {
@@ -34,7 +38,7 @@ SOURCES: dict[str, str] = {
 }
 """`model_type` of the Hub to `module:Class`. Any other causal LM is read as text."""
 
-__all__ = ["SOURCES", "Source", "SourceInput", "source_class"]
+__all__ = ["SOURCES", "Source", "SourceInput", "load_source", "source_class"]
 
 
 def source_class(model_type: str, *, has_vision: bool) -> type:
@@ -56,3 +60,28 @@ def source_class(model_type: str, *, has_vision: bool) -> type:
         )
     module, _, name = SOURCES.get(model_type, "mm_c2c.sources.text:TextSource").partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def load_source(
+    name: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> Source:
+    """A frozen model to read, by the class that its family has.
+
+    Args:
+        name: Hub id or folder.
+        revision: the Hub's commit.
+        dtype: of the weights.
+
+    Raises:
+        FetchError: it could not be had.
+        UnsupportedError: a family that is not known here.
+    """
+    config = load_pretrained("AutoConfig", name, revision)
+    kind: Any = source_class(config.model_type, has_vision=hasattr(config, "vision_config"))
+    # A text source has a tokenizer, all others a processor.
+    reads_text = kind.__name__ == "TextSource"
+    architecture, *_ = config.architectures or ["AutoModelForCausalLM"]
+    model = load_pretrained(architecture, name, revision, dtype=dtype)
+    reader = "AutoTokenizer" if reads_text else "AutoProcessor"
+    source: Source = kind(model, load_pretrained(reader, name, revision), name, revision)
+    return source

@@ -120,7 +120,8 @@ class Loop:
         accelerator.gradient_accumulation_steps = self.accumulation
         self._check_strategy(optimizers)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        logger.info("%d trained parameters", sum(p.numel() for p in trained.values()))
+        count = sum(p.numel() for p in trained.values())
+        logger.info("%d trained parameters on %d processes", count, accelerator.num_processes)
         rates = [[group["lr"] for group in part.param_groups] for part in optimizers]
         stepper, *stepped = accelerator.prepare(_Piece(module, loss), *optimizers)
         keeper = _Checkpoints(self.out, accelerator, stepper, stepped, trained)
