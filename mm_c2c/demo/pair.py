@@ -22,7 +22,6 @@ from mm_c2c.fuser import FuserConfig
 from mm_c2c.images import load_image
 from mm_c2c.link import LinkConfig
 from mm_c2c.reference.models import (
-    BRIDGE_FOLDER,
     HERE,
     SOURCE_FOLDER,
     SOURCE_NAME,
@@ -31,7 +30,7 @@ from mm_c2c.reference.models import (
 from mm_c2c.reference.scenes import CAPTION_REQUEST
 from mm_c2c.target import Target
 
-PROMPTS = BRIDGE_FOLDER / "prompts.json"
+PROMPTS = HERE / "prompts.json"
 ITEMS = HERE / "unseen_style" / "items.jsonl"
 GENERIC = (
     "How many things are there?",

@@ -146,7 +146,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
         for row in body
     ]
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table><tr>{top}</tr>'
+        f'<div class="scroll" tabindex="0"><table><tr>{top}</tr>'
         + "".join(f"<tr>{line}</tr>" for line in lines)
         + "</table></div>"
     )
