@@ -76,6 +76,9 @@ def brief(summary: dict[str, Any]) -> str:
     times = next(iter(summary["time"].values()), {"n": 0})["n"]
     arms = ", ".join(summary["config"]["arms"])
     command = f'mm-c2c evaluate "arms=[{arms}]"' if arms else "mm-c2c evaluate"
+    # A run keeps what is in these files, not where they lay.
+    given = [key for key in ("adapter", "connector", "own_bridge") if summary["config"].get(key)]
+    command += "".join(f" {key}=FOLDER" for key in given)
     head = (
         f"`{command}`: {summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
         "normalising, 95 % bootstrap intervals; *wordy* also accepts a sentence that names the "
