@@ -32,7 +32,7 @@ COLUMNS = {
     ),
     "question_aware_relay": (
         "Question-aware relay",
-        "A caption relay in the words that a search found best.",
+        "In the words that a search found best; a caption already written is read again.",
     ),
     "blind": ("Blind", "The text LLM alone, with nothing."),
     "source": ("Source alone", "The small vision model answers itself."),

@@ -73,12 +73,12 @@ class Known(NamedTuple):
 
 
 def reference_setting(bridge: Bridge) -> Setting:
-    """How the reference pair, or its stand-in, is asked; with the prompt of a search if one ships."""
+    """How the reference pair, or its stand-in, is asked, with the searched prompt."""
     return Setting(
         bridge=bridge,
         source_name=SOURCE_NAME,
         request=CAPTION_REQUEST,
-        prompts=PROMPTS if PROMPTS.is_file() else None,
+        prompts=PROMPTS,
     )
 
 
