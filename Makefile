@@ -19,7 +19,7 @@ demo: $(VENV)/.installed ## Fetch the target's weights (once) and ask about a pi
 	$(BIN)/mm-c2c fetch
 	$(BIN)/python demos/quickstart.py
 
-test: $(VENV)/.installed-dev ## Run the tests: CPU, offline, about a minute
+test: $(VENV)/.installed-dev ## Run the tests: CPU, offline, about six minutes on two cores
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed-dev ## Formatting, lint, types, tests
