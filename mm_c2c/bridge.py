@@ -195,7 +195,7 @@ class Bridge(nn.Module):
         for link in links:
             source = caches[link.source]
             index = torch.tensor(places[link.name], device=self.device).expand(batch, -1)
-            alignment = self._align_slots(link, source, index)
+            alignment = align_slots(link, self._fuser(link), source, index)
             if keep and link.name in keep:
                 alignment = replace(alignment, mask=alignment.mask & keep[link.name])
             cache = self._write(link, source, alignment, cache, positions)
@@ -212,7 +212,8 @@ class Bridge(nn.Module):
         ids = (*before, *[self._slot_id] * link.num_slots)
         positions = torch.arange(len(ids), device=self.device).expand(source.batch_size, -1)
         cache = repeat_rows(self._prefill_prefix(ids), source.batch_size)
-        alignment = self._align_slots(link, source, positions[:, len(before) :])
+        index = positions[:, len(before) :]
+        alignment = align_slots(link, self._fuser(link), source, index)
         rope = self.target.rope(len(ids))
         return gather_inputs(link, source, alignment, cache, positions, rope)
 
@@ -532,9 +533,6 @@ class Bridge(nn.Module):
     def _fuser(self, link: LinkConfig) -> CacheFuser:
         fuser: Any = self.fusers[link.name]
         return fuser
-
-    def _align_slots(self, link: LinkConfig, source: SourceCache, index: Tensor) -> Alignment:
-        return align_slots(link, self._fuser(link), source, index)
 
     def _write(
         self,
