@@ -97,6 +97,7 @@ def bench(config: RobotBenchConfig) -> dict[str, Any]:
                     seed=turn,
                     max_steps=config.steps,
                     fps=config.fps,
+                    linger_s=30.0,
                 )
                 for event in episode:
                     if isinstance(event, Step):

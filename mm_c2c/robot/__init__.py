@@ -22,6 +22,7 @@ from mm_c2c.robot.monitor import FailureMonitor, MonitorConfig, yes_probability
 from mm_c2c.robot.observation import ObservationSpec, check_observation, rename
 from mm_c2c.robot.policy import Decision, Policy, SourcePolicy, discrete_actions
 from mm_c2c.robot.reader import CacheReader
+from mm_c2c.robot.recording import Episode, export_lerobot, load_episode, record
 
 __all__ = [
     "NAMES",
@@ -29,6 +30,7 @@ __all__ = [
     "BackgroundReader",
     "CacheReader",
     "Decision",
+    "Episode",
     "EpisodeEnd",
     "Event",
     "FailureMonitor",
@@ -44,7 +46,10 @@ __all__ = [
     "Step",
     "check_observation",
     "discrete_actions",
+    "export_lerobot",
+    "load_episode",
     "make_minigrid",
+    "record",
     "rename",
     "run_episode",
     "yes_probability",
