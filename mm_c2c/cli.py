@@ -296,6 +296,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     try:
         from mm_c2c.demo.page import build_page
+        from mm_c2c.demo.robot import load_show
         from mm_c2c.demo.serve import Exposure, launch, warm_up
     except ImportError as error:
         raise UnsupportedError(
@@ -309,6 +310,7 @@ def _demo(args: argparse.Namespace) -> None:
     notice = "**Tiny**: this target has random weights; what it says means nothing."
     page = build_page(
         setting,
+        show=load_show(tiny=args.tiny),
         notice=notice if args.tiny else "",
         own_pair=args.own_pair or exposure.is_private,
     )

@@ -64,19 +64,6 @@ class ColourRoom(gymnasium.Env):
         }
 
 
-class TwoTokens(TokenActionSource):
-    """Its tiny LLaVA takes one picture: the second camera's."""
-
-    def act(self, inputs: Sequence[Any]) -> TokenActions:
-        return super().act([self._one(item) for item in inputs])
-
-    def prefill(self, inputs: Sequence[Any], tokens: Any = None) -> Any:
-        return super().prefill([self._one(item) for item in inputs], tokens)
-
-    def _one(self, item: Any) -> Any:
-        return item.__class__(text=item.text, images=item.images[-1:])
-
-
 def both_actions(acted: TokenActions) -> np.ndarray:
     """A horizon of two: the action, and half of it."""
     action = acted.actions[0].numpy()
@@ -92,7 +79,7 @@ def build_policy() -> SourcePolicy:
     vlm.model.generation_config.eos_token_id = None
     words = len(vlm.processor.tokenizer)
     bins = ActionBins(vocab_size=words, low=(-1.0, 0.0), high=(1.0, 0.5), num_bins=words)
-    source = TwoTokens(vlm.model, vlm.processor, bins, "tiny/robot")
+    source = TokenActionSource(vlm.model, vlm.processor, bins, "tiny/robot")
     return SourcePolicy(source=source, spec=SPEC, to_actions=both_actions, instruct=with_past)
 
 

@@ -11,8 +11,9 @@ import gradio as gr
 
 from mm_c2c.demo.compare import Look, columns_html, compare, facts
 from mm_c2c.demo.pair import GENERIC, known, open_picture, picture_html, suggestions
+from mm_c2c.demo.robot import Show
 from mm_c2c.demo.shared import ONE_AT_A_TIME, Shared, look_at, shown_errors
-from mm_c2c.demo.tabs import builder_tab, inside_tab, own_tab, results_tab
+from mm_c2c.demo.tabs import builder_tab, inside_tab, own_tab, results_tab, robot_tab
 from mm_c2c.errors import MMC2CError
 from mm_c2c.evaluation.arms import Setting
 
@@ -26,13 +27,20 @@ element.addEventListener("click", (event) => {
 KEPT_S = 600
 
 
-def build_page(setting: Setting, *, notice: str = "", own_pair: bool = False) -> gr.Blocks:
+def build_page(
+    setting: Setting,
+    *,
+    notice: str = "",
+    own_pair: bool = False,
+    show: Show | str = "No robot is shown on this page.",
+) -> gr.Blocks:
     """The whole page.
 
     Args:
         setting: the pair that is asked.
         notice: what a visitor must know first, as Markdown.
         own_pair: let visitors load models of their own: for a page that only its owner visits.
+        show: of the Robot tab, from `load_show`.
     """
     first = known().scenes[0]
     with gr.Blocks(title="mm_c2c", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as page:
@@ -65,6 +73,8 @@ def build_page(setting: Setting, *, notice: str = "", own_pair: bool = False) ->
                 inside_tab(shared)
             with gr.Tab("Build a scene", id="build"):
                 builder_tab(shared)
+            with gr.Tab("Robot", id="robot"):
+                robot_tab(show)
             with gr.Tab("Results", id="results") as tab:
                 results_tab(tab)
             if own_pair:

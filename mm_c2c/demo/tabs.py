@@ -13,6 +13,7 @@ from mm_c2c.demo.inside import HANDED, inside_html, look_inside, tamper, tampere
 from mm_c2c.demo.own import load_pair
 from mm_c2c.demo.pair import known, open_picture
 from mm_c2c.demo.results import run_html, runs
+from mm_c2c.demo.robot import Show, answers_html, ask_step, find_step, step_html
 from mm_c2c.demo.shared import ONE_AT_A_TIME, Shared, look_at, shown_errors
 from mm_c2c.evaluation.arms import Setting
 
@@ -116,6 +117,74 @@ def builder_tab(shared: Shared) -> None:
         api_name="build_scene",
         api_description="Draw a scene of stickers; returns the picture and a question to begin with.",
     ).success(lambda: gr.Tabs(selected="ask"), None, shared.tabs, api_visibility="private")
+
+
+def robot_tab(show: Show | str) -> None:
+    """Episodes played step by step, and questions about a step; or why there are none."""
+    if isinstance(show, str):
+        gr.Markdown(show)
+        return
+    gr.Markdown(
+        "A policy that acts by itself, recorded. The text LLM never saw the scene: it is handed "
+        "the policy's cache."
+    )
+    titles = list(show.episodes)
+    first = find_step(show, titles[0], 1)[0]
+    title = gr.Dropdown(titles, value=titles[0], label="Episode")
+    number = gr.Slider(1, len(first.steps), 1, step=1, label="Step")
+    with gr.Row():
+        back, on = (gr.Button(text, size="sm", min_width=120) for text in ("Step back", "Step on"))
+    seen = gr.HTML(step_html(show, titles[0], 1))
+    question = gr.Dropdown(
+        list(show.questions),
+        value=show.questions[0],
+        allow_custom_value=True,
+        label="Question: choose one, or type your own",
+    )
+    ask = gr.Button("Ask about this step", variant="primary")
+    answers = gr.HTML()
+
+    def begin(title: str) -> Any:
+        with shown_errors():
+            return gr.Slider(1, len(find_step(show, title, 1)[0].steps), 1)
+
+    def look(title: str, number: float) -> tuple[str, str]:
+        with shown_errors():
+            return step_html(show, title, number), ""
+
+    def respond(title: str, number: float, question: str) -> tuple[str, dict[str, str]]:
+        with shown_errors():
+            found = ask_step(show, title, number, question)
+            return answers_html(found), found
+
+    title.change(begin, title, number, api_visibility="private").then(
+        look, [title, number], [seen, answers], api_visibility="private", **ONE_AT_A_TIME
+    )
+    number.change(
+        look,
+        [title, number],
+        [seen, answers],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_name="robot_step",
+        api_description="A step of a recorded episode, from 1; returns HTML.",
+        **ONE_AT_A_TIME,
+    )
+    for button, ahead in ((back, -1), (on, 1)):
+        button.click(
+            lambda title, number, ahead=ahead: find_step(show, title, number + ahead)[1].index + 1,
+            [title, number],
+            number,
+            api_visibility="private",
+        )
+    ask.click(
+        respond,
+        [title, number, question],
+        [answers, gr.JSON(visible=False, label="answers")],
+        api_name="ask_robot",
+        api_description="Ask about a step; returns HTML and, by arm, the answers.",
+        **ONE_AT_A_TIME,
+    )
 
 
 def results_tab(tab: gr.Tab) -> None:

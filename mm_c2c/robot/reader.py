@@ -15,7 +15,7 @@ from mm_c2c.robot.background import Snapshot
 from mm_c2c.robot.events import Answer, Narration, Reading
 from mm_c2c.robot.monitor import FailureMonitor, MonitorConfig
 from mm_c2c.robot.observation import Observation
-from mm_c2c.robot.policy import Policy
+from mm_c2c.robot.policy import SourcePolicy
 
 NARRATE = "What is the robot doing?"
 _TOKENS = 32
@@ -38,7 +38,7 @@ class CacheReader:
     def __init__(
         self,
         bridge: Bridge,
-        policy: Policy,
+        policy: SourcePolicy,
         *,
         narrate: str | None = NARRATE,
         questions: Sequence[str] = (),
