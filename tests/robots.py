@@ -107,7 +107,7 @@ def build_bridge(policy: SourcePolicy) -> Bridge:
     target = Target(build_frozen(lambda: LlamaForCausalLM(config), seed=1), tokenizer, "tiny")
     fuser = FuserConfig(source=policy.source.shape, target=target.shape, hidden_size=16, rank=4)
     links = (
-        LinkConfig(source="robot", geometry="slots", rows=2, cols=2, fuser=fuser),
+        LinkConfig(source="robot", geometry="slots", images=2, rows=2, cols=2, fuser=fuser),
         LinkConfig(
             source="robot", geometry="slots", kinds=("action",), rows=1, cols=2, fuser=fuser
         ),
@@ -115,8 +115,10 @@ def build_bridge(policy: SourcePolicy) -> Bridge:
 
     bridge = Bridge(target, {"robot": policy.source}, BridgeConfig(links=links, slot_token="a"))
     generator = torch.Generator().manual_seed(0)
-    for parameter in bridge.fusers.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    for name, parameter in bridge.fusers.named_parameters():
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        if "gate" in name:
+            parameter.data.fill_(3.0)  # open: what it says depends on the step
     return bridge.eval()
 
 

@@ -112,7 +112,10 @@ def tiny_reader(policy: SourcePolicy) -> CacheReader:
     target = Target(model.requires_grad_(requires_grad=False), tokenizer, "tiny")
     fuser = FuserConfig(source=policy.source.shape, target=target.shape, hidden_size=32, rank=8)
     link = partial(LinkConfig, source="robot", geometry="slots", fuser=fuser)
-    links = (link(rows=7, cols=7), link(kinds=("action",), rows=1, cols=4))
+    links = (
+        link(images=len(policy.spec.cameras), rows=7, cols=7),
+        link(kinds=("action",), rows=1, cols=4),
+    )
     bridge = Bridge(
         target, {"robot": policy.source}, BridgeConfig(links=links, slot_token="a")
     ).eval()
