@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -50,6 +50,11 @@ class SourceInput:
     state: Tensor | None = None
     noise: Tensor | None = None
     audio: Tensor | NDArray[np.float32] | None = None
+
+
+def with_request(look: SourceInput, request: str) -> SourceInput:
+    """The same with a question or another request after its own text."""
+    return replace(look, text="\n".join(part for part in (look.text, request) if part))
 
 
 class Source(Protocol):
