@@ -105,8 +105,13 @@ def brief(summary: dict[str, Any]) -> str:
     found = "\n".join(f"- {line}" for line in _findings(summary))
     parts = [head, pipe_table(rows), found]
     if "lie" in summary:
-        parts += [_lie_head(summary), pipe_table(_lie_rows(summary))]
+        parts.append(lie_table(summary))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def lie_table(summary: dict[str, Any]) -> str:
+    """What each arm reports of a policy whose instruction was swapped, in Markdown."""
+    return f"{_lie_head(summary)}\n\n{pipe_table(_lie_rows(summary))}"
 
 
 def markdown(summary: dict[str, Any]) -> str:

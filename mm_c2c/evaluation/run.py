@@ -42,6 +42,7 @@ class EvaluationConfig:
         source: name of the source in the bridge; None takes the only one.
         arms: which to run, by name; when empty all that the items and the source have something
             for, without those whose own file (`prompts` and the four below it) is not given.
+        kinds: kinds of question that are asked; all when empty.
         request: what the source is asked for when it writes a caption.
         prompts: as in `Setting`.
         adapter: as in `Setting`.
@@ -61,6 +62,7 @@ class EvaluationConfig:
     target_model: str | None = None
     source: str | None = None
     arms: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
     request: str = GENERIC_REQUEST
     prompts: Path | None = None
     adapter: Path | None = None
@@ -107,14 +109,18 @@ def evaluate(
 def _run(
     bridge: Bridge, config: EvaluationConfig, out: Path | None, *, progress: bool
 ) -> dict[str, Any]:
-    items = _apart(load_items(config.items, config.limit))
+    items = _apart(load_items(config.items, config.limit, config.kinds))
     given = {key: getattr(config, key) for key in FILES.values()}
     source = source_name(bridge, config.source)
     setting = Setting(bridge=bridge, source_name=source, request=config.request, **given)
     arms = {n: build_arm(n, setting) for n in config.arms or _possible_arms(items, setting)}
     # Folder and name: a result is read on other machines.
     settings = {**to_dict(config), "items": "/".join(config.items.parts[-2:]), "source": source}
-    settings |= {"source_model": None, "target_model": None}
+    settings |= {
+        "source_model": None,
+        "target_model": None,
+        "kinds": to_dict(config)["kinds"] or None,
+    }
     if config.bridge is not None:
         settings["bridge"] = "/".join(Path(config.bridge).parts[-2:])
     settings["fuser"] = fingerprint(bridge.fusers.state_dict())

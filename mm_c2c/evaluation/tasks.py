@@ -73,7 +73,7 @@ class Item(NamedTuple):
         return look_at({"image": self.image, **self.row}, str(self.image))
 
 
-def load_items(path: Path, limit: int | None = None) -> list[Item]:
+def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()) -> list[Item]:
     """Read a JSONL of `{"image", "question", "answer"}`; pictures lie beside it.
 
     A line may also have what else `mm_c2c.training.data` shows a source (`images` in place of
@@ -84,6 +84,10 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
     Args:
         path: the file.
         limit: keep so many, spread evenly over the file.
+        kinds: keep these kinds of question only; all when empty.
+
+    Raises:
+        InputError: the file cannot be read, or holds no such items.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -101,6 +105,11 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
             ) from error
     if not rows:
         raise InputError(f"{path} holds no items")
+    if kinds:
+        known = ", ".join(sorted({row["kind"] for row in rows}))
+        rows = [row for row in rows if row["kind"] in kinds]
+        if not rows:
+            raise InputError(f"{path} holds no item of kind {', '.join(kinds)}; its kinds: {known}")
     if limit is not None and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
     answers: dict[str, set[str]] = {}

@@ -314,6 +314,20 @@ class TokenActionSource(VLMSource):
             spans=torch.cat([prompt.spans, nowhere[..., :2]], dim=1),
         )
 
+    def entropy(self, inputs: Sequence[SourceInput]) -> Tensor:
+        """How unsure the policy is of its own action: `(batch, action_dim)`, in nats."""
+        encoded = self._encode(inputs, [self.render(item) for item in inputs])
+        out = self.model.generate(
+            **self._known(encoded),
+            max_new_tokens=len(self.bins.low),
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        chances = torch.stack(out.logits, dim=1).float().log_softmax(-1)
+        return -(chances.exp() * chances).sum(-1)
+
     def act(self, inputs: Sequence[SourceInput]) -> TokenActions:
         """The policy's own actions, by greedy `model.generate`.
 
