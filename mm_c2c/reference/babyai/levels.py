@@ -54,7 +54,7 @@ EASY = (
 """Levels with few objects, which training begins with."""
 
 SEEDS = {
-    "train": range(0, 1_000_000),
+    "train": range(1_000_000),
     "development": range(1_000_000, 2_000_000),
     "unseen": range(2_000_000, 3_000_000),
 }

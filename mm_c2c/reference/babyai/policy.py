@@ -79,9 +79,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def build_model(
     tokenizer: PreTrainedTokenizerFast,
     *,
-    hidden_size: int = 128,
+    hidden_size: int = 96,
     num_layers: int = 4,
-    tower_size: int = 96,
+    tower_size: int = 64,
     tower_layers: int = 2,
 ) -> LlavaForConditionalGeneration:
     """An untrained policy, whose config says what its action tokens mean."""
@@ -89,7 +89,7 @@ def build_model(
         "model_type": "llama",
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
-        "intermediate_size": hidden_size * 5 // 2,
+        "intermediate_size": hidden_size * 2,
         "num_hidden_layers": num_layers,
         "num_attention_heads": hidden_size // _HEAD_DIM,
         "num_key_value_heads": hidden_size // _HEAD_DIM,
@@ -116,7 +116,10 @@ def build_model(
         "q99": [len(ACTIONS) - 0.5] * CHUNK,
         "mask": [True] * CHUNK,
     }
-    extra: dict[str, Any] = {"n_action_bins": NUM_BINS, "norm_stats": {"babyai": {"action": action}}}
+    extra: dict[str, Any] = {
+        "n_action_bins": NUM_BINS,
+        "norm_stats": {"babyai": {"action": action}},
+    }
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
