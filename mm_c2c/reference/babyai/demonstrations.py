@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from mm_c2c.reference.babyai.levels import (
     ACTIONS,
-    AGENT_CELL,
     EASY,
     LEVELS,
     SEEDS,
@@ -170,20 +169,24 @@ def _episode(env: Any, seed: int) -> Iterator[Advice]:
 
 
 def _ask_others(env: Any, view: NDArray[np.uint8], rng: random.Random) -> list[tuple[str, int]]:
-    """Instructions about objects in view, each with the first action of a bot of its own."""
+    """Instructions about objects in view, each with the first action of a bot of its own.
+
+    None while something is carried: a bot that has seen only what is in view may then look without
+    end for a place to drop it.
+    """
+    if env.carrying:
+        return []
     from minigrid.core.constants import IDX_TO_COLOR, IDX_TO_OBJECT
     from minigrid.envs.babyai.core.verifier import GoToInstr, ObjDesc, PickupInstr
     from minigrid.utils.baby_ai_bot import BabyAIBot
 
-    seen = view.copy()
-    seen[AGENT_CELL] = 0  # what is carried cannot be gone to
     things = {
-        (IDX_TO_OBJECT[kind], IDX_TO_COLOR[colour]) for kind, colour, _ in seen.reshape(-1, 3)
+        (IDX_TO_OBJECT[kind], IDX_TO_COLOR[colour]) for kind, colour, _ in view.reshape(-1, 3)
     }
     known = sorted(thing for thing in things if thing[0] in ("ball", "box", "key"))
     own, asked = env.instrs, []
     for kind, colour in rng.sample(known, min(_OTHERS, len(known))):
-        build = GoToInstr if env.carrying or rng.random() < 0.5 else PickupInstr
+        build = GoToInstr if rng.random() < 0.5 else PickupInstr
         env.instrs = build(ObjDesc(kind, colour))
         env.instrs.reset_verifier(env)
         asked.append((env.instrs.surface(env), int(BabyAIBot(env).replan())))

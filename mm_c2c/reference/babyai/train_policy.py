@@ -127,8 +127,8 @@ class Pool:
         past = data.executed[data.starts[owner] : step].tolist()
         chunk = [action for action in self.chunks[step].tolist() if action >= 0]
         asked = [(data.missions[owner], chunk)]
-        for other in range(data.other_starts[step], data.other_starts[step + 1]):
-            asked.append((data.other_missions[other], [int(data.other_advised[other])]))
+        others = range(data.other_starts[step], data.other_starts[step + 1])
+        asked += [(data.other_missions[i], [int(data.other_advised[i])]) for i in others]
         texts = [instruction_text(mission, past) for mission, _ in asked]
         prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         user, assistant = (self.tokenizer.vocab[word] for word in (USER_TOKEN, ASSISTANT_TOKEN))
