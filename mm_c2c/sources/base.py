@@ -43,6 +43,8 @@ class SourceInput:
             chunk, both as wide as the model pads them; None takes the source's own, which is the
             same in every call.
         audio: `(samples,)` float32 in [-1, 1], mono at 16 kHz.
+        action_tokens: `(action_dim,)` int64, what a policy that writes its actions as tokens did
+            here; None lets it act.
     """
 
     text: str = ""
@@ -50,6 +52,7 @@ class SourceInput:
     state: Tensor | None = None
     noise: Tensor | None = None
     audio: Tensor | NDArray[np.float32] | None = None
+    action_tokens: Tensor | None = None
 
 
 def with_request(look: SourceInput, request: str) -> SourceInput:

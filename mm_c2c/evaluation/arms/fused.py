@@ -51,7 +51,7 @@ class Fused:
 class PrefixOnly(Fused):
     """Of a policy's cache what stands before its state and actions; their slots stay unwritten.
 
-    A slot that is not written is what `drop.slots` of a training leaves.
+    That is what `drop.links` of a training leaves.
     """
 
     actions = False
