@@ -271,8 +271,8 @@ def probe_scores(
     progress: bool = True,
 ) -> Scores:
     """The logit of failure of a linear probe on the whole cache, fitted on other steps."""
-    found = read_features(source, [*train, *steps], config.batch_size, progress=progress)
-    features = torch.cat([found["prefix"], found["action"]], dim=1)
+    found, owners = read_features(source, [*train, *steps], config.batch_size, progress=progress)
+    features = torch.cat([found["prefix"], found["action"]], dim=1)[owners]
     features = fit_projection(features[: len(train)], COMPONENTS).apply(features)
     ends = ["success" if item.success else "failure" for item in train]
     probe, _ = fit_best(features[: len(train)], ends, hold_out(train, config.seed))

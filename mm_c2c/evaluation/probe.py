@@ -145,17 +145,18 @@ def probe(bridge: Bridge, config: ProbeConfig, *, progress: bool = True) -> dict
     train = load_items(config.train, config.train_limit, config.kinds)
     items = load_items(config.items, config.limit, config.kinds)
     source = bridge.sources[name]
-    found = read_features(source, [*train, *items], config.batch_size, progress=progress)
+    found, owners = read_features(source, [*train, *items], config.batch_size, progress=progress)
     count = len(train)
+    shown = sorted(set(owners[:count]))
     said: dict[str, list[str]] = {}
     kept: dict[str, float] = {}
     for part, names in PARTS.items():
         if any(found[n].shape[1] == 0 for n in names):
             continue
         features = torch.cat([found[n] for n in names], dim=1)
-        projection = fit_projection(features[:count], config.components)
+        projection = fit_projection(features[shown], config.components)
         kept[part] = projection.kept
-        features = projection.apply(features)
+        features = projection.apply(features)[owners]
         said[part] = answer_kinds(train, features[:count], items, features[count:], config.seed)
     return {
         "config": {
@@ -171,11 +172,12 @@ def probe(bridge: Bridge, config: ProbeConfig, *, progress: bool = True) -> dict
 @torch.no_grad()
 def read_features(
     source: Source, items: Sequence[Item], batch_size: int, *, progress: bool = True
-) -> dict[str, Tensor]:
-    """The cache of what each item shows, by part; what several items show is read once.
+) -> tuple[dict[str, Tensor], list[int]]:
+    """The caches of what items show, by part; what several items show is read once.
 
     Returns:
-        `prefix` and `action`: `(items, width)`; of width 0 where the source has no such positions.
+        `prefix` and `action`, `(looks, width)`, of width 0 where the source has no such positions;
+        and which of the looks each item has.
     """
     shown: dict[str, int] = {}
     first: list[Item] = []
@@ -192,7 +194,7 @@ def read_features(
         looks = [item.look() for item in first[start : start + batch_size]]
         for name, rows in pool(source.prefill(looks)).items():
             parts[name].append(rows)
-    return {name: torch.cat(rows)[owners] for name, rows in parts.items()}
+    return {name: torch.cat(rows) for name, rows in parts.items()}, owners
 
 
 def _shown_key(item: Item) -> str:

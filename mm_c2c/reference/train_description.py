@@ -14,6 +14,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,23 +89,21 @@ def train(config: DescriptionTrainingConfig) -> None:
     groups = group_steps(load_items(config.items))
     tokenizer = bridge.target.tokenizer
 
-    def turns(items: list[Item]) -> list[Turn]:
+    def cost(items: list[Item]) -> Tensor:
+        """Of the answers about one description."""
         asked = [
             Asked(SourceInput(text=i.row.get("text", "")), i.question, (), i.description)
             for i in items
         ]
         shown = [arm.prompt(*pair) for pair in zip(arm.write(asked), asked, strict=True)]
         texts = [render_chat(tokenizer, text, bridge.config.system) for text in shown]
-        prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        answers = tokenizer([i.answer for i in items], add_special_tokens=False)["input_ids"]
-        ends = [tokenizer.eos_token_id]
-        return [Turn(p, [*a, *ends]) for p, a in zip(prompts, answers, strict=True)]
+        return shared_loss(model, tokenizer, texts, [item.answer for item in items])
 
     def loss(step: int, rng: random.Random) -> Tensor:
         del step
         picked = rng.sample(groups, min(config.examples, len(groups)))
-        rows = [turns(rng.sample(g, min(config.questions, len(g)))) for g in picked]
-        return turns_loss(model, rows, DynamicCache(config=model.config), done=0)
+        costs = [cost(rng.sample(g, min(config.questions, len(g)))) for g in picked]
+        return torch.stack(costs).mean()
 
     Loop(
         out=config.out,
@@ -120,6 +119,28 @@ def train(config: DescriptionTrainingConfig) -> None:
         # "auto" would ask the Hub whether the vocabulary has grown.
         lambda _: wrapped.save_pretrained(config.out / "adapter", save_embedding_layers=False),
     )
+
+
+def shared_loss(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> Tensor:
+    """Cross-entropy of answers, mean over tokens; what all prompts begin with is read once.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its own.
+        prompts: rendered; one or more.
+        answers: one a prompt; the token that ends each is learned too.
+    """
+    asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    said = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    columns = itertools.takewhile(lambda c: len(set(c)) == 1, zip(*asked, strict=False))
+    # The token before an answer is not among them: from it the answer is told.
+    done = min(len(list(columns)), *(len(ids) - 1 for ids in asked))
+    cache = DynamicCache(config=model.config)
+    if done:
+        model.model(torch.tensor([asked[0][:done]]), past_key_values=cache, use_cache=True)
+    end = tokenizer.eos_token_id
+    turns = [Turn(ids[done:], [*a, end]) for ids, a in zip(asked, said, strict=True)]
+    return turns_loss(model, [turns], cache, done)
 
 
 def group_steps(items: list[Item]) -> list[list[Item]]:
