@@ -6,6 +6,7 @@ set) of
     image or images   a picture or several; in JSONL, paths beside the file
     text              what the source reads beside them, such as an instruction
     state             a robot's state, numbers
+    action_tokens     what a policy that writes its actions as tokens did, ids; else it acts
     question, answer  or `turns`, a list of such pairs
     caption           a true description, for the reconstruct phase
 
@@ -38,7 +39,18 @@ from mm_c2c.training.config import DataConfig
 logger = logging.getLogger(__name__)
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-_FIELDS = ("image", "images", "text", "state", "question", "answer", "turns", "caption")
+_FIELDS = (
+    "image",
+    "images",
+    "text",
+    "state",
+    "action_tokens",
+    "question",
+    "answer",
+    "turns",
+    "caption",
+)
+_SHOWN = ("image", "images", "text", "state", "action_tokens")
 _BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
@@ -57,6 +69,7 @@ class Example:
         images: pictures.
         text: what the source reads beside them.
         state: a robot's state.
+        action_tokens: what a policy did, where the example says so.
         turns: questions and their answers.
         description: a true description, where there is one.
     """
@@ -66,6 +79,7 @@ class Example:
     state: tuple[float, ...]
     turns: tuple[Turn, ...]
     description: str | None
+    action_tokens: tuple[int, ...] = ()
 
     def look(self, question: str = "") -> SourceInput:
         """What a source is given: the pictures, and the text with a question or without."""
@@ -73,6 +87,7 @@ class Example:
             text="\n".join(part for part in (self.text, question) if part),
             images=self.images,
             state=torch.tensor(self.state) if self.state else None,
+            action_tokens=torch.tensor(self.action_tokens) if self.action_tokens else None,
         )
 
 
@@ -217,7 +232,7 @@ def _index_lines(path: Path, *, skip: bool) -> Iterator[Reader]:
         rows.append((number, row))
 
     def shown(numbered: tuple[int, dict[str, Any]]) -> str:
-        return json.dumps([numbered[1].get(k) for k in ("image", "images", "text", "state")])
+        return json.dumps([numbered[1].get(key) for key in _SHOWN])
 
     for seen, group in itertools.groupby(rows, shown):
         numbers, same = zip(*group, strict=True)
@@ -323,6 +338,7 @@ def _example(
             images=tuple(open_picture(picture) for picture in row.get("images") or alone),
             text=str(row.get("text") or ""),
             state=tuple(map(float, row.get("state") or ())),
+            action_tokens=tuple(map(int, row.get("action_tokens") or ())),
             turns=_turns(row),
             description=row.get("caption") or None,
         )
@@ -330,6 +346,19 @@ def _example(
         raise InputError(
             f"{where}: {error if isinstance(error, InputError) else repr(error)}"
         ) from error
+
+
+def look_at(row: Mapping[str, Any], where: str) -> SourceInput:
+    """What a source is shown of a line of JSONL, without the question.
+
+    Args:
+        row: the line, with paths of its pictures as they can be opened.
+        where: it stands, for errors.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return _example({**row, "turns": ()}, where, load_image).look()
 
 
 def _beside(folder: Path, name: str) -> Image.Image:

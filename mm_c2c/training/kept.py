@@ -29,13 +29,15 @@ def row_key(salt: str, look: SourceInput) -> str:
 
     Args:
         salt: which source, at which precision.
-        look: text, state and pictures, by their pixels.
+        look: text, state, action tokens and pictures, by their pixels.
     """
     digest = hashlib.sha256(repr((salt, look.text, len(look.images))).encode())
     for picture in look.images:
         digest.update(repr((picture.mode, picture.size)).encode() + picture.tobytes())
     if look.state is not None:
         digest.update(repr(look.state.tolist()).encode())
+    if look.action_tokens is not None:
+        digest.update(repr(("action_tokens", look.action_tokens.tolist())).encode())
     return digest.hexdigest()[:32]
 
 
