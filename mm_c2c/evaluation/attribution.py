@@ -253,7 +253,7 @@ def _attend(bridge: Bridge, fused: FusedInputs, tokens: list[int]) -> tuple[Tens
     more = fused["input_ids"].new_tensor([tokens])
     input_ids = torch.cat([fused["input_ids"], more], dim=1)
     mask = torch.ones_like(input_ids)
-    with _eager(model):
+    with eager(model):
         attentions = model(
             input_ids[:, done:],
             attention_mask=mask,
@@ -272,7 +272,7 @@ def _attend(bridge: Bridge, fused: FusedInputs, tokens: list[int]) -> tuple[Tens
 
 
 @contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
+def eager(model: PreTrainedModel) -> Iterator[None]:
     """Attention that can be returned; afterwards the model has its own again."""
     config = model.config
     parts = {name: getattr(config, name) for name in config.sub_configs}

@@ -1,0 +1,36 @@
+"""minigrid's levels as environments of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mm_c2c.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import gymnasium
+
+NAMES: Mapping[str, str] = {"image": "observation.images.front", "mission": "task"}
+"""For `rename`."""
+
+
+def make_minigrid(level: str, cell_pixels: int = 8) -> gymnasium.Env[Any, Any]:
+    """A level in which the robot sees the 7 x 7 cells before it as a picture.
+
+    Args:
+        level: its id in Gymnasium, such as `BabyAI-GoToLocal-v0`.
+        cell_pixels: of the picture.
+
+    Raises:
+        UnsupportedError: minigrid is not installed.
+    """
+    try:
+        import gymnasium
+        import minigrid  # noqa: F401  registers the levels
+        from minigrid.wrappers import RGBImgPartialObsWrapper
+    except ImportError as error:
+        raise UnsupportedError(
+            f'the level needs minigrid ({error}): pip install "mm-c2c[robot]"'
+        ) from error
+    env = gymnasium.make(level, render_mode="rgb_array", disable_env_checker=True)
+    return RGBImgPartialObsWrapper(env, tile_size=cell_pixels)

@@ -1,0 +1,119 @@
+"""The policy that ships, its levels, and the bridge that reads it."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import mm_c2c.reference
+from mm_c2c.bridge import Bridge, BridgeConfig
+from mm_c2c.errors import UnsupportedError
+from mm_c2c.fuser import FuserConfig
+from mm_c2c.link import LinkConfig
+from mm_c2c.robot.monitor import MonitorConfig
+from mm_c2c.robot.observation import ObservationSpec
+from mm_c2c.robot.policy import SourcePolicy, discrete_actions
+from mm_c2c.robot.reader import CacheReader
+from mm_c2c.target import Target
+
+HERE = Path(mm_c2c.reference.__file__).parent / "babyai"
+POLICY_FOLDER = HERE / "policy"
+READER_FOLDER = HERE / "reader"
+EPISODES_FOLDER = HERE / "episodes"
+ACTION_NAMES = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
+"""minigrid's, by their number."""
+QUESTIONS = (
+    "What will the robot do next?",
+    "Which object is the robot going for?",
+    "What does the robot hold?",
+    "Which task is the robot doing?",
+    "How far along is the robot?",
+    "Will the robot succeed?",
+)
+NARRATE = "Say in one sentence what the robot is doing."
+WATCH = MonitorConfig(question="Will the robot succeed?", reason="What is the robot doing?")
+_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
+
+
+def load_policy() -> SourcePolicy:
+    """The BabyAI policy; it looks again after each action of a chunk.
+
+    Raises:
+        UnsupportedError: it is not there.
+    """
+    try:
+        rollouts: Any = importlib.import_module("mm_c2c.reference.babyai.rollouts")
+        levels: Any = importlib.import_module("mm_c2c.reference.babyai.levels")
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"no robot policy ships with this version ({error})") from error
+    if not POLICY_FOLDER.is_dir():
+        raise UnsupportedError(f"no robot policy ships with this version: {POLICY_FOLDER} is empty")
+    return SourcePolicy(
+        source=rollouts.load_policy(POLICY_FOLDER),
+        spec=ObservationSpec(cameras=("front",)),
+        to_actions=discrete_actions,
+        instruct=levels.instruction_text,
+    )
+
+
+def load_reader() -> CacheReader:
+    """The bridge from that policy into SmolLM2-135M-Instruct.
+
+    Raises:
+        UnsupportedError: it is not there.
+    """
+    if not READER_FOLDER.is_dir():
+        raise UnsupportedError(
+            f"no reader of the robot policy ships with this version: {READER_FOLDER} is not there; "
+            "--tiny runs with one of random weights"
+        )
+    from mm_c2c.pretrained import read_header
+    from mm_c2c.reference.models import load_target
+
+    policy = load_policy()
+    (name,) = read_header(READER_FOLDER)["sources"]
+    bridge = Bridge.from_pretrained(READER_FOLDER, load_target(), {name: policy.source})
+    return CacheReader(bridge, policy, narrate=NARRATE, questions=QUESTIONS[:1], monitor=WATCH)
+
+
+def load_tiny_reader() -> CacheReader:
+    """The policy before a tiny target of random weights: no download, no sense.
+
+    For trying loop, film and page; what this target says means nothing.
+    """
+    return tiny_reader(load_policy())
+
+
+def tiny_reader(policy: SourcePolicy) -> CacheReader:
+    """Any policy with patches and action tokens before that target."""
+    from mm_c2c.reference.models import SOURCE_FOLDER
+
+    tokenizer = AutoTokenizer.from_pretrained(SOURCE_FOLDER)
+    tokenizer.chat_template = _CHAT
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    target = Target(model.requires_grad_(requires_grad=False), tokenizer, "tiny")
+    fuser = FuserConfig(source=policy.source.shape, target=target.shape, hidden_size=32, rank=8)
+    link = partial(LinkConfig, source="robot", geometry="slots", fuser=fuser)
+    links = (link(rows=7, cols=7), link(kinds=("action",), rows=1, cols=4))
+    bridge = Bridge(
+        target, {"robot": policy.source}, BridgeConfig(links=links, slot_token="a")
+    ).eval()
+    return CacheReader(bridge, policy, narrate=NARRATE, questions=QUESTIONS[:1], monitor=WATCH)
