@@ -48,18 +48,12 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "reach": Task(
-        "reach-v3", "reach the red ball", "red ball", "reaching for the red ball"
-    ),
-    "push": Task(
-        "push-v3", "push the puck to the green ball", "puck", "pushing the puck"
-    ),
+    "reach": Task("reach-v3", "reach the red ball", "red ball", "reaching for the red ball"),
+    "push": Task("push-v3", "push the puck to the green ball", "puck", "pushing the puck"),
     "drawer-open": Task("drawer-open-v3", "open the drawer", "drawer", "opening the drawer"),
     "button-press": Task("button-press-v3", "press the button", "button", "pressing the button"),
     "door-open": Task("door-open-v3", "open the door", "door", "opening the door"),
-    "window-close": Task(
-        "window-close-v3", "close the window", "window", "closing the window"
-    ),
+    "window-close": Task("window-close-v3", "close the window", "window", "closing the window"),
 }
 
 
