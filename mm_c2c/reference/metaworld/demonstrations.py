@@ -33,6 +33,8 @@ STRIDE = 3
 # Steps after success, which show what to do when all is done.
 EXTRA_STEPS = 6
 EPISODES_PER_SHARD = 8
+# What an episode has of each picture; it has the rest of each step.
+_PER_FRAME = ("images", "frame_steps", "chunks", "touching")
 
 
 def expert_of(task: str) -> Any:
@@ -97,8 +99,7 @@ def read_shard(path: Path) -> list[dict[str, Tensor]]:
     joined = load_file(path)
     lengths, frames = joined.pop("lengths").tolist(), joined.pop("frames").tolist()
     parts = {
-        key: value.split(frames if key in ("images", "frame_steps") else lengths)
-        for key, value in joined.items()
+        key: value.split(frames if key in _PER_FRAME else lengths) for key, value in joined.items()
     }
     return [dict(zip(parts, episode, strict=True)) for episode in zip(*parts.values(), strict=True)]
 

@@ -23,7 +23,8 @@ ACTION_DIM = 4
 # Meta-World's own limit is 500; its experts need 40 to 100.
 MAX_STEPS = 200
 # First seed of each split; an episode's seed is its number after that.
-SPLITS = {"train": 0, "dev": 100_000, "unseen": 200_000}
+# `reader` is for episodes of the policy that a reader is trained on.
+SPLITS = {"train": 0, "dev": 100_000, "unseen": 200_000, "reader": 300_000}
 
 # LeRobot's place of `corner2`, above the right shoulder; turned upright and nearer to the table.
 _CAMERA_POSITION = (0.75, 0.075, 0.7)
@@ -167,6 +168,21 @@ class MetaWorldEnv:
         self._renderer.update_scene(self._env.data, camera=CAMERA)
         frame: NDArray[np.uint8] = self._renderer.render().copy()
         return frame
+
+    @property
+    def touching(self) -> bool:
+        """Whether the robot touches what stands on the table."""
+        import mujoco
+
+        model, data = self._env.model, self._env.data
+        bodies = model.geom_bodyid[data.contact.geom]
+        base, last = (
+            mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, name) for name in ("base", "mocap")
+        )
+        # The table and the robot come first among the bodies.
+        return bool(
+            ((bodies.min(1) >= base) & (bodies.min(1) < last) & (bodies.max(1) > last)).any()
+        )
 
     @property
     def instruction(self) -> str:
