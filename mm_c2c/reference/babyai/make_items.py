@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm_c2c.reference.babyai.levels import Camera
+from mm_c2c.reference.babyai.levels import ACTIONS, Camera
 from mm_c2c.reference.babyai.questions import (
+    MOTIONS,
     Question,
     answers,
     ask,
@@ -131,7 +132,6 @@ def swap(
             )
         )
     kept = []
-    motions = {0: "turn left", 1: "turn right", 2: "go forward", 3: "pick up", 4: "put down"}
     for first in range(0, len(tried), _BATCH):
         batch = tried[first : first + _BATCH]
         looks = [
@@ -142,7 +142,7 @@ def swap(
             for moment in batch
         ]
         for moment, tokens in zip(batch, policy.act(looks).tokens.tolist(), strict=True):
-            motion = motions.get(policy.bins.vocab_size - 1 - tokens[0])
+            motion = MOTIONS.get(ACTIONS[policy.bins.vocab_size - 1 - tokens[0]])
             if tokens[0] != moment.tokens[0] and motion and moment.told is not None:
                 moment.told["next"] = motion
                 kept.append(moment)

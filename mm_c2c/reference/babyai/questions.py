@@ -20,13 +20,15 @@ INTENTS = ("go to it", "pick it up", "put down")
 STAGES = ("just begun", "half way", "nearly there")
 TASKS = tuple(level.task for level in LEVELS.values())
 
-_MOTIONS = {
+MOTIONS = {
     "left": "turn left",
     "right": "turn right",
     "forward": "go forward",
     "pickup": "pick up",
     "drop": "put down",
 }
+"""Actions that are asked for, by their name in `ACTIONS`."""
+
 _VECTORS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 WORDINGS = {
@@ -48,9 +50,9 @@ WORDINGS = {
 
 KINDS = {"after": "ahead", "third": "ahead", "held": "hands"}
 OPTIONS = {
-    "next": tuple(_MOTIONS.values()),
-    "after": tuple(_MOTIONS.values()),
-    "third": tuple(_MOTIONS.values()),
+    "next": tuple(MOTIONS.values()),
+    "after": tuple(MOTIONS.values()),
+    "third": tuple(MOTIONS.values()),
     "object": NAMES,
     "colour": COLOURS,
     "side": SIDES,
@@ -150,7 +152,7 @@ def answers(episode: Episode, number: int) -> dict[str, str]:
     }
     for wording, ahead in (("next", 0), ("after", 1), ("third", 2)):
         if number + ahead < len(steps):
-            motion = _MOTIONS.get(ACTIONS[steps[number + ahead].action])
+            motion = MOTIONS.get(ACTIONS[steps[number + ahead].action])
             if motion:
                 found[wording] = motion
     if episode.success:
