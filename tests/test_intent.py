@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -330,6 +331,7 @@ def test_a_probe_finds_in_the_actions_what_is_there_alone(
     assert right["action only"] == right["both"] == 1.0
     assert right["prefix only"] < 0.8
     assert found["kinds"]["turn"]["n"] == 12
+    assert found["config"]["train"] == f"{tmp_path.name}/items.jsonl"
     assert "| turn | 12 |" in probe.table(found)
 
 
@@ -369,6 +371,19 @@ def test_a_policy_is_unsure_by_the_entropy_of_its_own_tokens(
     torch.testing.assert_close(found, policy.entropy([look]).mean(1))
     with pytest.raises(UnsupportedError, match="does not act"):
         monitor.uncertainty(bridge.sources["stickers"], [look], draws=2)
+
+
+def test_a_policy_that_starts_from_noise_is_unsure_by_how_its_chunks_vary() -> None:
+    class Policy:
+        model = SimpleNamespace(config=SimpleNamespace(chunk_size=2, max_action_dim=3))
+
+        def act(self, looks: list[SourceInput]) -> Tensor:
+            return torch.stack([look.noise * float(look.text) for look in looks])
+
+    found = monitor.uncertainty(Policy(), [SourceInput(text=t) for t in ("0", "1", "2")], 200)
+    assert found[0] == 0
+    assert 0.8 < found[1] < 1.2
+    torch.testing.assert_close(found[2], 4 * found[1])
 
 
 def test_a_monitor_scores_each_step_once_and_by_every_monitor(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge, FusedInputs
 from mm_c2c.cache import fork
-from mm_c2c.config import parse_overrides, to_dict
+from mm_c2c.config import parse_overrides
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
@@ -41,7 +41,7 @@ from mm_c2c.evaluation.probe import (
 )
 from mm_c2c.evaluation.report import pipe_table
 from mm_c2c.evaluation.results import write_json
-from mm_c2c.evaluation.run import source_name, to_asked
+from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, mean
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.sources.base import Source, SourceInput, count_positions
@@ -131,7 +131,7 @@ def monitor(bridge: Bridge, config: MonitorConfig, *, progress: bool = True) -> 
         raise InputError(f"{config.items}: all episodes end alike; there is nothing to tell apart")
     scores = read_scores(bridge, config, steps, progress=progress)
     return {
-        "config": {**to_dict(config), "items": "/".join(config.items.parts[-2:])},
+        "config": portable(config),
         **judge(steps, scores, config),
     }
 

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache
-from mm_c2c.config import parse_overrides, to_dict
+from mm_c2c.config import parse_overrides
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.report import pipe_table
 from mm_c2c.evaluation.results import write_json
-from mm_c2c.evaluation.run import source_name
+from mm_c2c.evaluation.run import portable, source_name
 from mm_c2c.evaluation.statistics import Interval, accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.reference.models import load_bridge, load_saved_bridge
@@ -159,11 +159,7 @@ def probe(bridge: Bridge, config: ProbeConfig, *, progress: bool = True) -> dict
         features = projection.apply(features)[owners]
         said[part] = answer_kinds(train, features[:count], items, features[count:], config.seed)
     return {
-        "config": {
-            **to_dict(config),
-            "train": "/".join(config.train.parts[-2:]),
-            "items": "/".join(config.items.parts[-2:]),
-        },
+        "config": portable(config),
         "variance": kept,
         **_score(items, said, config),
     }

@@ -114,15 +114,8 @@ def _run(
     source = source_name(bridge, config.source)
     setting = Setting(bridge=bridge, source_name=source, request=config.request, **given)
     arms = {n: build_arm(n, setting) for n in config.arms or _possible_arms(items, setting)}
-    # Folder and name: a result is read on other machines.
-    settings = {**to_dict(config), "items": "/".join(config.items.parts[-2:]), "source": source}
-    settings |= {
-        "source_model": None,
-        "target_model": None,
-        "kinds": to_dict(config)["kinds"] or None,
-    }
-    if config.bridge is not None:
-        settings["bridge"] = "/".join(Path(config.bridge).parts[-2:])
+    settings = {**portable(config), "source": source}
+    settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
     settings["fuser"] = fingerprint(bridge.fusers.state_dict())
     settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:
@@ -151,6 +144,18 @@ def split_rows(count: int, batch_size: int) -> list[range]:
     if len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
     return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def portable(config: Any) -> dict[str, Any]:
+    """A config's values, for a result that is read on other machines.
+
+    Paths are cut to folder and name; where a bridge's models lay is left out.
+    """
+    values = to_dict(config)
+    for key, value in vars(config).items():
+        if isinstance(value, Path) or (key == "bridge" and value):
+            values[key] = "/".join(Path(value).parts[-2:])
+    return {**values, "source_model": None, "target_model": None}
 
 
 def source_name(bridge: Bridge, name: str | None) -> str:
