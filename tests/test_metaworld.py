@@ -318,6 +318,8 @@ def test_items_tell_what_was_done_beside_what_was_told(
         if row["kind"] == "task":
             assert row["success"]
             assert row["answer"] == TASKS[task].doing
+        believed = {"task": TASKS[told].doing, "object": TASKS[told].object} if steered else {}
+        assert row.get("told") == believed.get(row["kind"])
 
 
 def test_each_answer_of_a_kind_gets_the_same_share() -> None:
