@@ -2,7 +2,8 @@
 
 python -m mm_c2c.reference.metaworld.make_items --rollouts FOLDER --split reader --out FOLDER
 
-Of steered episodes (`--steered`) `text` is what the policy was told, and the answers say what it did.
+Of steered episodes (`--steered`) `text` is what the policy was told, and the answers say what it did;
+`told` is what a reader would answer that believes the instruction.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def main() -> None:
     rng = random.Random(SPLITS[args.split])
     rows: list[dict[str, Any]] = []
     for task in TASKS:
-        told = TASKS[steer(task) if args.steered else task].instruction
+        told = TASKS[steer(task) if args.steered else task]
+        believed = {"task": told.doing, "object": told.object} if args.steered else {}
         for number, path in enumerate(shards_of(args.rollouts, args.split, task)):
             (episode,) = read_shard(path)
             count = len(episode["frame_steps"])
@@ -86,18 +88,22 @@ def main() -> None:
                 state = state_of(np.asarray(episode["raw"][step]))
                 shown = {
                     "image": file,
-                    "text": told,
+                    "text": told.instruction,
                     "state": [round(float(value), 5) for value in state],
                     "caption": caption(moment),
-                    "instruction": told,
+                    "instruction": told.instruction,
                     "episode": f"{task}-{number:04d}",
                     "step": step,
                     "success": moment.done,
                 }
                 for question in questions(moment, rng):
                     options = OPTIONS.get(question.kind)
-                    listed = {"options": options} if options else {}
-                    rows.append({**shown, **question._asdict(), **listed})
+                    row = {**shown, **question._asdict()}
+                    if options:
+                        row["options"] = options
+                    if question.kind in believed:
+                        row["told"] = believed[question.kind]
+                    rows.append(row)
     if args.per_kind is not None:
         rng.shuffle(rows)
         rows = share_out(rows, args.per_kind)
