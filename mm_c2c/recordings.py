@@ -34,7 +34,7 @@ def read_wav(data: bytes) -> NDArray[np.float32]:
             f"expected a WAV of 1 channel, 16 bit and {SAMPLING_RATE} Hz, got {form[0]} channels, "
             f"{8 * form[1]} bit and {form[2]} Hz; convert it first"
         )
-    return np.frombuffer(samples, "<i2").astype(np.float32) / 32768
+    return np.frombuffer(samples, "<i2").astype(np.float32) / np.float32(32768)
 
 
 def write_wav(samples: NDArray[np.float32]) -> bytes:
