@@ -14,8 +14,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
-from mm_c2c.cache import SourceCache
-from mm_c2c.config import from_dict
+from mm_c2c.cache import CacheShape, SourceCache
+from mm_c2c.config import from_dict, load_config
 from mm_c2c.errors import FetchError, InputError
 from mm_c2c.evaluation import text_to_text
 from mm_c2c.evaluation.arms.own_source import own_source
@@ -30,6 +30,7 @@ from mm_c2c.evaluation.text_to_text import (
     tell,
     text_table,
 )
+from mm_c2c.fuser import CacheFuser
 from mm_c2c.reference import gemma, text_qa
 from mm_c2c.reference.fetch import WheelMember
 from mm_c2c.reference.text_qa import (
@@ -309,6 +310,18 @@ def test_each_fuser_is_saved_as_a_bridge_of_its_own(
             torch.testing.assert_close(one, other)
 
 
+def test_the_control_has_as_many_parameters_as_the_fuser() -> None:
+    path = Path(__file__).parent.parent / "configs" / "text_to_text.yaml"
+    config = load_config(TrainingConfig, path)
+    gemma_shape = CacheShape(num_layers=18, num_key_value_heads=1, head_dim=256)
+    smollm2 = CacheShape(num_layers=30, num_key_value_heads=3, head_dim=64)
+    links = config.build_links({"reader": gemma_shape, "itself": smollm2}, smollm2)
+    with torch.device("meta"):
+        counts = [CacheFuser(link.fuser).num_parameters for link in links]
+    assert dict(zip(config.links, counts, strict=True))["c2c"] == 18_750_960
+    assert counts[2] == pytest.approx(counts[0], rel=0.01)
+
+
 # --- arms --------------------------------------------------------------------------------------
 
 
@@ -371,6 +384,25 @@ def test_a_shuffled_cache_has_the_states_of_the_row_before(source: TextSource) -
             taken = max(place, begins[before])  # where the row before has no position: its first
             torch.testing.assert_close(states(other, row, place), states(cache, before, taken))
             assert other.position_ids[row, place] == cache.position_ids[before, taken]
+
+
+def test_each_fuser_is_handed_its_cache_another_one_and_none(
+    target: Target, source: TextSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = build_bridge(target, source, opened=True)
+    handed: list[SourceCache] = []
+    fuse = bridge.fuse_words
+
+    def watch(reading: Any, caches: dict[str, SourceCache]) -> Any:
+        handed.append(caches["reader"])
+        return fuse(reading, caches)
+
+    monkeypatch.setattr(bridge, "fuse_words", watch)
+    Arms({"small": bridge}).answer(CHOICES)
+    own, other, none = (cache.layers[0].keys for cache in handed)
+    torch.testing.assert_close(other[1, :, -1], own[0, :, -1])
+    assert not torch.equal(other[1, :, -1], own[1, :, -1])
+    assert not none.any()
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(
