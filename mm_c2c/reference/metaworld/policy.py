@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -157,7 +158,7 @@ def load_policy(folder: Path, name: str | None = None) -> PI0Source:
     return PI0Source(model, processor, name or str(folder))
 
 
-def to_actions(acted: Tensor, processor: PI0Processor) -> NDArray:
+def to_actions(acted: Tensor, processor: PI0Processor) -> NDArray[np.float32]:
     """What `PI0Source.act` gave, in the environment's units.
 
     Args:
@@ -168,4 +169,5 @@ def to_actions(acted: Tensor, processor: PI0Processor) -> NDArray:
         `(..., action_horizon, action_dim)` in [-1, 1].
     """
     mean, std = torch.tensor(processor.actions_mean), torch.tensor(processor.actions_std)
-    return (acted.cpu() * std + mean).clamp(-1, 1).numpy()
+    actions: NDArray[np.float32] = (acted.cpu() * std + mean).clamp(-1, 1).numpy()
+    return actions
