@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ def build_processor(
         state: mean and standard deviation of each number of the state.
         actions: those of the actions.
     """
-    image_processor = SiglipImageProcessorPil(
+    # Any: `image_seq_length` is what PI0Processor looks for, and no attribute of the class.
+    image_processor: Any = SiglipImageProcessorPil(
         size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
