@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -64,7 +66,8 @@ def build_processor(
         state: mean and standard deviation of each number of the state.
         actions: those of the actions.
     """
-    image_processor = SiglipImageProcessorPil(
+    # Any: `image_seq_length` is what PI0Processor looks for, and no attribute of the class.
+    image_processor: Any = SiglipImageProcessorPil(
         size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
@@ -157,7 +160,7 @@ def load_policy(folder: Path, name: str | None = None) -> PI0Source:
     return PI0Source(model, processor, name or str(folder))
 
 
-def to_actions(acted: Tensor, processor: PI0Processor) -> NDArray:
+def to_actions(acted: Tensor, processor: PI0Processor) -> NDArray[np.float32]:
     """What `PI0Source.act` gave, in the environment's units.
 
     Args:
@@ -168,4 +171,5 @@ def to_actions(acted: Tensor, processor: PI0Processor) -> NDArray:
         `(..., action_horizon, action_dim)` in [-1, 1].
     """
     mean, std = torch.tensor(processor.actions_mean), torch.tensor(processor.actions_std)
-    return (acted.cpu() * std + mean).clamp(-1, 1).numpy()
+    actions: NDArray[np.float32] = (acted.cpu() * std + mean).clamp(-1, 1).numpy()
+    return actions

@@ -134,7 +134,7 @@ class Aided(nn.Module):
     def __init__(self, policy: PI0ForConditionalGeneration) -> None:
         super().__init__()
         self.policy = policy
-        width = policy.config.vlm_config.text_config.hidden_size
+        width = policy.get_input_embeddings().weight.shape[1]
         self.where = nn.Linear(NUM_PATCHES * width, _PLACES)
 
 
@@ -265,7 +265,8 @@ def train(config: PolicyTrainingConfig) -> None:
 
 def _optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for what mixes channels, AdamW for embeddings, norms, biases and the aid."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, param in module.named_parameters():
         mixes = param.ndim == 2 and "embed" not in name and not name.startswith("where")
         (matrices if mixes else rest).append(param)
