@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/babyai"))
     parser.add_argument(
-        "--steps", type=int, default=80_000, help="of the levels; a quarter as easy"
+        "--steps", type=int, default=50_000, help="of the levels; a quarter as easy"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

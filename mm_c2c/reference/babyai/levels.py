@@ -40,9 +40,9 @@ class Level(NamedTuple):
 
 
 LEVELS = {
-    "GoToLocal": Level("BabyAI-GoToLocal-v0", "go to an object"),
-    "PickupLoc": Level("BabyAI-PickupLoc-v0", "pick up an object"),
-    "PutNextLocal": Level("BabyAI-PutNextLocal-v0", "put an object next to another"),
+    "GoToLocal": Level("BabyAI-GoToLocal-v0", "go to"),
+    "PickupLoc": Level("BabyAI-PickupLoc-v0", "pick up"),
+    "PutNextLocal": Level("BabyAI-PutNextLocal-v0", "put next to"),
 }
 
 EASY = (

@@ -15,13 +15,14 @@ import argparse
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm_c2c.reference.babyai.levels import Camera
+from mm_c2c.reference.babyai.levels import ACTIONS, Camera
 from mm_c2c.reference.babyai.questions import (
+    MOTIONS,
     Question,
     answers,
     ask,
@@ -36,6 +37,8 @@ from mm_c2c.sources.base import SourceInput
 # What an instruction is about, so that a swapped one says something else.
 _ABOUT_GOAL = ("next", "object", "colour", "side")
 _BATCH = 64
+# Share of training steps with a narration: long answers pad their whole batch.
+_NARRATED = 0.06
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,6 @@ def swap(
             )
         )
     kept = []
-    motions = {0: "turn left", 1: "turn right", 2: "go forward", 3: "pick up", 4: "put down"}
     for first in range(0, len(tried), _BATCH):
         batch = tried[first : first + _BATCH]
         looks = [
@@ -140,7 +142,7 @@ def swap(
             for moment in batch
         ]
         for moment, tokens in zip(batch, policy.act(looks).tokens.tolist(), strict=True):
-            motion = motions.get(policy.bins.vocab_size - 1 - tokens[0])
+            motion = MOTIONS.get(ACTIONS[policy.bins.vocab_size - 1 - tokens[0]])
             if tokens[0] != moment.tokens[0] and motion and moment.told is not None:
                 moment.told["next"] = motion
                 kept.append(moment)
@@ -171,17 +173,27 @@ def thin(rows: Sequence[Row], rng: random.Random, most: float = 2.0) -> list[Row
     def share(question: Question) -> float:
         found = counts[question.kind]
         if question.kind == "narration":
-            return 1.0
+            return _NARRATED
         rarest = sorted(found.values())[: max(1, len(found) // 2 + 1)][-1]
         return min(1.0, most * rarest / found[question.answer])
 
     return [row for row in rows if rng.random() < share(row.question)]
 
 
-def balance(rows: Sequence[Row], per_kind: int, rng: random.Random) -> list[Row]:
-    """So many of each kind, its answers in turn as long as each lasts."""
+def balance(
+    rows: Sequence[Row], per_kind: int, rng: random.Random, prefer: Collection[str] = ()
+) -> list[Row]:
+    """So many of each kind, its answers in turn as long as each lasts.
+
+    Args:
+        rows: questions.
+        per_kind: how many.
+        rng: picks which.
+        prefer: names of moments that are taken first, since their pictures are there already.
+    """
     by_kind: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rng.sample(list(rows), len(rows)):
+    mixed = rng.sample(list(rows), len(rows))
+    for row in sorted(mixed, key=lambda row: row.moment.name in prefer):  # taken from the end
         by_kind[row.question.kind][row.question.answer].append(row)
     chosen = []
     for kind in sorted(by_kind):
@@ -201,9 +213,9 @@ def write(rows: Sequence[Row], path: Path, camera: Camera) -> None:
     with path.open("w", encoding="utf-8") as file:
         for moment, question in rows:
             step = moment.episode.steps[moment.number]
-            picture = path.parent / "images" / f"{moment.name}.png"
+            picture = path.parent / "images" / f"{moment.name}.webp"
             if not picture.exists():
-                camera.picture(step.symbols()).save(picture, optimize=True)
+                camera.picture(step.symbols()).save(picture, lossless=True, method=6)
             line: dict[str, Any] = {
                 "image": f"images/{picture.name}",
                 "text": moment.text,
@@ -226,7 +238,7 @@ def write(rows: Sequence[Row], path: Path, camera: Camera) -> None:
 def watch(
     episodes: Sequence[Episode], policy: TokenActionSource, rng: random.Random, count: int
 ) -> list[Row]:
-    """Whether it will succeed, asked at up to eight steps of each episode, spread evenly.
+    """Whether it will succeed, asked at up to six steps of each episode, spread evenly.
 
     As many episodes that fail as such that succeed, at most `count` of each.
     """
@@ -236,7 +248,7 @@ def watch(
     for group in groups:
         for episode in rng.sample(group, size):
             all_moments = moments([episode], policy, rng, len(episode.steps))
-            picked = {i * len(all_moments) // 8 for i in range(8)}
+            picked = {i * len(all_moments) // 6 for i in range(6)}
             for number in sorted(picked):
                 found = {"success": answers(episode, number)["success"]}
                 rows += [Row(all_moments[number], question) for question in ask(found, rng)]
@@ -251,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--policy", type=Path, default=POLICY)
     parser.add_argument("--per-episode", type=int, default=12, help="steps of an episode, at most")
-    parser.add_argument("--per-kind", type=int, default=110, help="unseen questions of a kind")
+    parser.add_argument("--per-kind", type=int, default=106, help="unseen questions of a kind")
     parser.add_argument("--lies", type=float, default=0.25, help="swapped steps a step of `train`")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -265,13 +277,20 @@ def main() -> None:
         write(thin(rows, rng), args.out / "items.jsonl", camera)
         return
     rows = [Row(moment, question) for moment in found for question in questions_of(moment, rng)]
-    told = [row for row in rows if row.question.kind == "narration"]
     asked = [row for row in rows if row.question.kind != "narration"]
+    told = [row for row in rows if row.question.kind == "narration"]
     false = [Row(moment, question) for moment in lies for question in questions_of(moment, rng)]
-    write(balance(asked, args.per_kind, rng), args.out / "items.jsonl", camera)
-    write(rng.sample(told, min(len(told), args.per_kind)), args.out / "narration.jsonl", camera)
-    write(balance(false, args.per_kind, rng), args.out / "lies.jsonl", camera)
-    write(watch(episodes, policy, rng, 50), args.out / "monitor.jsonl", camera)
+    chosen = balance(asked, args.per_kind, rng)
+    seen = {row.moment.name for row in chosen}
+    told = [row for row in told if row.moment.name in seen]
+    files = {
+        "items": chosen,
+        "narration": rng.sample(told, min(len(told), args.per_kind // 2)),
+        "lies": balance(false, args.per_kind * 2 // 3, rng, seen),
+        "monitor": watch(episodes, policy, rng, 25),
+    }
+    for name, picked in files.items():
+        write(picked, args.out / f"{name}.jsonl", camera)
 
 
 if __name__ == "__main__":

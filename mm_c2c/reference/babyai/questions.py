@@ -16,67 +16,43 @@ COLOURS = ("red", "green", "blue", "purple", "yellow", "grey")
 THING_KINDS = ("ball", "box", "key")
 NAMES = tuple(f"{colour} {kind}" for colour in COLOURS for kind in THING_KINDS)
 SIDES = ("left", "right", "straight ahead")
-INTENTS = ("go to it", "pick it up", "put something next to it")
+INTENTS = ("go to it", "pick it up", "put down")
 STAGES = ("just begun", "half way", "nearly there")
 TASKS = tuple(level.task for level in LEVELS.values())
 
-_MOTIONS = {
+MOTIONS = {
     "left": "turn left",
     "right": "turn right",
     "forward": "go forward",
     "pickup": "pick up",
     "drop": "put down",
 }
+"""Actions that are asked for, by their name in `ACTIONS`."""
+
 _VECTORS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 WORDINGS = {
-    "next": (
-        "What will the robot do next?",
-        "What is the robot's next action?",
-        "Which move comes next?",
-    ),
-    "after": (
-        "What will the robot do after its next action?",
-        "What is the robot's second move from now?",
-    ),
-    "third": (
-        "What will the robot do three moves from now?",
-        "What is the robot's third move from now?",
-    ),
-    "object": (
-        "Which object is the robot going for?",
-        "What is the robot heading for?",
-        "Which object will the robot reach?",
-    ),
-    "colour": (
-        "Which colour is the object that the robot is going for?",
-        "What colour does the robot's goal have?",
-    ),
-    "side": (
-        "On which side of the robot is the object it is going for?",
-        "Where does the robot's goal lie, as the robot sees it?",
-    ),
-    "hands": ("Is the robot holding something?", "Does the robot have something in its hands?"),
-    "held": ("What does the robot hold?", "What is in the robot's hands?"),
-    "intent": (
-        "What will the robot do with the object it is going for?",
-        "What does the robot want with its goal?",
-    ),
-    "task": ("Which task is the robot doing?", "What kind of task is this?"),
-    "progress": ("How far along is the robot?", "How much of the task is done?"),
-    "success": ("Will the robot succeed?", "Is this going to end well?"),
-    "narration": (
-        "Say in one sentence what the robot is doing.",
-        "Describe what the robot is up to.",
-    ),
+    "next": ("What will the robot do next?", "Which move comes next?", "Next move?"),
+    "after": ("What will it do after that?", "Which move comes second?"),
+    "third": ("What will it do three moves from now?", "Which move comes third?"),
+    "object": ("Which object is it going for?", "What is it heading for?", "Which is its goal?"),
+    "colour": ("Which colour does its goal have?", "What colour is it going for?"),
+    "side": ("On which side is its goal?", "Where does its goal lie?"),
+    "hands": ("Is it holding something?", "Has it something in its hands?"),
+    "held": ("What does it hold?", "What is in its hands?"),
+    "intent": ("What will it do at its goal?", "What does it want there?"),
+    "task": ("Which task is this?", "What was it asked to do?"),
+    "progress": ("How far along is it?", "How much is done?"),
+    "success": ("Will it succeed?", "Is this going to end well?"),
+    "narration": ("What is the robot up to?", "Describe it in one sentence."),
 }
 """Questions by their wording's name; `after` and `third` are of kind `ahead`, `held` of `hands`."""
 
 KINDS = {"after": "ahead", "third": "ahead", "held": "hands"}
 OPTIONS = {
-    "next": tuple(_MOTIONS.values()),
-    "after": tuple(_MOTIONS.values()),
-    "third": tuple(_MOTIONS.values()),
+    "next": tuple(MOTIONS.values()),
+    "after": tuple(MOTIONS.values()),
+    "third": tuple(MOTIONS.values()),
     "object": NAMES,
     "colour": COLOURS,
     "side": SIDES,
@@ -176,7 +152,7 @@ def answers(episode: Episode, number: int) -> dict[str, str]:
     }
     for wording, ahead in (("next", 0), ("after", 1), ("third", 2)):
         if number + ahead < len(steps):
-            motion = _MOTIONS.get(ACTIONS[steps[number + ahead].action])
+            motion = MOTIONS.get(ACTIONS[steps[number + ahead].action])
             if motion:
                 found[wording] = motion
     if episode.success:
@@ -208,7 +184,7 @@ def narrate(found: dict[str, str]) -> str:
     }
     places = {"left": " on its left", "right": " on its right", "straight ahead": " straight ahead"}
     place = places.get(found.get("side", ""), " behind it")
-    return f"The robot {verbs[found['next']]} {intents[found['intent']]}{place}."
+    return f"It {verbs[found['next']]} {intents[found['intent']]}{place}."
 
 
 def ask(found: dict[str, str], rng: random.Random) -> list[Question]:
