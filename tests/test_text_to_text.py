@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.cache import CacheShape, SourceCache
-from mm_c2c.config import from_dict, load_config
-from mm_c2c.errors import FetchError, InputError
+from mm_c2c.config import from_dict, load_config, override
+from mm_c2c.errors import ConfigError, FetchError, InputError
 from mm_c2c.evaluation import text_to_text
 from mm_c2c.evaluation.arms.own_source import own_source
 from mm_c2c.evaluation.text_to_text import (
@@ -291,6 +291,17 @@ def test_fusers_that_are_trained_together_cost_what_they_cost_alone(
     means = both.gauges(1.0)
     assert set(means) == {"small", "own"}
     assert not any(both._losses.values())
+
+
+@pytest.mark.parametrize(
+    "change", ["drop.sources=0.1", "data.questions=2", "accumulation=2", "precision=bf16"]
+)
+def test_settings_that_would_be_left_undone_are_refused(
+    tmp_path: Path, target: Target, source: TextSource, change: str
+) -> None:
+    config = override(training(tmp_path, "small"), [change])
+    with pytest.raises(ConfigError, match=change.partition("=")[0]):
+        Together(config, target, {"reader": source})
 
 
 def test_each_fuser_is_saved_as_a_bridge_of_its_own(

@@ -67,15 +67,21 @@ class Together:
     The target's reading of a question, and a source's, are theirs whatever is fused; each is made
     once for all fusers. Their losses are added, and no weight has a part in two of them.
 
+    Alone but for clipping, which is by the norm of all gradients together.
+
     Args:
         config: settings; each link becomes a bridge of its own, under the link's name.
         target: the frozen target.
         sources: the frozen sources, by name.
+
+    Raises:
+        ConfigError: a setting of `mm-c2c train` that this trainer has not.
     """
 
     def __init__(
         self, config: TrainingConfig, target: Target, sources: dict[str, TextSource]
     ) -> None:
+        _check_plain(config)
         self.config, self.target, self.sources = config, target, sources
         shapes = {name: source.shape for name, source in sources.items()}
         links = config.build_links(shapes, target.shape)
@@ -99,14 +105,18 @@ class Together:
         looks = [SourceInput(text=question) for question in questions]
         with torch.no_grad():
             reading = next(iter(self.bridges.values())).read_questions(questions)
-            caches = {name: source.prefill(looks) for name, source in self.sources.items()}
+            caches = {name: self.prefill(name, looks) for name in self.sources}
         losses = []
         for name, bridge in self.bridges.items():
             fused = bridge.fuse_words(reading, {n: caches[n] for n in bridge.sources})
-            objective = Objective(bridge, _no_prefill, self.config.drop)
+            objective = Objective(bridge, self.prefill, self.config.drop)
             losses.append(objective.generate(fused, asked))
             self._losses[name].append(float(losses[-1].detach()))
         return torch.stack(losses).sum()
+
+    def prefill(self, name: str, looks: Sequence[SourceInput]) -> SourceCache:
+        """What a source makes of inputs."""
+        return self.sources[name].prefill(looks)
 
     def rate(self, step: int) -> float:
         """A warm-up and a cosine to zero."""
@@ -130,8 +140,24 @@ class Together:
             bridge.save_pretrained(self.config.out / name, weights=own)
 
 
-def _no_prefill(name: str, looks: Sequence[SourceInput]) -> SourceCache:
-    raise NotImplementedError(f"source {name} has been read already")
+def _check_plain(config: TrainingConfig) -> None:
+    """Refuse what would be left undone."""
+    plain = {
+        "start": config.start is None,
+        "phases.reconstruct.steps": not config.phases.reconstruct.steps,
+        "phases.generate.distill": not config.phases.generate.distill,
+        "drop.sources": not config.drop.sources,
+        "data.questions": config.data.questions == 1,
+        "accumulation": config.accumulation == 1,
+        "precision": config.precision == "fp32",
+        "kept": config.kept is None,
+        "tracking": not config.tracking,
+    }
+    if set_all := [name for name, left_alone in plain.items() if not left_alone]:
+        raise ConfigError(
+            f"fusers that are trained together take no {', '.join(set_all)}; set it as "
+            "configs/text_to_text.yaml has it, or train one link with mm-c2c train"
+        )
 
 
 def train(config: TrainingConfig) -> None:
