@@ -372,13 +372,14 @@ def look_at(row: Mapping[str, Any], where: str) -> SourceInput:
     """What a source is shown of a line of JSONL, without the question.
 
     Args:
-        row: the line, with paths of its pictures as they can be opened.
+        row: the line, with paths of its pictures and its recording as they can be opened.
         where: it stands, for errors.
 
     Raises:
         InputError: it cannot be read.
     """
-    return _example({**row, "turns": ()}, where, load_image).look()
+    beside = partial(_recording_beside, Path())
+    return _example({**row, "turns": ()}, where, load_image, beside).look()
 
 
 def _beside(folder: Path, name: str) -> Image.Image:
