@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
+from mm_c2c.cache import PositionKind, SourceCache, join_sources
 from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.reference.babyai import questions
 from mm_c2c.reference.babyai.demonstrations import Demonstrations
@@ -41,6 +43,8 @@ from mm_c2c.reference.babyai.train_policy import (
     train,
     word_table,
 )
+from mm_c2c.reference.babyai.warm_up_reader import Phrases, phrases, slot_loss
+from mm_c2c.rope import derotate
 from mm_c2c.sources.action import TokenActionSource
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.loop import Loop
@@ -523,3 +527,99 @@ def test_items_are_made_of_rollouts(
         (chunk,) = policy.act([SourceInput(text=lie.text, images=(picture,))]).actions
         assert lie.told["next"] == questions.MOTIONS[ACTIONS[int(chunk[0].round())]]
         assert lie.told["next"] != said.get("next")
+
+
+# --- a reader whose slots begin as words ------------------------------------------------------
+
+
+@pytest.fixture
+def reader(policy: TokenActionSource, tiny_target: Any, tiny_target_tokenizer: Any) -> Bridge:
+    """A tiny one, with slots for cells, words and actions."""
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
+    fuser = FuserConfig(source=policy.shape, target=target.shape, hidden_size=24, rank=12)
+    shapes: list[dict[str, Any]] = [
+        {"rows": 7, "cols": 7},
+        {"rows": 1, "cols": 6, "kinds": ("text",)},
+        {"rows": 1, "cols": 4, "kinds": ("action",)},
+    ]
+    links = [LinkConfig(source="p", geometry="slots", fuser=fuser, **shape) for shape in shapes]
+    return Bridge(target, {"p": policy}, BridgeConfig(links=tuple(links), slot_token="a"))
+
+
+@pytest.fixture
+def moment() -> Step:
+    pytest.importorskip("minigrid", reason="numbers of objects come from minigrid")
+    view = np.ones((7, 7, 3), dtype=np.uint8) * np.array([1, 0, 0], dtype=np.uint8)
+    view[4, 3] = (6, 2, 0)  # column 4, row 3: a blue ball
+    view[3, 6] = (7, 4, 0)  # held: a yellow box
+    text = "go to the blue ball. past: left"
+    hexed = view.tobytes().hex()
+    return step(
+        "forward", 0, 0, 0, view=hexed, text=text, chunk=(2, 0, 6, 6), carrying="yellow box"
+    )
+
+
+def read_moment(policy: TokenActionSource, moment: Step) -> SourceCache:
+    from mm_c2c.reference.babyai.levels import Camera
+
+    look = SourceInput(
+        text=moment.text,
+        images=(Camera().picture(moment.symbols()),),
+        action_tokens=366 - torch.tensor(moment.chunk),
+    )
+    return policy.prefill([look])
+
+
+def test_every_position_has_words_for_what_it_stands_for(
+    policy: TokenActionSource, moment: Step
+) -> None:
+    cache = read_moment(policy, moment)
+    (found,) = phrases(cache, [moment])
+    kinds = cache.kinds[0].tolist()
+    assert [kind == PositionKind.TEMPLATE for kind in kinds] == [words is None for words in found]
+    cells = [words for words, kind in zip(found, kinds, strict=True) if kind == PositionKind.IMAGE]
+    assert cells[3 * 7 + 4] == "The robot sees a blue ball"
+    assert cells[6 * 7 + 3] == "The robot sees a yellow box"
+    assert Counter(cells)["The robot sees nothing"] == 47
+    told = [words for words, kind in zip(found, kinds, strict=True) if kind == PositionKind.TEXT]
+    assert told[:5] == [
+        f"The robot was told: {words}"
+        for words in ("go", "go to", "to the", "the blue", "blue ball")
+    ]
+    assert found[-4:] == [
+        f"The robot's moves: {words}" for words in ("go forward", "turn left", "stop", "stop")
+    ]
+
+
+@torch.no_grad()
+def test_words_are_the_targets_own_last_states(reader: Bridge) -> None:
+    """Padded beside another phrase, against each alone."""
+    texts = ["the cat", "a red square left of the dog"]
+    (states,) = Phrases(reader).states([[texts[0], None, texts[1]]])
+    assert states[1].abs().max() == 0
+    for place, text in ((0, texts[0]), (2, texts[1])):
+        ids = reader.target.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        cache = reader.target.model(ids, use_cache=True).past_key_values
+        for layer, spec in enumerate(reader.target.rope(ids.shape[1])):
+            keys, values = cache.layers[layer].keys, cache.layers[layer].values
+            plain = derotate(keys, torch.arange(ids.shape[1])[None], spec)
+            torch.testing.assert_close(states[place, layer, 0], plain[0, :, -1].flatten())
+            torch.testing.assert_close(states[place, layer, 1], values[0, :, -1].flatten())
+
+
+def test_slots_learn_to_hold_the_words(
+    reader: Bridge, policy: TokenActionSource, moment: Step
+) -> None:
+    other = dataclasses.replace(moment, text="pick up a key. past: none", chunk=(0, 1, 3, 6))
+    cache = join_sources([read_moment(policy, m) for m in (moment, other)])
+    reader.train()
+    words = Phrases(reader)
+    optimizer = torch.optim.Adam(reader.fusers.parameters(), 0.01)
+    losses = []
+    for _ in range(30):
+        loss = slot_loss(reader, words, cache, [moment, other])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
