@@ -147,6 +147,8 @@ def test_written_questions_can_be_trained_on_and_asked(
     counts = write_sets(tmp_path / "qa", progress=False)
     assert counts == {"boolq": 2, "commonsenseqa": 2, "piqa": 2, "siqa": 2, "openbookqa": 2}
     train = load_choices(tmp_path / "qa/train.jsonl")
+    assert {choice.options[choice.answer] for choice in train} == {"a", "yes"}
+    assert {choice.letter for choice in train} == {"A", "B"}
     assert [c.kind for c in load_choices(tmp_path / "qa/test.jsonl")] == ["openbookqa"] * 2
     examples = open_examples(DataConfig(path=str(tmp_path / "qa/train.jsonl")), seed=0)
     turns = {examples.at(place).turns[0] for place in range(8)}
