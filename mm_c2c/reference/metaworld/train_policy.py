@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,8 @@ class Aided(nn.Module):
     def __init__(self, policy: PI0ForConditionalGeneration) -> None:
         super().__init__()
         self.policy = policy
-        width = policy.get_input_embeddings().weight.shape[1]
+        embed: Any = policy.get_input_embeddings()
+        width: int = embed.weight.shape[1]
         self.where = nn.Linear(NUM_PATCHES * width, _PLACES)
 
 
