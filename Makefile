@@ -19,14 +19,14 @@ demo: $(VENV)/.installed ## Fetch the target's weights (once) and ask about a pi
 	$(BIN)/mm-c2c fetch
 	$(BIN)/python demos/quickstart.py
 
-test: $(VENV)/.installed-dev ## Run the tests: CPU, offline, about six minutes on two cores
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev ## Run the tests: CPU, offline, a few minutes on two cores
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: $(VENV)/.installed-dev ## Formatting, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 test-all: $(VENV)/.installed-dev ## Also the slow tests and those that download
 	$(BIN)/python -m pytest -m "not gpu and not browser"

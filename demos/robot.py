@@ -1,9 +1,9 @@
 """A robot on a BabyAI level, narrated while it acts; then a film of it.
 
-python demos/robot.py [--tiny] [--level BabyAI-GoToLocal-v0] [--seed 0] [--out robot.gif]
+python demos/robot.py [--tiny | --alone] [--level BabyAI-GoToLocal-v0] [--seed N] [--out robot.gif]
 
 The policy never sees the text LLM, which reads the policy's cache in a process beside it. `--tiny`:
-a text LLM of random weights, without a download; what it says means nothing.
+a text LLM of random weights, without a download; what it says means nothing. `--alone`: none.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from mm_c2c.errors import MMC2CError
+from mm_c2c.reference.babyai.levels import ACTIONS
 from mm_c2c.robot import (
     NAMES,
     BackgroundReader,
@@ -28,12 +30,14 @@ from mm_c2c.robot import (
 )
 from mm_c2c.robot.events import Answer, EpisodeEnd, Event, Monitor, Narration, ReaderFailure, Step
 from mm_c2c.robot.film import action_text, write_film
-from mm_c2c.robot.shipped import ACTION_NAMES, load_policy, load_reader, load_tiny_reader
+from mm_c2c.robot.shipped import load_policy, load_reader, load_tiny_reader
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="an LLM of random weights: no download")
+    reader = parser.add_mutually_exclusive_group()
+    reader.add_argument("--tiny", action="store_true", help="an LLM of random weights: no download")
+    reader.add_argument("--alone", action="store_true", help="no reader")
     parser.add_argument("--level", default="BabyAI-GoToLocal-v0", help="of minigrid")
     parser.add_argument("--seed", type=int, default=2_000_001, help="of the level")
     parser.add_argument("--max-steps", type=int, default=64)
@@ -54,9 +58,12 @@ def run(args: argparse.Namespace) -> None:
     quiet()
     env, policy = make_minigrid(args.level), load_policy()
     events: list[Event] = []
-    with BackgroundReader(partial(build_reader, tiny=args.tiny)) as reader:
-        for question in args.ask:
-            reader.ask(question)
+    with ExitStack() as stack:
+        reader = None
+        if not args.alone:
+            reader = stack.enter_context(BackgroundReader(partial(build_reader, tiny=args.tiny)))
+            for question in args.ask:
+                reader.ask(question)
         episode = run_episode(
             env,
             policy,
@@ -73,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"task: {event.observation['task']}")
             events.append(event)
             print(describe(event), flush=True)
-    write_film(events, args.out, action_names=ACTION_NAMES)
+    write_film(events, args.out, action_names=ACTIONS)
     print(f"film: {args.out}")
 
 
@@ -93,7 +100,7 @@ def describe(event: Event) -> str:
     """An event as a line of the terminal."""
     match event:
         case Step():
-            return f"{event.index:3}  {action_text(event.action, ACTION_NAMES)}"
+            return f"{event.index:3}  {action_text(event.action, ACTIONS)}"
         case Narration():
             return f"       said of step {event.step} after {event.latency_ms:.0f} ms: {event.text}"
         case Answer():

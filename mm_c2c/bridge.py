@@ -44,7 +44,7 @@ from mm_c2c.pretrained import (
     read_weights,
 )
 from mm_c2c.sources.base import Source, SourceInput, count_positions, full_cache
-from mm_c2c.sources.text import render_chat
+from mm_c2c.sources.text import adds_its_own, render_chat
 from mm_c2c.target import Target
 
 # Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
@@ -89,6 +89,24 @@ class Perception(NamedTuple):
     def batch_size(self) -> int:
         """Rows of the batch."""
         return self.input_ids.shape[0]
+
+
+class Reading(NamedTuple):
+    """Questions as the target alone reads them.
+
+    Attributes:
+        input_ids: `(batch, seq_len)`.
+        attention_mask: `(batch, seq_len)`.
+        past_key_values: the target's cache.
+        spans: `(batch, seq_len, 2)`: characters of the question that each token covers, or -1.
+        questions: one for each row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    past_key_values: Cache
+    spans: Tensor
+    questions: tuple[str, ...]
 
 
 class FusedInputs(TypedDict):
@@ -239,56 +257,56 @@ class Bridge(nn.Module):
             where the target would feel that (`Target.minds_padding`), and then the cache covers
             all but the last token.
         """
-        if isinstance(questions, str) or not questions:
-            raise InputError(
-                f"expected a list of questions, got the text {questions!r}"
-                if questions
-                else "expected at least one question, got none"
-            )
-        for question in questions:
-            if not question.strip():
-                raise InputError("the question is empty; ask something")
         caches = caches or {}
         self._check_names(caches)
-        perception = perception or self.fuse_slots({})
-        if not questions or len(questions) % perception.batch_size:
-            raise ShapeError(
-                f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
-                "give as many for each row"
-            )
-        repeats = len(questions) // perception.batch_size
-        cache = repeat_rows(perception.past_key_values, repeats)
-        ids, mask, spans = self._question_ids(questions)
-        prefix = perception.input_ids[:1].expand(len(questions), -1)
-        input_ids = torch.cat([prefix, ids], dim=1)
-        attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
-        spans = torch.cat([spans.new_full((*prefix.shape, 2), -1), spans], dim=1)
-        if self.target.minds_padding and not mask.all():
-            # Padding between prefix and question would be felt; in front of both it is not.
-            order = attention_mask.argsort(dim=1, stable=True)
-            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-            spans = spans.gather(1, order.unsqueeze(2).expand_as(spans))
-            cache = self._prefill_by_length(cache, input_ids, attention_mask)
-        links = [
-            link
-            for link in self.config.links
-            if link.geometry == "aligned" and link.source in caches
-        ]
-        if links:
-            cache = self._prefill_rest(cache, input_ids, attention_mask)
-            positions = count_positions(attention_mask)[:, :-1]
-            for link in links:
-                source = caches[link.source]
-                _check_texts(link.source, source.texts, questions)
-                alignment = align_tokens(
-                    source.spans,
-                    spans[:, :-1],
-                    _answer_start(source.kinds != 0),
-                    _answer_start(attention_mask[:, :-1] != 0),
-                )
-                cache = self._write(link, source, alignment, cache, positions)
+        reading = self._ask(perception, questions)
+        if any(link.source in caches for link in self._aligned_links()):
+            return self.fuse_words(self._read_on(reading), caches)
         return FusedInputs(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache
+            input_ids=reading.input_ids,
+            attention_mask=reading.attention_mask,
+            past_key_values=reading.past_key_values,
+        )
+
+    def read_questions(
+        self, questions: Sequence[str], perception: Perception | None = None
+    ) -> Reading:
+        """The target alone reads questions, once; `fuse_words` then fuses into what it read.
+
+        Several bridges to one target, with the same prompt, can share a reading.
+
+        Args:
+            questions: as in `fuse`.
+            perception: as in `fuse`.
+        """
+        return self._read_on(self._ask(perception, questions))
+
+    def fuse_words(self, reading: Reading, caches: Mapping[str, SourceCache]) -> FusedInputs:
+        """Fuse the words that sources have read into the target's reading of them.
+
+        Args:
+            reading: from `read_questions`; it is not changed.
+            caches: by source name, of the same questions; those without an `aligned` link are left.
+        """
+        self._check_names(caches)
+        cache = reading.past_key_values
+        positions = count_positions(reading.attention_mask)[:, :-1]
+        for link in self._aligned_links():
+            if link.source not in caches:
+                continue
+            source = caches[link.source]
+            _check_texts(link.source, source.texts, reading.questions)
+            alignment = align_tokens(
+                source.spans,
+                reading.spans[:, :-1],
+                _answer_start(source.kinds != 0),
+                _answer_start(reading.attention_mask[:, :-1] != 0),
+            )
+            cache = self._write(link, source, alignment, cache, positions)
+        return FusedInputs(
+            input_ids=reading.input_ids,
+            attention_mask=reading.attention_mask,
+            past_key_values=cache,
         )
 
     @torch.no_grad()
@@ -448,6 +466,48 @@ class Bridge(nn.Module):
 
     # --- inside ---------------------------------------------------------------------------
 
+    def _ask(self, perception: Perception | None, questions: Sequence[str]) -> Reading:
+        """Questions behind what was perceived, which is all that the cache holds, padding apart."""
+        if isinstance(questions, str) or not questions:
+            raise InputError(
+                f"expected a list of questions, got the text {questions!r}"
+                if questions
+                else "expected at least one question, got none"
+            )
+        for question in questions:
+            if not question.strip():
+                raise InputError("the question is empty; ask something")
+        perception = perception or self.fuse_slots({})
+        if len(questions) % perception.batch_size:
+            raise ShapeError(
+                f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
+                "give as many for each row"
+            )
+        repeats = len(questions) // perception.batch_size
+        cache = repeat_rows(perception.past_key_values, repeats)
+        ids, mask, spans = self._question_ids(questions)
+        prefix = perception.input_ids[:1].expand(len(questions), -1)
+        input_ids = torch.cat([prefix, ids], dim=1)
+        attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
+        spans = torch.cat([spans.new_full((*prefix.shape, 2), -1), spans], dim=1)
+        if self.target.minds_padding and not mask.all():
+            # Padding between prefix and question would be felt; in front of both it is not.
+            order = attention_mask.argsort(dim=1, stable=True)
+            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+            spans = spans.gather(1, order.unsqueeze(2).expand_as(spans))
+            cache = self._prefill_by_length(cache, input_ids, attention_mask)
+        return Reading(input_ids, attention_mask, cache, spans, tuple(questions))
+
+    def _read_on(self, reading: Reading) -> Reading:
+        """All but the last token is read."""
+        cache = self._prefill_rest(
+            reading.past_key_values, reading.input_ids, reading.attention_mask
+        )
+        return reading._replace(past_key_values=cache)
+
+    def _aligned_links(self) -> list[LinkConfig]:
+        return [link for link in self.config.links if link.geometry == "aligned"]
+
     def _check_names(self, caches: Mapping[str, SourceCache]) -> None:
         unknown = sorted(set(caches) - set(self.sources))
         if unknown:
@@ -459,7 +519,8 @@ class Bridge(nn.Module):
         """Tokens before the slots, and the text after the question."""
         rendered = render_chat(self.target.tokenizer, f"{_SLOTS_MARK}?", self.config.system)
         before, _, after = rendered.partition(_SLOTS_MARK)
-        ids = self.target.tokenizer(before, add_special_tokens=False)["input_ids"]
+        tokenizer = self.target.tokenizer
+        ids = tokenizer(before, add_special_tokens=adds_its_own(tokenizer))["input_ids"]
         return ids, after[1:]
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:

@@ -129,14 +129,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load_bridge() -> Bridge:
-    """The reference bridge, without transformers' bars for loads that take a second."""
+def _load_bridge(
+    folder: str | None = None, source_model: str | None = None, target_model: str | None = None
+) -> Bridge:
+    """The reference bridge or another, without transformers' bars for loads that take a second."""
     from transformers.utils import logging as transformers_logging
 
     from mm_c2c.reference import models
 
     transformers_logging.disable_progress_bar()
-    return models.load_bridge()
+    if folder is None:
+        return models.load_bridge()
+    return models.load_saved_bridge(folder, source_model, target_model)
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -145,6 +149,7 @@ def _ask(args: argparse.Namespace) -> None:
     from mm_c2c.images import load_image
     from mm_c2c.reference.models import SOURCE_NAME
     from mm_c2c.reference.scenes import CAPTION_REQUEST
+    from mm_c2c.sources import SourceInput
 
     if not args.question.strip():
         raise InputError("the question is empty; ask something")
@@ -153,7 +158,7 @@ def _ask(args: argparse.Namespace) -> None:
     picture = load_image(args.image)
     bridge = _load_bridge()
     setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
-    asked = Asked(picture, args.question)
+    asked = Asked(SourceInput(images=(picture,)), args.question)
     if args.stream:
         build_arm(args.only, setting).answer([asked], _printer(bridge, args.only))
         return
@@ -239,7 +244,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = override(config, [*quick, *args.overrides])
     if args.out:
         new_figure(1, 1)  # the report needs it: better known now than after all questions
-    summary = evaluate(_load_bridge(), config, args.out)
+    bridge = _load_bridge(config.bridge, config.source_model, config.target_model)
+    summary = evaluate(bridge, config, args.out)
     if args.out:
         write_report(args.out)
     if args.json:

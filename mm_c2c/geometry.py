@@ -161,11 +161,13 @@ def find(name: str) -> Geometry:
             f"no model {name!r}: it is not in the table, nor a folder or Hub id that can be read; "
             f"closest: {aliases[close[0]]}; known: {', '.join(table())}"
         ) from error
-    tokens, pixels = _picture(config)
+    # pi0 keeps the prefix's model in a part of its own; its action expert has the same cache.
+    prefix = getattr(config, "vlm_config", config)
+    tokens, pixels = _picture(prefix)
     return Geometry(
         name=name,
         model_type=config.model_type,
-        text=config.get_text_config(decoder=True),
+        text=prefix.get_text_config(decoder=True),
         picture_tokens=tokens,
         picture_pixels=pixels,
     )

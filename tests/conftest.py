@@ -6,8 +6,12 @@ transposed axis or a swapped tokenizer cannot pass unseen. Weights come from a f
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
+
+# Before huggingface_hub is imported, which otherwise tries for a minute what `_no_network` refuses.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest

@@ -27,7 +27,7 @@ from mm_c2c.reference.train_baseline import aligned_loss
 @pytest.fixture
 def asked(pictures: list[Image.Image]) -> list[Asked]:
     return [
-        Asked(picture, question, ("cat", "dog"))
+        Asked(SourceInput(images=(picture,)), question, ("cat", "dog"))
         for picture, question in zip(pictures, ("What?", "Where is it?"), strict=False)
     ]
 
@@ -286,7 +286,9 @@ def test_the_target_as_its_own_source_sees_no_picture(
         arm = build_arm("own_source", setting(bridge, own_bridge=tmp_path))
         said = arm.answer(asked)
         assert said == [arm.answer([row])[0] for row in asked]
-        other = [row._replace(picture=Image.new("RGB", (8, 8))) for row in asked]
+        other = [
+            row._replace(look=SourceInput(images=(Image.new("RGB", (8, 8)),))) for row in asked
+        ]
         assert said == arm.answer(other)
         assert {reply.relayed for reply in said} == {None}
         return [reply.answer for reply in said]

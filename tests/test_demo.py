@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mm_c2c import Bridge
+from mm_c2c import Bridge, SourceInput
 from mm_c2c.demo.compare import Look, check_question, columns_html, compare
 from mm_c2c.demo.pair import open_picture
 from mm_c2c.errors import InputError
@@ -22,7 +22,7 @@ def look(bridge: Bridge, pictures: list[Image.Image]) -> Look:
 
 def test_columns_end_with_what_the_arms_answer(bridge: Bridge, look: Look) -> None:
     *_, columns = compare(look, "Where is it?", ["left", "right"])
-    asked = Asked(look.picture, "Where is it?", ("left", "right"))
+    asked = Asked(SourceInput(images=(look.picture,)), "Where is it?", ("left", "right"))
     assert next(iter(columns)) == "fused"
     for name, column in columns.items():
         assert column.text == build_arm(name, look.setting).answer([asked])[0].answer

@@ -33,7 +33,11 @@ from mm_c2c.evaluation.tasks import load_items, normalise, vqa_accuracy
 from mm_c2c.reference import models
 
 # Those that want files are in test_baselines.py.
-PLAIN_ARMS = [name for name in ARMS if name not in FILES]
+PLAIN_ARMS = [name for name in ARMS if name not in (*FILES, "prefix_only", "action_only")]
+# What is told apart of a source that has words but no instruction, as the items below.
+ITEM_ARMS = [
+    name for name in PLAIN_ARMS if "instruction" not in name and name != "true_description_options"
+]
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def setting(bridge: Bridge) -> Setting:
 @pytest.fixture
 def asked(pictures: list[Image.Image]) -> list[Asked]:
     return [
-        Asked(picture, question, ("cat", "dog"), "a cat.")
+        Asked(SourceInput(text="go .", images=(picture,)), question, ("cat", "dog"), "a cat.")
         for picture, question in zip(pictures, ("What?", "Where is it?"), strict=False)
     ]
 
@@ -90,7 +94,7 @@ def test_an_arm_answers_a_batch_as_it_answers_each_row(
 
 def test_a_timed_answer_is_the_arms_own(setting: Setting, asked: list[Asked]) -> None:
     alone = timed(build_arm("source", setting), setting.bridge, asked[0])
-    item = SourceInput(text="What?", images=(asked[0].picture,))
+    item = SourceInput(text="go .\nWhat?", images=(asked[0].picture,))
     expected = setting.source.generate([item], max_new_tokens=12, do_sample=False)[0]
     assert alone.answer == expected.strip()
     assert alone.relayed is None
@@ -100,7 +104,7 @@ def test_a_timed_answer_is_the_arms_own(setting: Setting, asked: list[Asked]) ->
 
 
 def test_controls_move_or_empty_every_row(setting: Setting, asked: list[Asked]) -> None:
-    cache = setting.source.prefill([SourceInput(images=(row.picture,)) for row in asked])
+    cache = setting.source.prefill([row.look for row in asked])
     moved = Shuffled(setting).alter(cache)
     for before, after in zip(cache.layers, moved.layers, strict=True):
         assert before.keys[1].equal(after.keys[0])
@@ -115,7 +119,7 @@ def test_relays_hand_over_what_they_say(setting: Setting, asked: list[Asked]) ->
         name: build_arm(name, setting).answer(asked)[0].relayed
         for name in ("caption_relay", "answer_relay", "true_description")
     }
-    look = SourceInput(text="Say.", images=(asked[0].picture,))
+    look = SourceInput(text="go .\nSay.", images=(asked[0].picture,))
     written = setting.source.generate([look], max_new_tokens=64, do_sample=False)[0]
     assert relayed["caption_relay"] == written.strip()
     assert relayed["true_description"] == "a cat."
@@ -132,7 +136,7 @@ def test_an_unknown_arm_names_the_closest(setting: Setting) -> None:
 def test_an_evaluation_counts_every_item_once(bridge: Bridge, config: EvaluationConfig) -> None:
     summary = evaluate(bridge, config, progress=False)
     assert summary["n"] == 5
-    assert list(summary["arms"]) == PLAIN_ARMS
+    assert list(summary["arms"]) == ITEM_ARMS
     # A fuser that was never trained changes nothing: whatever the cache, the answer is the same.
     for control in ("shuffled", "zeroed"):
         test = summary["against"][control]["exact"]
@@ -158,7 +162,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(
     )
     found = evaluate(bridge, config, out, progress=False)
     assert (out / "answers.jsonl").read_text() == whole
-    assert counts == dict.fromkeys(PLAIN_ARMS, 3 + 3)  # of five items, and by the clock
+    assert counts == dict.fromkeys(ITEM_ARMS, 3 + 3)  # of five items, and by the clock
     assert found["arms"] == expected["arms"]
 
 
@@ -236,7 +240,8 @@ def test_items_may_bring_their_own_options_and_no_kind(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text('{"image": "a.png", "question": "Q?", "answer": "B", "options": ["A", "B"]}\n')
     (item,) = load_items(path)
-    assert item == (tmp_path / "a.png", "question", "Q?", "B", ("A", "B"), None, ())
+    assert item[:7] == (tmp_path / "a.png", "question", "Q?", "B", ("A", "B"), None, ())
+    assert (item.told, item.episode, item.step, item.success) == (None, None, 0, None)
     path.write_text("\n")
     with pytest.raises(InputError, match="line 1"):
         load_items(path)
@@ -303,7 +308,7 @@ def test_a_report_stands_beside_its_run_and_in_the_readme(
     assert shown.count("<svg") == shown.count("aria-label=") == 3  # all, the one kind, times
     assert "caption relay, options shown" in shown
     assert page(summary, "again") == page(summary, "again")
-    assert page(summary, "again").count("<tr>") == 2 * (1 + len(PLAIN_ARMS))
+    assert page(summary, "again").count("<tr>") == 2 * (1 + len(ITEM_ARMS))
     with pytest.raises(InputError, match="no lines"):
         write_readme(out / "report.md", "x")
     with pytest.raises(InputError, match="no finished run"):

@@ -10,7 +10,13 @@ import pytest
 
 import mm_c2c
 from mm_c2c.config import load_config
+from mm_c2c.reference.babyai.train_policy import PolicyTrainingConfig
+from mm_c2c.reference.babyai.warm_up_reader import WarmUpConfig
+from mm_c2c.reference.metaworld.train_policy import (
+    PolicyTrainingConfig as MetaWorldPolicyTrainingConfig,
+)
 from mm_c2c.reference.train_baseline import BaselineTrainingConfig
+from mm_c2c.reference.train_description import DescriptionTrainingConfig
 from mm_c2c.reference.train_fuser import FuserTrainingConfig
 from mm_c2c.reference.train_source import SourceTrainingConfig
 from mm_c2c.training.config import TrainingConfig
@@ -21,6 +27,11 @@ CONFIG_KINDS = {
     "python -m mm_c2c.reference.train_source": SourceTrainingConfig,
     "python -m mm_c2c.reference.train_fuser": FuserTrainingConfig,
     "python -m mm_c2c.reference.train_baseline": BaselineTrainingConfig,
+    "python -m mm_c2c.reference.train_description": DescriptionTrainingConfig,
+    "python -m mm_c2c.reference.babyai.train_policy": PolicyTrainingConfig,
+    "python -m mm_c2c.reference.babyai.warm_up_reader": WarmUpConfig,
+    "python -m mm_c2c.reference.metaworld.train_policy": MetaWorldPolicyTrainingConfig,
+    "python -m mm_c2c.reference.train_text": TrainingConfig,
     "mm-c2c train": TrainingConfig,
 }
 

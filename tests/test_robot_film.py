@@ -11,7 +11,9 @@ from PIL import Image, ImageChops
 from robots import STEPS, ColourRoom, build_policy
 
 from mm_c2c.errors import InputError, UnsupportedError
+from mm_c2c.reference.babyai.levels import Camera, instruction_text
 from mm_c2c.robot import (
+    NAMES,
     Answer,
     EpisodeEnd,
     Event,
@@ -20,10 +22,12 @@ from mm_c2c.robot import (
     ReaderFailure,
     Step,
     load_episode,
+    make_minigrid,
+    rename,
     run_episode,
 )
 from mm_c2c.robot.film import action_text, draw_step, write_film
-from mm_c2c.robot.shipped import POLICY_FOLDER, load_policy, load_reader, tiny_reader
+from mm_c2c.robot.shipped import load_policy, load_reader, tiny_reader
 
 DEMOS = Path(__file__).parent.parent / "demos"
 
@@ -93,16 +97,27 @@ def test_any_token_policy_can_stand_before_the_tiny_target() -> None:
     assert len(reader.answer(seen, ["where ?", "what ?"])) == 2
 
 
-def test_a_version_without_a_policy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_c2c.robot.shipped.POLICY_FOLDER", Path("nowhere"))
+def test_a_version_without_a_reader_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mm_c2c.robot.shipped.READER_FOLDER", Path("nowhere"))
-    with pytest.raises(UnsupportedError, match="no robot policy ships with this version"):
-        load_policy()
     with pytest.raises(UnsupportedError, match=r"no reader .* ships with this version"):
         load_reader()
 
 
-@pytest.mark.skipif(not POLICY_FOLDER.is_dir(), reason="no robot policy ships with this version")
+def test_the_shipped_policy_sees_what_its_training_showed() -> None:
+    """The pictures of minigrid's wrapper are those of the camera that made the demonstrations."""
+    pytest.importorskip("minigrid", reason="the level needs minigrid: pip install mm-c2c[robot]")
+    env = make_minigrid("BabyAI-GoToLocal-v0")
+    raw, _ = env.reset(seed=5)
+    symbols = env.unwrapped.gen_obs()["image"]
+    assert np.array_equal(np.asarray(Camera().picture(symbols)), raw["image"])
+    policy = load_policy()
+    first = next(run_episode(env, policy, observe=rename(NAMES), seed=5))
+    inputs = policy.inputs(first.observation, [2])
+    assert inputs.text == instruction_text(raw["mission"], [2])
+    assert policy.source.origin.model == "mm_c2c/reference/babyai/policy"
+    assert first.tokens.shape == (4,)
+
+
 def test_the_demo_narrates_records_and_writes_a_film(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,5 +134,7 @@ def test_the_demo_narrates_records_and_writes_a_film(
     assert "success looks" in said
     assert out.stat().st_size > 1000
     assert len(load_episode(folder).steps) <= 4
-    assert main(["--tiny", "--out", str(tmp_path / "a.avi"), "--max-steps", "1"]) == 1
+    assert main(["--alone", "--out", str(out), "--max-steps", "2"]) == 0
+    assert "said" not in capsys.readouterr().out
+    assert main(["--alone", "--out", str(tmp_path / "a.avi"), "--max-steps", "1"]) == 1
     assert "expected .gif or .mp4" in capsys.readouterr().err

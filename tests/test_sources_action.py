@@ -41,7 +41,7 @@ from mm_c2c import (
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, zeroed
 from mm_c2c.errors import AlignmentError, ConfigError, InputError, ShapeError, UnsupportedError
 from mm_c2c.rope import derotate
-from mm_c2c.sources import Source, SourceInput, action, source_class
+from mm_c2c.sources import Source, SourceInput, action, load_source, source_class
 from mm_c2c.sources.action import (
     ActionBins,
     PI0Source,
@@ -630,6 +630,86 @@ def test_tokens_that_are_given_are_read_without_acting_again(
     torch.testing.assert_close(got.layers[3].keys, expected.layers[3].keys, rtol=0, atol=0)
     other = token_policy.prefill(instructions, acted.tokens.flip(1))
     assert not torch.equal(other.layers[3].keys, expected.layers[3].keys)
+
+
+def test_an_input_may_bring_its_own_action_tokens(
+    token_policy: TokenActionSource, instructions: list[SourceInput]
+) -> None:
+    """Given rows are read as they are, the policy acts in the others."""
+    acted = token_policy.act(instructions).tokens
+    told = torch.stack([acted[0].flip(0), acted[1]])
+    mixed = [dataclasses.replace(instructions[0], action_tokens=told[0]), instructions[1]]
+    got, expected = token_policy.prefill(mixed), token_policy.prefill(instructions, told)
+    torch.testing.assert_close(got.layers[3].keys, expected.layers[3].keys, rtol=0, atol=0)
+    short = dataclasses.replace(instructions[1], action_tokens=told[1][:2])
+    with pytest.raises(InputError, match=r"row 1: expected 3 action tokens, got \(2,\)"):
+        token_policy.prefill([instructions[0], short])
+
+
+def save_policy(folder: Path, vlm: Any, **settings: Any) -> None:
+    """A tiny model whose config says what its action tokens mean."""
+    vlm.model.config.update(settings)
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+
+
+STATS = {"q01": [-1.0, 0.0], "q99": [1.0, 4.0], "mask": [True, False]}
+
+
+def test_a_policy_is_known_by_its_config(
+    tiny_llava: Any, instructions: list[SourceInput], tmp_path: Path
+) -> None:
+    vocab_size = tiny_llava.model.config.text_config.vocab_size
+    settings = {"n_action_bins": 16, "norm_stats": {"bridge": {"action": STATS}}}
+    save_policy(tmp_path, tiny_llava, **settings, pad_to_multiple_of=3)
+    source = load_source(str(tmp_path))
+    assert type(source) is TokenActionSource
+    assert source.bins == ActionBins(
+        vocab_size=vocab_size - 3,
+        low=(-1.0, 0.0),
+        high=(1.0, 4.0),
+        scaled=(True, False),
+        num_bins=16,
+    )
+    assert source.act(instructions).actions.shape == (2, 2)
+
+
+def test_a_policy_of_another_family_is_read_as_that_family(
+    tiny_paligemma: Any, instructions: list[SourceInput], tmp_path: Path
+) -> None:
+    stats = {"a": {"action": {"q01": [0], "q99": [1]}}}
+    save_policy(tmp_path, tiny_paligemma, n_action_bins=4, norm_stats=stats)
+    source = load_source(str(tmp_path))
+    assert isinstance(source, TokenActionSource)
+    assert isinstance(source, PaliGemmaSource)
+    assert source.prefill(instructions).kinds[0, -1] == PositionKind.ACTION
+    with pytest.raises(UnsupportedError, match="TextSource has no prompt"):
+        action.policy_class(source_class("qwen3", has_vision=False))
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        (None, "needs norm_stats in its config.*got None"),
+        ({"a": {"action": STATS}, "b": {"action": STATS}}, "data sets a, b, .* of None"),
+        ({"a": {"action": {"q01": [0.0]}}}, "norm_stats of a: .* KeyError"),
+        ({"a": {"action": {**STATS, "mask": [True]}}}, "scaled has 1 entries, low has 2"),
+    ],
+)
+def test_a_config_that_does_not_say_what_actions_mean_is_refused(
+    tiny_llava: Any, stats: Any, message: str
+) -> None:
+    config = tiny_llava.model.config
+    config.update({"n_action_bins": 8, "norm_stats": stats})
+    with pytest.raises(ConfigError, match=message):
+        ActionBins.from_config(config)
+
+
+def test_of_several_data_sets_one_is_named(tiny_llava: Any) -> None:
+    other = {**STATS, "q99": [3.0, 3.0]}
+    stats = {"a": {"action": STATS}, "b": {"action": other}}
+    tiny_llava.model.config.update({"n_action_bins": 8, "norm_stats": stats})
+    assert ActionBins.from_config(tiny_llava.model.config, "b").high == (3.0, 3.0)
 
 
 def test_another_family_may_write_action_tokens(

@@ -8,11 +8,13 @@ import pytest
 
 from mm_c2c.evaluation.statistics import (
     accuracy,
+    auroc,
     compare,
     draw_resamples,
     hits_of,
     mcnemar,
     retention,
+    sign_flip,
 )
 
 
@@ -63,3 +65,57 @@ def test_retention_is_the_share_of_what_the_source_adds(fused: int, kept: float)
     draws = draw_resamples(10, 50, 0)
     assert retention(hits(2 + fused), hits(2), hits(5), draws).value == pytest.approx(kept)
     assert math.isnan(retention(hits(1), hits(2), hits(2), draws).value)
+
+
+def test_clusters_are_drawn_whole() -> None:
+    clusters = ["a", "b", "a", "c", "b", "a"]
+    draws = draw_resamples(6, 50, 0, clusters)
+    for name in "abc":
+        (here,) = np.where(np.array(clusters) == name)
+        assert (draws[:, here] == draws[:, here[:1]]).all()
+    assert (draws[:, [0, 1, 3]].sum(1) == 3).all()  # as many as there are
+    alone = draw_resamples(6, 50, 0, range(6))
+    np.testing.assert_array_equal(alone, draw_resamples(6, 50, 0))
+
+
+def test_an_interval_over_clusters_holds_the_truth_where_one_over_items_does_not() -> None:
+    """Ten items of an episode are right or wrong together."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(range(40), 10)
+    held = {"items": 0, "clusters": 0}
+    for trial in range(200):
+        hits = np.repeat(rng.random(40) < 0.4, 10)
+        for unit, groups in (("items", None), ("clusters", clusters)):
+            found = accuracy(hits, draw_resamples(400, 300, trial, groups))
+            held[unit] += found.low <= 0.4 <= found.high
+    assert held["clusters"] >= 175
+    assert held["items"] < 130
+
+
+def test_a_sign_flip_of_single_items_is_mcnemars_test() -> None:
+    gap = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 20)
+    assert sign_flip(gap, range(31)) == pytest.approx(mcnemar(9, 2), abs=0.01)
+    # One cluster may go either way: nothing can be said.
+    assert sign_flip(gap, ["same"] * 31) == 1.0
+    second = hits_of([False] * 40)
+    first = hits_of([True] * 40)
+    clusters = np.repeat(range(4), 10)
+    draws = draw_resamples(40, 20, 0, clusters)
+    assert compare(first, second, draws, clusters).p_value == pytest.approx(2 / 16, abs=0.02)
+
+
+def test_auroc_counts_pairs() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores = rng.integers(0, 6, 30).astype(float)
+        positive = rng.random(30) < 0.4
+        weights = rng.integers(0, 3, (4, 30)).astype(float)
+        found = auroc(scores, positive, weights)
+        for row in range(4):
+            won = pairs = 0.0
+            for i, j in itertools.product(np.flatnonzero(positive), np.flatnonzero(~positive)):
+                weight = weights[row, i] * weights[row, j]
+                won += weight * ((scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]))
+                pairs += weight
+            assert found[row] == pytest.approx(won / pairs)
+    assert np.isnan(auroc(np.arange(3.0), hits_of([True] * 3), np.ones((1, 3)))).all()

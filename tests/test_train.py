@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from mm_c2c.config import load_config, override
 from mm_c2c.errors import ConfigError, InputError, TrainingError, UnsupportedError
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training import loop
-from mm_c2c.training.config import TrainingConfig
+from mm_c2c.training.config import DropConfig, TrainingConfig
 from mm_c2c.training.kept import KeptCaches, row_key
 from mm_c2c.training.log import read_log
 from mm_c2c.training.loop import build_accelerator
@@ -293,6 +294,20 @@ def test_what_cannot_be_is_refused(config: TrainingConfig, settings: list[str]) 
 # --- what is left out at random -----------------------------------------------------------
 
 
+def test_dropped_links_leave_all_their_slots(config: TrainingConfig) -> None:
+    """In all rows, so that nothing is learned; in some, whole links."""
+    still = ["optimizer.name=adamw", "optimizer.weight_decay=0", "phases.reconstruct.steps=0"]
+    config = override(config, [*still, "drop.sources=0", "drop.links=1"])
+    before = go(config)
+    assert_same(go(override(config, ["phases.generate.steps=3"])), before)
+    objective = Objective(None, None, DropConfig(sources=0, slots=0.2, links=0.5))  # type: ignore[arg-type]
+    rng = random.Random(0)
+    rows = [objective._kept_slots(50, rng) for _ in range(200)]
+    dropped = [row for row in rows if not any(row)]
+    assert 70 < len(dropped) < 130
+    assert 0.75 < sum(map(sum, rows)) / (50 * (200 - len(dropped))) < 0.85
+
+
 def test_dropped_slots_and_sources_leave_their_mark(config: TrainingConfig) -> None:
     still = ["optimizer.name=adamw", "optimizer.weight_decay=0", "phases.reconstruct.steps=0"]
     config = override(config, [*still, "drop.sources=0", "drop.slots=1"])
@@ -363,6 +378,8 @@ def test_kept_caches_stay_within_their_budget_and_survive_damage(
     looks = [SourceInput(images=(picture,)) for picture in pictures[:2]]
     keys = [row_key("a", look) for look in looks]
     assert len({*keys, row_key("b", looks[0]), row_key("a", replace(looks[0], text="x"))}) == 4
+    acted = {row_key("a", replace(looks[0], action_tokens=torch.tensor([i]))) for i in range(2)}
+    assert len({*keys, *acted}) == 4
 
     def fetch(kept: KeptCaches, order: list[int]) -> Any:
         return kept.fetch(

@@ -281,7 +281,7 @@ def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
         request="Say.",
         **{FILES[kind]: config.out / kind},
     )
-    asked = [Asked(picture, "What is it?") for picture in pictures]
+    asked = [Asked(SourceInput(images=(picture,)), "What is it?") for picture in pictures]
     assert len(build_arm(kind, setting).answer(asked)) == 2
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from mm_c2c.errors import InputError, UnsupportedError
@@ -89,6 +90,17 @@ def test_lines_without_a_picture_are_examples_of_their_own(tmp_path: Path) -> No
     assert [len(example.turns) for example in found] == [1] * 5
     assert found[1].look().state.tolist() == [1, 1]
     assert found[2].look("2?").text == "pick it up\n2?"
+
+
+def test_lines_that_differ_in_the_action_are_apart(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    same = [{**rows[0], "question": f"{i}?", "action_tokens": [7, i // 2]} for i in range(4)]
+    examples = open_examples(write_lines(tmp_path, same), seed=0)
+    found = sorted(map(examples.at, range(2)), key=lambda example: example.action_tokens)
+    assert [len(example.turns) for example in found] == [2, 2]
+    assert found[1].look().action_tokens.tolist() == [7, 1]
+    assert examples.at(0).look("why?").action_tokens.dtype == torch.int64
 
 
 def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> None:

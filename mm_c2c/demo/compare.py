@@ -214,7 +214,7 @@ def compare(
         InputError: see `check_question`.
     """
     setting = LookSetting(**vars(look.setting), look=look)
-    asked = Asked(look.picture, check_question(question), tuple(options))
+    asked = Asked(SourceInput(images=(look.picture,)), check_question(question), tuple(options))
     columns: dict[str, Column] = {}
     for name in columns_of(setting, options):
         for column in _stream(name, setting, asked):

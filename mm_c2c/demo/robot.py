@@ -16,12 +16,12 @@ from mm_c2c.demo.pair import picture_html
 from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.evaluation.arms import target_answers
 from mm_c2c.evaluation.attribution import overlay
+from mm_c2c.reference.babyai.levels import ACTIONS
 from mm_c2c.robot import CacheReader, Episode, Narration, Step, load_episode
 from mm_c2c.robot.attention import action_attention
 from mm_c2c.robot.film import action_text
 from mm_c2c.robot.observation import IMAGES, TASK
 from mm_c2c.robot.shipped import (
-    ACTION_NAMES,
     EPISODES_FOLDER,
     QUESTIONS,
     load_reader,
@@ -126,7 +126,7 @@ def step_html(show: Show, title: str, number: float) -> str:
     camera = next(value for key, value in step.observation.items() if key.startswith(IMAGES))
     seen = Image.fromarray(camera)
     large = seen.resize((320, round(320 * seen.height / seen.width)), Image.Resampling.NEAREST)
-    action = html.escape(action_text(step.action, ACTION_NAMES))
+    action = html.escape(action_text(step.action, ACTIONS))
     figures = {"What the robot sees": large}
     if step.frame is not None:
         figures = {"The scene": Image.fromarray(step.frame), **figures}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.evaluation.arms import Asked, Setting
+from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attribute, overlay
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, spread_items
@@ -26,6 +26,7 @@ from mm_c2c.evaluation.report import (
     svg,
 )
 from mm_c2c.evaluation.results import write_json
+from mm_c2c.evaluation.run import to_asked
 from mm_c2c.evaluation.tasks import load_items
 
 _SIDE = 288  # pixels of a map's longer side, where the picture is smaller
@@ -75,7 +76,7 @@ def look(bridge: Bridge, config: DiagnosticsConfig) -> list[Look]:
     looks = []
     for item in spread_items(load_items(config.items, config.limit), config.map_pictures):
         picture = _enlarged(item.picture())
-        answer = arm.answer([Asked(item.picture(), item.question)])[0].answer
+        answer = arm.answer([to_asked(item)])[0].answer
         maps: dict[str, Tensor] = {}
         if answer:
             seen = attribute(bridge, item.picture(), item.question, answer, config.source)

@@ -33,17 +33,17 @@ from mm_c2c.cache import (
     repeat_rows,
 )
 from mm_c2c.config import to_dict
-from mm_c2c.evaluation.arms import Asked, Setting
+from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
 from mm_c2c.evaluation.results import JsonLines, claim, hold
+from mm_c2c.evaluation.run import to_asked
 from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.link import LinkConfig
 from mm_c2c.pretrained import fingerprint
 from mm_c2c.rope import derotate, rotate
-from mm_c2c.sources.base import SourceInput
 
 _PARTS = 5
 
@@ -328,7 +328,7 @@ def _cosines(
         count = len(bridge.question_tokens([item.question])[0]) - 1
         told = f"The picture shows: {item.description}\n{item.question}"
         wanted = attention_outputs(bridge, bridge.fuse(None, [told]), count)
-        cache = bridge.sources[config.source].prefill([SourceInput(images=(item.picture(),))])
+        cache = bridge.sources[config.source].prefill([item.look()])
         for label, way in (("before", closed), ("after", bridge)):
             fused = way.fuse(way.fuse_slots({config.source: cache}), [item.question])
             outputs = attention_outputs(way, fused, count)
@@ -363,7 +363,7 @@ def _answer_rows(
     label: str, bridge: Bridge, batch: list[Item], source: str
 ) -> list[dict[str, Any]]:
     arm = Fused(Setting(bridge=bridge, source_name=source, request=""))
-    replies = arm.answer([Asked(item.picture(), item.question) for item in batch])
+    replies = arm.answer([to_asked(item) for item in batch])
     return [
         {
             "variant": label,

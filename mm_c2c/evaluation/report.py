@@ -3,7 +3,8 @@
 python -m mm_c2c.evaluation.report RUN_FOLDER [--readme README.md]
 
 writes `report.md` and `report.html` beside the run's `summary.json`; `--readme` also replaces what
-stands between the two `results` comments of that file.
+stands between the comments `results: NAME` and `end of results` of that file, where NAME is
+`mm-c2c evaluate` unless `--section` says otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ _NAMES = {
     "tuned_relay": "caption relay, target tuned with LoRA",
     "soft_prompt": "soft-prompt connector",
     "answer_relay": "answer relay: the target repeats the source's answer",
+    "prefix_only": "fused, without the policy's state and actions",
+    "action_only": "fused, the policy's state and actions alone",
+    "instruction_only": "the target reads the instruction",
+    "instruction_only_options": "the target reads the instruction, options shown",
     "true_description": "the target reads a true description",
+    "true_description_options": "the target reads a true description, options shown",
+    "description_and_instruction": "the target reads a true description and the instruction",
+    "description_and_instruction_options": "... and the options",
+    "tuned_description": "a target tuned with LoRA reads description and instruction",
     "source": "source answers itself",
     "shuffled": "control: another picture's cache",
     "zeroed": "control: empty cache",
@@ -39,7 +48,7 @@ _CONTROLS = ("shuffled", "zeroed", "own_source")
 _ACCENT, _PLAIN, _FAINT = "C0", "0.25", "0.6"
 AXIS_POINTS = 8
 _AXIS = "right, wordy or not, %"
-_MARKS = ("<!-- results: mm-c2c evaluate -->", "<!-- end of results -->")
+_SECTION = "mm-c2c evaluate"
 
 
 def text_table(summary: dict[str, Any]) -> str:
@@ -64,10 +73,11 @@ def text_table(summary: dict[str, Any]) -> str:
         for row in rows
     ]
     leads = [
-        f"Fused ahead of {name}, wordy answers counted as right: {lead} points (McNemar)."
+        f"Fused ahead of {name}, wordy answers counted as right: {lead} points ({_test(summary)})."
         for name in summary["arms"]
         if (lead := _lead(summary, name))
     ]
+    leads += [f"Lie test, {name}: {told}." for name, told in _lie_shares(summary).items()]
     return "\n".join([*lines, "", *(_plain(line) for line in _findings(summary)), *leads])
 
 
@@ -77,13 +87,14 @@ def brief(summary: dict[str, Any]) -> str:
     arms = ", ".join(summary["config"]["arms"])
     command = f'mm-c2c evaluate "arms=[{arms}]"' if arms else "mm-c2c evaluate"
     # A run keeps what is in these files, not where they lay.
-    given = [key for key in ("adapter", "connector", "own_bridge") if summary["config"].get(key)]
+    keys = ("bridge", "adapter", "description_adapter", "connector", "own_bridge")
+    given = [key for key in keys if summary["config"].get(key)]
     command += "".join(f" {key}=FOLDER" for key in given)
     head = (
         f"`{command}`: {summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
-        "normalising, 95 % bootstrap intervals; *wordy* also accepts a sentence that names the "
+        f"normalising, 95 % bootstrap intervals{_over(summary)}; *wordy* also accepts a sentence that names the "
         "right option and no other; *fused ahead by* counts wordy answers as right, in points "
-        "(McNemar's p < 0.001 where not said)."
+        f"({_test(summary)}, p < 0.001 where not said)."
     )
     if _VQA in _head(summary):
         head += f" *{_VQA}*: VQA accuracy, how many of those asked agree."
@@ -92,7 +103,15 @@ def brief(summary: dict[str, Any]) -> str:
     rows = [["", *_head(summary), "fused ahead by", "first token", "total"]]
     rows += [[_NAMES.get(name, name), *_row(summary, name)] for name in summary["arms"]]
     found = "\n".join(f"- {line}" for line in _findings(summary))
-    return f"{head}\n\n{pipe_table(rows)}\n\n{found}\n"
+    parts = [head, pipe_table(rows), found]
+    if "lie" in summary:
+        parts.append(lie_table(summary))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def lie_table(summary: dict[str, Any]) -> str:
+    """What each arm reports of a policy whose instruction was swapped, in Markdown."""
+    return f"{_lie_head(summary)}\n\n{pipe_table(_lie_rows(summary))}"
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -121,10 +140,16 @@ def report_body(summary: dict[str, Any]) -> str:
     panels = "".join(f"<figure>{plot_kind(summary, k)}</figure>" for k in (None, *summary["kinds"]))
     times = plot_times(summary)
     return (
-        f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals. "
+        f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals"
+        f"{_over(summary)}. "
         "<em>Wordy</em> also accepts a sentence that names the right option and no other.</p>"
         f"{html_table(overall)}<ul>{found}</ul>"
-        f'<h2>By kind of question</h2><p>Right, wordy or not.</p><div class="plots">{panels}</div>'
+        + (
+            f"<p>{html.escape(_lie_head(summary))}</p>{html_table(_lie_rows(summary))}"
+            if "lie" in summary
+            else ""
+        )
+        + f'<h2>By kind of question</h2><p>Right, wordy or not.</p><div class="plots">{panels}</div>'
         f"<p>Exact match:</p>{html_table(by_kind)}"
         + (f"<h2>Accuracy against time</h2><figure>{times}</figure>" if times else "")
     )
@@ -237,22 +262,22 @@ def quieten(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def write_readme(path: Path, text: str) -> None:
-    """Replace what stands between the two comments.
+def write_readme(path: Path, text: str, section: str = _SECTION) -> None:
+    """Replace what stands between the two comments of a section.
 
     Raises:
         InputError: the file has no such comments.
     """
     old = path.read_text(encoding="utf-8")
-    begin, end = _MARKS
+    begin, end = f"<!-- results: {section} -->", "<!-- end of results -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(old):
         raise InputError(f"{path} has no lines {begin!r} and {end!r} to write results between")
     path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", old), encoding="utf-8")
 
 
-def write_report(run: Path, readme: Path | None = None) -> None:
-    """Write `report.md` and `report.html` of a run, and a README's results."""
+def write_report(run: Path, readme: Path | None = None, section: str = _SECTION) -> None:
+    """Write `report.md` and `report.html` of a run, and a section of a README."""
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -266,7 +291,7 @@ def write_report(run: Path, readme: Path | None = None) -> None:
         page(summary, f"Evaluation: {summary['config']['items']}"), encoding="utf-8"
     )
     if readme is not None:
-        write_readme(readme, brief(summary))
+        write_readme(readme, brief(summary), section)
 
 
 _STYLE = (
@@ -335,14 +360,18 @@ def _findings(summary: dict[str, Any]) -> list[str]:
             f"({_percent(low)} to {_percent(high)})."
         )
     if swap := summary.get("swap"):
-        truth, known = swap["truth"], swap["source_right"]
-        lines.append(
+        truth, known = swap["truth"], swap.get("source_right")
+        line = (
             f"Swapped picture, of {truth['n']} questions that two pictures answer differently: "
             f"{_percent(truth['follow'])} % of the answers are true of the swapped one, "
-            f"{_percent(truth['stay'])} % of the own one; of the {known['n']} that the source "
-            f"answers right for both, {_percent(known['follow'])} % and "
-            f"{_percent(known['stay'])} %."
+            f"{_percent(truth['stay'])} % of the own one"
         )
+        if known:
+            line += (
+                f"; of the {known['n']} that the source answers right for both, "
+                f"{_percent(known['follow'])} % and {_percent(known['stay'])} %"
+            )
+        lines.append(f"{line}.")
     time = summary["time"]
     if {"fused", "caption_relay"} <= time.keys():
         ratio = time["caption_relay"]["ttft_ms"] / time["fused"]["ttft_ms"]
@@ -359,6 +388,39 @@ def _lead(summary: dict[str, Any], name: str) -> str:
     p = test["in_a_sentence"]["p_value"]
     chance = "" if p < 0.001 else f", p = {p:.3f}"
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f}{chance})"
+
+
+def _over(summary: dict[str, Any]) -> str:
+    """What the intervals are over, where that is not the questions."""
+    return f" over {summary['episodes']:,} episodes" if "episodes" in summary else ""
+
+
+def _test(summary: dict[str, Any]) -> str:
+    return "sign flips of episodes" if "episodes" in summary else "McNemar"
+
+
+def _lie_head(summary: dict[str, Any]) -> str:
+    return (
+        f"Instruction swapped after the fact, {summary['lie']['n']:,} questions: share of answers, "
+        "wordy or not, that report what the policy does, what it was told, or neither, in % "
+        f"(95 %{_over(summary)})."
+    )
+
+
+def _lie_rows(summary: dict[str, Any]) -> list[list[str]]:
+    rows = [["", "what it does", "what it was told", "neither"]]
+    for name, shares in summary["lie"]["arms"].items():
+        cells = [_span(shares[key]) for key in ("does", "told", "neither")]
+        rows.append([_plain(_NAMES.get(name, name)), *cells])
+    return rows
+
+
+def _lie_shares(summary: dict[str, Any]) -> dict[str, str]:
+    arms = summary.get("lie", {}).get("arms", {})
+    return {
+        name: ", ".join(f"{key} {_span(values)}" for key, values in shares.items())
+        for name, shares in arms.items()
+    }
 
 
 def _percent(share: float | None) -> str:
@@ -406,8 +468,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--readme", type=Path, help="also replace this file's results")
+    parser.add_argument("--section", default=_SECTION, help="which of its sections")
     args = parser.parse_args()
-    write_report(args.run, args.readme)
+    write_report(args.run, args.readme, args.section)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ that ran by the clock), `summary.json`. A run that was stopped goes on where it 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from mm_c2c.bridge import Bridge
 from mm_c2c.config import to_dict
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Setting, build_arm
+from mm_c2c.evaluation.arms import ARMS, FILES, SOURCE_WORDS, Arm, Asked, Setting, build_arm
+from mm_c2c.evaluation.arms.fused import reads_actions
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
@@ -34,12 +35,18 @@ class EvaluationConfig:
 
     Attributes:
         items: JSONL of questions, pictures beside it.
-        source: name of the source in the bridge.
-        arms: which to run, by name; when empty all, without `true_description` where an item has
-            none, and without those whose own file (`prompts` and the three below it) is not given.
+        bridge: folder of a saved bridge, such as `mm-c2c train` writes, or a repository of the
+            Hub; the command loads it with the models that it names. None is the reference bridge.
+        source_model: folder of the bridge's source, where it does not lie where the bridge says.
+        target_model: folder of its target, likewise.
+        source: name of the source in the bridge; None takes the only one.
+        arms: which to run, by name; when empty all that the items and the source have something
+            for, without those whose own file (`prompts` and the four below it) is not given.
+        kinds: kinds of question that are asked; all when empty.
         request: what the source is asked for when it writes a caption.
         prompts: as in `Setting`.
         adapter: as in `Setting`.
+        description_adapter: as in `Setting`.
         connector: as in `Setting`.
         own_bridge: as in `Setting`.
         limit: ask only so many; None asks all.
@@ -50,11 +57,16 @@ class EvaluationConfig:
     """
 
     items: Path
-    source: str = "stickers"
+    bridge: str | None = None
+    source_model: str | None = None
+    target_model: str | None = None
+    source: str | None = None
     arms: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
     request: str = GENERIC_REQUEST
     prompts: Path | None = None
     adapter: Path | None = None
+    description_adapter: Path | None = None
     connector: Path | None = None
     own_bridge: Path | None = None
     limit: int | None = None
@@ -66,6 +78,11 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ConfigError(f"batch_size must be at least 2 to shuffle, got {self.batch_size}")
+        if self.bridge is None and (self.source_model or self.target_model):
+            raise ConfigError(
+                "source_model and target_model say where the models of a bridge lie; give "
+                "bridge=FOLDER too"
+            )
 
 
 def evaluate(
@@ -92,12 +109,13 @@ def evaluate(
 def _run(
     bridge: Bridge, config: EvaluationConfig, out: Path | None, *, progress: bool
 ) -> dict[str, Any]:
-    items = _apart(load_items(config.items, config.limit))
+    items = _apart(load_items(config.items, config.limit, config.kinds))
     given = {key: getattr(config, key) for key in FILES.values()}
-    setting = Setting(bridge=bridge, source_name=config.source, request=config.request, **given)
-    arms = {name: build_arm(name, setting) for name in config.arms or _possible_arms(items, given)}
-    # Folder and name: a result is read on other machines.
-    settings = {**to_dict(config), "items": "/".join(config.items.parts[-2:])}
+    source = source_name(bridge, config.source)
+    setting = Setting(bridge=bridge, source_name=source, request=config.request, **given)
+    arms = {n: build_arm(n, setting) for n in config.arms or _possible_arms(items, setting)}
+    settings = {**portable(config), "source": source}
+    settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
     settings["fuser"] = fingerprint(bridge.fusers.state_dict())
     settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:
@@ -128,10 +146,48 @@ def split_rows(count: int, batch_size: int) -> list[range]:
     return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
 
-def _possible_arms(items: Sequence[Item], given: Mapping[str, Path | None]) -> list[str]:
-    left_out = {name for name, key in FILES.items() if given[key] is None}
-    if any(item.description is None for item in items):
-        left_out.add("true_description")
+def portable(config: Any) -> dict[str, Any]:
+    """A config's values, for a result that is read on other machines.
+
+    Paths are cut to folder and name; where a bridge's models lay is left out.
+    """
+    values = to_dict(config)
+    for key, value in vars(config).items():
+        if isinstance(value, Path) or (key == "bridge" and value):
+            values[key] = "/".join(Path(value).parts[-2:])
+    return {**values, "source_model": None, "target_model": None}
+
+
+def source_name(bridge: Bridge, name: str | None) -> str:
+    """The source of that name, or the only one.
+
+    Raises:
+        ConfigError: there is none of that name, or None and several.
+    """
+    known = ", ".join(bridge.sources)
+    if name is None:
+        if len(bridge.sources) > 1:
+            raise ConfigError(f"the bridge has several sources; give source= one of {known}")
+        return next(iter(bridge.sources))
+    if name not in bridge.sources:
+        raise ConfigError(f"the bridge has no source {name!r}; known: {known}")
+    return name
+
+
+def _possible_arms(items: Sequence[Item], setting: Setting) -> list[str]:
+    """Those that the items have words for, the source can serve, and files are given for."""
+    left_out = {name for name, key in FILES.items() if getattr(setting, key) is None}
+    described = all(item.description is not None for item in items)
+    instructed = all(item.row.get("text") for item in items)
+    left_out |= {name for name in ARMS if "description" in name and not described}
+    left_out |= {name for name in ARMS if "instruction" in name and not instructed}
+    if not instructed:
+        left_out |= {"tuned_description", "true_description_options"}
+    if hasattr(setting.source, "act"):
+        left_out.update(SOURCE_WORDS)
+    parts = {reads_actions(link) for link in setting.bridge.config.links}
+    if parts != {True, False}:
+        left_out |= {"prefix_only", "action_only"}
     return [name for name in ARMS if name not in left_out]
 
 
@@ -145,6 +201,8 @@ def _answer_rows(arms: dict[str, Arm], batch: Sequence[Item]) -> list[dict[str, 
             "question": item.question,
             "gold": item.answer,
             **({"human_answers": item.human_answers} if item.human_answers else {}),
+            **({"told": item.told} if item.told is not None else {}),
+            **({"episode": item.episode} if item.episode is not None else {}),
             "answers": {name: texts[i].answer for name, texts in replies.items()},
             "relayed": {n: t[i].relayed for n, t in replies.items() if t[i].relayed is not None},
         }
@@ -162,8 +220,8 @@ def _time_row(arms: dict[str, Arm], bridge: Bridge, item: Item) -> dict[str, Any
 
 
 def to_asked(item: Item) -> Asked:
-    """An item as an arm gets it, its picture read from disk."""
-    return Asked(item.picture(), item.question, item.options, item.description)
+    """An item as an arm gets it, what it shows read from disk."""
+    return Asked(item.look(), item.question, item.options, item.description)
 
 
 def _fingerprint_files(path: Path) -> str:
@@ -179,6 +237,7 @@ def _fingerprint_files(path: Path) -> str:
 def _apart(items: Sequence[Item]) -> list[Item]:
     """Items in an order in which neighbours show unlike pictures and often ask alike.
 
-    The shuffled control hands each item its neighbour's cache.
+    The shuffled control hands each item its neighbour's cache. Of episodes, neighbours are the
+    same step of two.
     """
-    return sorted(items, key=lambda item: (item.kind, item.question, item.image))
+    return sorted(items, key=lambda item: (item.kind, item.question, item.step, item.image))

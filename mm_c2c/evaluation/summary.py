@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def summarise(
         times: of `times.jsonl`, without the warm-up.
         batches: how the rows were asked; in the arm `shuffled` each row of a batch had the cache
             of the next.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, of whole episodes where all rows have one.
         seed: of the bootstrap.
 
     Returns:
@@ -44,14 +44,23 @@ def summarise(
         name the option), and either by kind; where every item has several people's answers also
         `vqa_accuracy`; `against` the arm `fused` the paired tests; `retention` over
         the blind target and over an empty cache, which knows the form of the answers; `recovered`
-        of the items that the source knows and its caption relay misses; `swap`; `time`. Values
-        with an interval are [value, low, high]; None where there is nothing to divide by. What
-        needs an arm that was left out is left out.
+        of the items that the source knows and its caption relay misses; `swap`; `lie`, see
+        `lie_outcomes`; `episodes`, how many, where the intervals and tests are over these; `time`.
+        Values with an interval are [value, low, high]; None where there is nothing to divide by.
+        What needs an arm that was left out is left out.
     """
     names = list(rows[0]["answers"])
     hits = {n: hits_of([is_right(row["answers"][n], row["gold"]) for row in rows]) for n in names}
     wordy = {name: hits[name] | _wordy_hits(rows, name) for name in names}
-    draws = draw_resamples(len(rows), resamples, seed)
+    episodes = None
+    if all(row.get("episode") is not None for row in rows):
+        episodes = np.array([row["episode"] for row in rows])
+    draws = draw_resamples(len(rows), resamples, seed, episodes)
+
+    def within(found: NDArray[np.bool_], where: NDArray[np.bool_]) -> Interval:
+        groups = None if episodes is None else episodes[where]
+        return _accuracy_within(found[where], resamples, seed, groups)
+
     kinds = {
         kind: np.array([row["kind"] == kind for row in rows])
         for kind in dict.fromkeys(row["kind"] for row in rows)
@@ -62,13 +71,9 @@ def summarise(
             name: {
                 "accuracy": accuracy(hits[name], draws),
                 "in_a_sentence": accuracy(wordy[name], draws),
-                "kinds": {
-                    kind: _accuracy_within(hits[name][where], resamples, seed)
-                    for kind, where in kinds.items()
-                },
+                "kinds": {kind: within(hits[name], where) for kind, where in kinds.items()},
                 "kinds_in_a_sentence": {
-                    kind: _accuracy_within(wordy[name][where], resamples, seed)
-                    for kind, where in kinds.items()
+                    kind: within(wordy[name], where) for kind, where in kinds.items()
                 },
             }
             for name in names
@@ -76,6 +81,8 @@ def summarise(
         "kinds": {kind: int(where.sum()) for kind, where in kinds.items()},
         "time": _median_times(times),
     }
+    if episodes is not None:
+        summary["episodes"] = len(set(episodes))
     if all(row.get("human_answers") for row in rows):
         for name in names:
             scores = [vqa_accuracy(row["answers"][name], row["human_answers"]) for row in rows]
@@ -83,8 +90,8 @@ def summarise(
     if "fused" in hits:
         summary["against"] = {
             name: {
-                "exact": compare(hits["fused"], hits[name], draws)._asdict(),
-                "in_a_sentence": compare(wordy["fused"], wordy[name], draws)._asdict(),
+                "exact": compare(hits["fused"], hits[name], draws, episodes)._asdict(),
+                "in_a_sentence": compare(wordy["fused"], wordy[name], draws, episodes)._asdict(),
             }
             for name in names
             if name != "fused"
@@ -100,20 +107,23 @@ def summarise(
         untold = hits["source"] & ~wordy["caption_relay"]
         summary["recovered"] = {
             "n": int(untold.sum()),
-            "share": _accuracy_within(hits["fused"][untold], resamples, seed),
+            "share": within(hits["fused"], untold),
         }
-    if {"source", "shuffled"} <= hits.keys():
-        summary["swap"] = swap_outcomes(rows, batches, hits["source"])
+    if "shuffled" in hits:
+        summary["swap"] = swap_outcomes(rows, batches, hits.get("source"))
+    if any(row.get("told") is not None for row in rows):
+        summary["lie"] = lie_outcomes(rows, resamples, seed)
     return {key: _plain(value) for key, value in summary.items()}
 
 
 def swap_outcomes(
-    rows: Sequence[Row], batches: Sequence[range], source: Hits
+    rows: Sequence[Row], batches: Sequence[range], source: Hits | None
 ) -> dict[str, dict[str, float | int]]:
     """Whose answer the target gives when it is handed its neighbour's picture.
 
     Counted where the neighbour asks the same question and its true answer differs: `truth` has
-    them all; `source_right` those where the source itself is right about both pictures.
+    them all; `source_right` those where the source itself is right about both pictures, for a
+    source that answers.
 
     Returns:
         For either, `n`, and the shares that `follow` the swapped-in picture, that `stay` with the
@@ -125,8 +135,48 @@ def swap_outcomes(
             same = rows[row]["question"] == rows[other]["question"]
             if same and rows[row]["gold"] != rows[other]["gold"]:
                 pairs.append((row, other))
-    known = [pair for pair in pairs if source[pair[0]] and source[pair[1]]]
-    return {"truth": _followed(pairs, rows), "source_right": _followed(known, rows)}
+    outcomes = {"truth": _followed(pairs, rows)}
+    if source is not None:
+        known = [pair for pair in pairs if source[pair[0]] and source[pair[1]]]
+        outcomes["source_right"] = _followed(known, rows)
+    return outcomes
+
+
+def lie_outcomes(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, Any]:
+    """What is reported of a policy whose instruction was swapped after the fact.
+
+    Counted where what it does and what it was `told` are different answers; a wordy answer counts
+    where it names one of the two, and no other answer of its kind.
+
+    Returns:
+        `n`, and for each arm the shares of answers that report what it `does`, what it was `told`,
+        and `neither`, with intervals; over episodes where all these rows have one.
+    """
+    lies = [row for row in rows if row.get("told") is not None]
+    lies = [row for row in lies if not is_right(row["told"], row["gold"])]
+    if not lies:
+        return {"n": 0, "arms": {}}
+    episodes = [row.get("episode") for row in lies]
+    groups = None if None in episodes else episodes
+    options = _options(lies)
+    arms = {}
+    for name in lies[0]["answers"]:
+        said = [row["answers"][name] for row in lies]
+        does, told = (
+            hits_of(
+                [
+                    is_right(text, row[key])
+                    or is_right_in_a_sentence(text, row[key], options[row["kind"]])
+                    for text, row in zip(said, lies, strict=True)
+                ]
+            )
+            for key in ("gold", "told")
+        )
+        shares = {"does": does, "told": told, "neither": ~(does | told)}
+        arms[name] = {
+            key: _accuracy_within(found, resamples, seed, groups) for key, found in shares.items()
+        }
+    return {"n": len(lies), "arms": arms}
 
 
 def _followed(pairs: Sequence[tuple[int, int]], rows: Sequence[Row]) -> dict[str, float | int]:
@@ -141,10 +191,18 @@ def _followed(pairs: Sequence[tuple[int, int]], rows: Sequence[Row]) -> dict[str
     }
 
 
-def _wordy_hits(rows: Sequence[Row], name: str) -> Hits:
+def _options(rows: Sequence[Row]) -> dict[str, set[str]]:
+    """The answers that each kind of question has, or could have by what was told."""
     options: dict[str, set[str]] = {}
     for row in rows:
         options.setdefault(row["kind"], set()).add(row["gold"])
+        if row.get("told") is not None:
+            options[row["kind"]].add(row["told"])
+    return options
+
+
+def _wordy_hits(rows: Sequence[Row], name: str) -> Hits:
+    options = _options(rows)
     return hits_of(
         [
             is_right_in_a_sentence(row["answers"][name], row["gold"], options[row["kind"]])
@@ -153,10 +211,12 @@ def _wordy_hits(rows: Sequence[Row], name: str) -> Hits:
     )
 
 
-def _accuracy_within(hits: NDArray[np.bool_], resamples: int, seed: int) -> Interval:
+def _accuracy_within(
+    hits: NDArray[np.bool_], resamples: int, seed: int, clusters: Iterable[object] | None = None
+) -> Interval:
     if not len(hits):
         return Interval(math.nan, math.nan, math.nan)
-    return accuracy(hits, draw_resamples(len(hits), resamples, seed))
+    return accuracy(hits, draw_resamples(len(hits), resamples, seed, clusters))
 
 
 def _median_times(times: Sequence[Row]) -> dict[str, dict[str, float | int]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from mm_c2c.errors import InputError
 from mm_c2c.images import load_image
+from mm_c2c.sources.base import SourceInput
+from mm_c2c.training.data import look_at
 
 _COUNT_WORDS = (
     "zero",
@@ -31,16 +33,22 @@ _ARTICLES = {"a", "an", "the"}
 
 
 class Item(NamedTuple):
-    """One question about one picture.
+    """One question about one picture, or about what a policy sees and does.
 
     Attributes:
-        image: path of the picture.
+        image: path of the picture; of the first where there are several.
         kind: kind of question.
         question: what is asked.
         answer: the true answer.
         options: all answers this kind of question can have.
         description: a true description of the picture, where the file has one.
         human_answers: what each of several people answered, where the file has that.
+        told: what a policy's instruction says, where it was swapped after the fact; `answer` is
+            what the policy does.
+        episode: which episode the item is of, where it is of one.
+        step: of the episode, from 0.
+        success: whether the episode succeeds, where the file says so.
+        row: the line of the file, with paths of its pictures as they can be opened.
     """
 
     image: Path
@@ -50,21 +58,36 @@ class Item(NamedTuple):
     options: tuple[str, ...]
     description: str | None = None
     human_answers: tuple[str, ...] = ()
+    told: str | None = None
+    episode: str | None = None
+    step: int = 0
+    success: bool | None = None
+    row: Mapping[str, Any] = {}
 
     def picture(self) -> Image.Image:
         """The picture, read from disk."""
         return load_image(self.image)
 
+    def look(self) -> SourceInput:
+        """What the source is shown: the picture, read from disk, and what else the line has."""
+        return look_at({"image": self.image, **self.row}, str(self.image))
 
-def load_items(path: Path, limit: int | None = None) -> list[Item]:
+
+def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()) -> list[Item]:
     """Read a JSONL of `{"image", "question", "answer"}`; pictures lie beside it.
 
-    A line may also have `kind`, its `options` (else: the answers of its kind), a true `caption`,
-    and `human_answers`, a list of what each of several people answered.
+    A line may also have what else `mm_c2c.training.data` shows a source (`images` in place of
+    `image`, `text`, `state`), `kind`, its `options` (else: the answers of its kind), a true
+    `caption`, `human_answers`, a list of what each of several people answered, and of a policy's
+    episode `episode`, `step`, `success` and `told`.
 
     Args:
         path: the file.
         limit: keep so many, spread evenly over the file.
+        kinds: keep these kinds of question only; all when empty.
+
+    Raises:
+        InputError: the file cannot be read, or holds no such items.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -74,7 +97,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({"kind": "question", **row, "image": path.parent / row["image"]})
+            rows.append({"kind": "question", **row, **_picture_paths(row, path.parent)})
             _ = row["question"], row["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
@@ -82,6 +105,11 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
             ) from error
     if not rows:
         raise InputError(f"{path} holds no items")
+    if kinds:
+        known = ", ".join(sorted({row["kind"] for row in rows}))
+        rows = [row for row in rows if row["kind"] in kinds]
+        if not rows:
+            raise InputError(f"{path} holds no item of kind {', '.join(kinds)}; its kinds: {known}")
     if limit is not None and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
     answers: dict[str, set[str]] = {}
@@ -96,9 +124,22 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
             options=tuple(row.get("options", sorted(answers[row["kind"]]))),
             description=row.get("caption"),
             human_answers=tuple(row.get("human_answers", ())),
+            told=row.get("told"),
+            episode=None if row.get("episode") is None else str(row["episode"]),
+            step=row.get("step", 0),
+            success=row.get("success"),
+            row=row,
         )
         for row in rows
     ]
+
+
+def _picture_paths(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Where a line's pictures lie; `image` is the first of several."""
+    if not row.get("images"):
+        return {"image": folder / row["image"]}
+    paths = [folder / name for name in row["images"]]
+    return {"image": paths[0], "images": paths}
 
 
 def normalise(text: str) -> str:

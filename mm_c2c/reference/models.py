@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mm_c2c import sources
 from mm_c2c.bridge import Bridge
+from mm_c2c.errors import ConfigError
+from mm_c2c.hub import fetch_folder
+from mm_c2c.pretrained import read_header
 from mm_c2c.reference.fetch import HUB_ID, target_path
 from mm_c2c.reference.source import load_model
+from mm_c2c.reference.tower import register
+from mm_c2c.sources.base import Source
 from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.target import Target
 
@@ -40,3 +47,53 @@ def load_bridge(*, progress: bool = True) -> Bridge:
     """The reference bridge: both frozen models and the fuser between them."""
     target, source = load_target(progress=progress), load_source()
     return Bridge.from_pretrained(BRIDGE_FOLDER, target, {SOURCE_NAME: source})
+
+
+def load_saved_bridge(
+    folder: str, source_model: str | None = None, target_model: str | None = None
+) -> Bridge:
+    """Any saved bridge, with the models that its config names.
+
+    Models of this library's own names are those that ship with it.
+
+    Args:
+        folder: of the bridge, or a repository of the Hub.
+        source_model: where its source lies, if not where the config says; a folder.
+        target_model: likewise.
+
+    Raises:
+        ConfigError: `source_model` with a bridge of several sources.
+        FetchError: something could not be had.
+        MismatchError: the bridge is damaged, or the models are of other types.
+    """
+    header = read_header(fetch_folder(folder))
+    if source_model is not None and len(header["sources"]) != 1:
+        raise ConfigError(
+            f"source_model says where the one source lies; {folder} has "
+            f"{len(header['sources'])}: {', '.join(header['sources'])}"
+        )
+    register()
+    named = {name: _load_named(o, source_model) for name, o in header["sources"].items()}
+    origin = header["target"]
+    if origin["model"] == HUB_ID and target_model is None:
+        target = load_target()
+    else:
+        target = Target.from_pretrained(target_model or origin["model"], origin["revision"])
+        _call_as(target, origin)
+    return Bridge.from_pretrained(folder, target, named)
+
+
+def _load_named(origin: dict[str, Any], place: str | None) -> Source:
+    """The source that a bridge names, from there or from another place."""
+    if place is None and origin["model"] == SOURCE_ID:
+        return load_source()
+    shipped = PurePosixPath(origin["model"]).parts[:2] == ("mm_c2c", "reference")
+    model = str(HERE.parents[1] / origin["model"]) if shipped else origin["model"]
+    source = sources.load_source(place or model, origin["revision"])
+    _call_as(source, origin)
+    return source
+
+
+def _call_as(model: Any, origin: dict[str, Any]) -> None:
+    """Give a model that lies elsewhere the name that a bridge knows it by."""
+    model.origin = model.origin._replace(model=origin["model"], revision=origin["revision"])

@@ -30,7 +30,7 @@ _INITIALIZER_RANGE = 0.07
 # Slow rotation leaves most channels to likeness, over the 82 positions of a picture.
 _ROPE_THETA = 1e6
 
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
     "{% if message['content'] is string %}<|user|>{{ message['content'] }}{% else %}"
@@ -68,7 +68,7 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
         additional_special_tokens=[USER_TOKEN, ASSISTANT_TOKEN],
         padding_side="left",
     )
-    fast.chat_template = _CHAT_TEMPLATE
+    fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
@@ -85,7 +85,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         patch_size=STRIDE,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -207,10 +207,10 @@ class WordCache:
         )
         positions = count_positions(encoded["attention_mask"])
         layers, _, rope = target.read(encoded, positions)
-        return _last_states(layers, positions, rope).float()
+        return last_states(layers, positions, rope).float()
 
 
-def _last_states(
+def last_states(
     layers: Sequence[LayerKV], positions: Tensor, rope: Sequence[RopeSpec | None], count: int = 1
 ) -> Tensor:
     """K without rotation and V of the last positions: `(batch * count, layers, 2, width)`."""
@@ -232,7 +232,7 @@ def reconstruct_loss(
     layers, _ = read_layers(perception.past_key_values)
     length = perception.input_ids.shape[1]
     positions = torch.arange(length).expand(len(scenes), -1)
-    states = _last_states(layers, positions, bridge.target.rope(length), side * side)
+    states = last_states(layers, positions, bridge.target.rope(length), side * side)
     wanted, covered = words.wanted(scenes, side)
     error = ((states - wanted.flatten(0, 1)) / words.scale).pow(2).mean((1, 2, 3))
     shown = covered.flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -102,10 +102,8 @@ class SourcePolicy:
                 f"{type(self.source).__name__} acts but has no `prefill`: it keeps no cache that "
                 "could be read; mm_c2c.sources.action.backbone_source reads a policy's backbone"
             )
-        inputs = [self.inputs(observation, past)]
-        if tokens is None:
-            return prefill(inputs)
-        return prefill(inputs, torch.from_numpy(tokens).unsqueeze(0))
+        wrote = None if tokens is None else torch.from_numpy(tokens)
+        return prefill([replace(self.inputs(observation, past), action_tokens=wrote)])
 
     def inputs(self, observation: Observation, past: Sequence[Any]) -> SourceInput:
         """What the source reads."""

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import mm_c2c.reference
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.errors import UnsupportedError
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.link import LinkConfig
+from mm_c2c.reference.babyai import rollouts
+from mm_c2c.reference.babyai.levels import instruction_text
 from mm_c2c.robot.monitor import MonitorConfig
 from mm_c2c.robot.observation import ObservationSpec
 from mm_c2c.robot.policy import SourcePolicy, discrete_actions
 from mm_c2c.robot.reader import CacheReader
 from mm_c2c.target import Target
 
-HERE = Path(mm_c2c.reference.__file__).parent / "babyai"
-POLICY_FOLDER = HERE / "policy"
+HERE = rollouts.POLICY.parent
+POLICY_ID = "mm_c2c/reference/babyai/policy"
 READER_FOLDER = HERE / "reader"
 EPISODES_FOLDER = HERE / "episodes"
-ACTION_NAMES = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
-"""minigrid's, by their number."""
 QUESTIONS = (
     "What will the robot do next?",
     "Which object is the robot going for?",
@@ -41,23 +37,15 @@ _CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% e
 
 
 def load_policy() -> SourcePolicy:
-    """The BabyAI policy; it looks again after each action of a chunk.
-
-    Raises:
-        UnsupportedError: it is not there.
-    """
-    try:
-        rollouts: Any = importlib.import_module("mm_c2c.reference.babyai.rollouts")
-        levels: Any = importlib.import_module("mm_c2c.reference.babyai.levels")
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(f"no robot policy ships with this version ({error})") from error
-    if not POLICY_FOLDER.is_dir():
-        raise UnsupportedError(f"no robot policy ships with this version: {POLICY_FOLDER} is empty")
+    """The BabyAI policy; it looks again after the first action of each chunk."""
+    source = rollouts.load_policy(rollouts.POLICY)
+    # Not where it was installed: a bridge says which policy it was trained for.
+    source.origin = source.origin._replace(model=POLICY_ID)
     return SourcePolicy(
-        source=rollouts.load_policy(POLICY_FOLDER),
+        source=source,
         spec=ObservationSpec(cameras=("front",)),
         to_actions=discrete_actions,
-        instruct=levels.instruction_text,
+        instruct=instruction_text,
     )
 
 

@@ -67,6 +67,9 @@ def load_source(
 ) -> Source:
     """A frozen model to read, by the class that its family has.
 
+    A vision-language model whose config has `n_action_bins` and `norm_stats`, as OpenVLA's has, is
+    a policy: its actions are read too.
+
     Args:
         name: Hub id or folder.
         revision: the Hub's commit.
@@ -75,6 +78,7 @@ def load_source(
     Raises:
         FetchError: it could not be had.
         UnsupportedError: a family that is not known here.
+        ConfigError: a policy whose config does not say what its action tokens mean.
     """
     config = load_pretrained("AutoConfig", name, revision)
     kind: Any = source_class(config.model_type, has_vision=hasattr(config, "vision_config"))
@@ -82,6 +86,13 @@ def load_source(
     reads_text = kind.__name__ == "TextSource"
     architecture, *_ = config.architectures or ["AutoModelForCausalLM"]
     model = load_pretrained(architecture, name, revision, dtype=dtype)
-    reader = "AutoTokenizer" if reads_text else "AutoProcessor"
-    source: Source = kind(model, load_pretrained(reader, name, revision), name, revision)
+    reader = load_pretrained("AutoTokenizer" if reads_text else "AutoProcessor", name, revision)
+    if hasattr(config, "n_action_bins"):
+        from mm_c2c.sources.action import ActionBins, policy_class
+
+        policy: Source = policy_class(kind)(
+            model, reader, ActionBins.from_config(config), name, revision
+        )
+        return policy
+    source: Source = kind(model, reader, name, revision)
     return source

@@ -5,7 +5,7 @@ Reading never changes how a policy acts: every read works on a cache and on nois
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -221,6 +221,50 @@ class ActionBins:
                 f"num_bins must be in [2, vocab_size={self.vocab_size}], got {self.num_bins}"
             )
 
+    @classmethod
+    def from_config(cls, config: Any, dataset: str | None = None) -> ActionBins:
+        """What a policy's `config.json` says, in OpenVLA's own manner.
+
+        Args:
+            config: with `n_action_bins`, and `norm_stats`: `{dataset: {"action": {"q01", "q99",
+                "mask"}}}`, `mask` where not every dimension is scaled.
+            dataset: whose statistics hold, where there are several.
+
+        Raises:
+            ConfigError: one of these is missing or wrong.
+        """
+        stats = getattr(config, "norm_stats", None)
+        if not isinstance(stats, Mapping) or not stats:
+            raise ConfigError(
+                "a policy with n_action_bins needs norm_stats in its config: "
+                f'{{dataset: {{"action": {{"q01", "q99"}}}}}}, got {stats!r}'
+            )
+        if dataset is None and len(stats) == 1:
+            (dataset,) = stats
+        if dataset not in stats:
+            raise ConfigError(
+                f"norm_stats has the data sets {', '.join(stats)}, and the actions are those of "
+                f"{dataset!r}; build the source with ActionBins.from_config(config, dataset)"
+            )
+        try:
+            action = stats[dataset]["action"]
+            low, high = tuple(action["q01"]), tuple(action["q99"])
+            scaled = tuple(action.get("mask") or ())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"norm_stats of {dataset}: expected an action with q01 and q99, got {error!r}"
+            ) from error
+        # OpenVLA's embedding has tokens at its end that only pad it.
+        padding = getattr(config, "pad_to_multiple_of", None) or 0
+        vocab_size = config.get_text_config(decoder=True).vocab_size - padding
+        return cls(
+            vocab_size=vocab_size,
+            low=low,
+            high=high,
+            scaled=scaled,
+            num_bins=config.n_action_bins,
+        )
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Actions `(..., action_dim)` float64 in the robot's units, of token ids so shaped.
 
@@ -282,10 +326,14 @@ class TokenActionSource(VLMSource):
         Args:
             inputs: pictures and an instruction each.
             tokens: `(batch, action_dim)`: what `act` gave for these inputs, where it has run
-                already; None lets the policy act.
+                already; None takes the inputs' own `action_tokens`, and lets the policy act in rows
+                without.
+
+        Raises:
+            InputError: a row's own tokens are not as many as an action has.
         """
         prompt = super().prefill(inputs)
-        tokens = self.act(inputs).tokens if tokens is None else tokens
+        tokens = self._given_or_acted(inputs) if tokens is None else tokens
         cache = full_cache(self.model)
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
             raise UnsupportedError(
@@ -314,6 +362,34 @@ class TokenActionSource(VLMSource):
             spans=torch.cat([prompt.spans, nowhere[..., :2]], dim=1),
         )
 
+    def _given_or_acted(self, inputs: Sequence[SourceInput]) -> Tensor:
+        """`(batch, action_dim)`: the inputs' own tokens, or what the policy does there."""
+        dim, device = len(self.bins.low), self.model.device
+        for row, item in enumerate(inputs):
+            if item.action_tokens is not None and item.action_tokens.shape != (dim,):
+                raise InputError(
+                    f"row {row}: expected {dim} action tokens, got "
+                    f"{tuple(item.action_tokens.shape)}"
+                )
+        undecided = [item for item in inputs if item.action_tokens is None]
+        acted = iter(self.act(undecided).tokens if undecided else ())
+        rows = [next(acted) if i.action_tokens is None else i.action_tokens for i in inputs]
+        return torch.stack([row.to(device) for row in rows])
+
+    def entropy(self, inputs: Sequence[SourceInput]) -> Tensor:
+        """How unsure the policy is of its own action: `(batch, action_dim)`, in nats."""
+        encoded = self._encode(inputs, [self.render(item) for item in inputs])
+        out = self.model.generate(
+            **self._known(encoded),
+            max_new_tokens=len(self.bins.low),
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        chances = torch.stack(out.logits, dim=1).float().log_softmax(-1)
+        return -(chances.exp() * chances).sum(-1)
+
     def act(self, inputs: Sequence[SourceInput]) -> TokenActions:
         """The policy's own actions, by greedy `model.generate`.
 
@@ -334,6 +410,22 @@ class TokenActionSource(VLMSource):
                 f"{tokens.tolist()}; is it a policy?"
             )
         return TokenActions(tokens, self.bins.decode(tokens))
+
+
+def policy_class(kind: type) -> type[TokenActionSource]:
+    """The class of a policy with action tokens whose backbone another class reads.
+
+    Raises:
+        UnsupportedError: that class has no prompt that could be read on.
+    """
+    if not issubclass(kind, VLMSource):
+        raise UnsupportedError(
+            f"the config has n_action_bins, but {kind.__name__} has no prompt of one cache that "
+            "action tokens could follow"
+        )
+    if kind is VLMSource:
+        return TokenActionSource
+    return type(f"TokenAction{kind.__name__}", (TokenActionSource, kind), {})
 
 
 def backbone_source(

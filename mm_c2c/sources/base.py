@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -43,6 +43,8 @@ class SourceInput:
             chunk, both as wide as the model pads them; None takes the source's own, which is the
             same in every call.
         audio: `(samples,)` float32 in [-1, 1], mono at 16 kHz.
+        action_tokens: `(action_dim,)` int64, what a policy that writes its actions as tokens did
+            here; None lets it act.
     """
 
     text: str = ""
@@ -50,6 +52,12 @@ class SourceInput:
     state: Tensor | None = None
     noise: Tensor | None = None
     audio: Tensor | NDArray[np.float32] | None = None
+    action_tokens: Tensor | None = None
+
+
+def with_request(look: SourceInput, request: str) -> SourceInput:
+    """The same with a question or another request after its own text."""
+    return replace(look, text="\n".join(part for part in (look.text, request) if part))
 
 
 class Source(Protocol):

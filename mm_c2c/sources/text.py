@@ -85,7 +85,8 @@ def encode_chats(
     """
     begin = render_chat(tokenizer, TEXT_MARK, system).index(TEXT_MARK)
     rendered = [render_chat(tokenizer, text, system) for text in texts]
-    rows = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in rendered]
+    own = adds_its_own(tokenizer)
+    rows = [tokenizer(line, add_special_tokens=own)["input_ids"] for line in rendered]
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     input_ids = torch.full((len(rows), width), pad)
@@ -95,9 +96,18 @@ def encode_chats(
         start = width - len(ids)
         input_ids[row, start:] = torch.tensor(ids)
         mask[row, start:] = 1
-        spans[row, start:] = locate_text(token_spans(tokenizer, line), line, text.strip(), begin)
+        covered = token_spans(tokenizer, line, add_special_tokens=own)
+        spans[row, start:] = locate_text(covered, line, text.strip(), begin)
     encoded = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
     return encoded, spans.to(device)
+
+
+def adds_its_own(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a prompt gets the tokenizer's special tokens: a chat template writes them itself.
+
+    A base model has none, and may read badly without its first token (Gemma's `<bos>`).
+    """
+    return not tokenizer.chat_template
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None = None) -> str:

@@ -137,16 +137,19 @@ class DropConfig:
     Attributes:
         sources: share of rows in which a source's cache is emptied, drawn for each source.
         slots: share of slots that stay as the target has them.
+        links: share of rows in which all slots of a link stay so, drawn for each link: what is left
+            out when a reader is asked with one of its links only.
         questions: share of rows in which the sources of slots look without reading the question;
             1 is question-blind: look once, ask any number of questions.
     """
 
     sources: float = 0.1
     slots: float = 0.0
+    links: float = 0.0
     questions: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("sources", "slots", "questions"):
+        for name in ("sources", "slots", "links", "questions"):
             _share(f"drop.{name}", getattr(self, name))
 
 

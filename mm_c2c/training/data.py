@@ -4,8 +4,10 @@ An example is a mapping (a line of JSONL, the `.json` of a sample in a tar shard
 set) of
 
     image or images   a picture or several; in JSONL, paths beside the file
+    audio             a recording, WAV; in JSONL, a path beside the file
     text              what the source reads beside them, such as an instruction
     state             a robot's state, numbers
+    action_tokens     what a policy that writes its actions as tokens did, ids; else it acts
     question, answer  or `turns`, a list of such pairs
     caption           a true description, for the reconstruct phase
 
@@ -27,18 +29,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from mm_c2c.errors import FetchError, InputError, UnsupportedError
 from mm_c2c.images import load_image
+from mm_c2c.recordings import read_wav
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-_FIELDS = ("image", "images", "text", "state", "question", "answer", "turns", "caption")
+_FIELDS = (
+    "image",
+    "images",
+    "audio",
+    "text",
+    "state",
+    "action_tokens",
+    "question",
+    "answer",
+    "turns",
+    "caption",
+)
+_SHOWN = ("image", "images", "audio", "text", "state", "action_tokens")
 _BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
@@ -55,24 +72,30 @@ class Example:
 
     Attributes:
         images: pictures.
+        audio: a recording, as `SourceInput` takes it.
         text: what the source reads beside them.
         state: a robot's state.
+        action_tokens: what a policy did, where the example says so.
         turns: questions and their answers.
         description: a true description, where there is one.
     """
 
     images: tuple[Image.Image, ...]
+    audio: NDArray[np.float32] | None = None
     text: str
     state: tuple[float, ...]
     turns: tuple[Turn, ...]
     description: str | None
+    action_tokens: tuple[int, ...] = ()
 
     def look(self, question: str = "") -> SourceInput:
-        """What a source is given: the pictures, and the text with a question or without."""
+        """What a source is given: what is shown, and the text with a question or without."""
         return SourceInput(
             text="\n".join(part for part in (self.text, question) if part),
             images=self.images,
+            audio=self.audio,
             state=torch.tensor(self.state) if self.state else None,
+            action_tokens=torch.tensor(self.action_tokens) if self.action_tokens else None,
         )
 
 
@@ -170,7 +193,7 @@ class _Stream:
             random.Random(f"{self.seed}/{self._block}").shuffle(self._held)
         index, row = self._held[place]
         where = f"{self.name}, row {index}"
-        return lambda: _example(self.rename(row), where, _open_picture)
+        return lambda: _example(self.rename(row), where, _open_picture, _open_recording)
 
     def _endless(self) -> Iterator[tuple[int, Any]]:
         while True:
@@ -217,7 +240,7 @@ def _index_lines(path: Path, *, skip: bool) -> Iterator[Reader]:
         rows.append((number, row))
 
     def shown(numbered: tuple[int, dict[str, Any]]) -> str:
-        return json.dumps([numbered[1].get(k) for k in ("image", "images", "text", "state")])
+        return json.dumps([numbered[1].get(key) for key in _SHOWN])
 
     for seen, group in itertools.groupby(rows, shown):
         numbers, same = zip(*group, strict=True)
@@ -230,7 +253,13 @@ def _index_lines(path: Path, *, skip: bool) -> Iterator[Reader]:
                 "turns": [turn for row in part for turn in _turns(row)],
                 "caption": captions[0] if captions else None,
             }
-            yield partial(_example, merged, f"{path}, line {number}", partial(_beside, path.parent))
+            yield partial(
+                _example,
+                merged,
+                f"{path}, line {number}",
+                partial(_beside, path.parent),
+                partial(_recording_beside, path.parent),
+            )
 
 
 def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
@@ -274,7 +303,9 @@ def _read_sample(shard: Path, stem: str, members: list[tuple[str, int, int]]) ->
     except (*_BAD_JSON, ValueError) as error:
         raise InputError(f"{shard}, sample {stem}: expected one .json, got {error!r}") from error
     pictures = [data for name, data in parts.items() if name.lower().endswith(_PICTURES)]
-    return _example({**row, "images": pictures}, f"{shard}, sample {stem}", _open_picture)
+    recordings = [data for name, data in parts.items() if name.lower().endswith(".wav")]
+    shown = {**row, "images": pictures, "audio": next(iter(recordings), None)}
+    return _example(shown, f"{shard}, sample {stem}", _open_picture, _open_recording)
 
 
 def _load_dataset(config: DataConfig) -> Any:
@@ -293,7 +324,7 @@ def _load_dataset(config: DataConfig) -> Any:
 
 
 def _read_row(rows: Any, index: int, rename: Any, name: str) -> Example:
-    return _example(rename(rows[index]), f"{name}, row {index}", _open_picture)
+    return _example(rename(rows[index]), f"{name}, row {index}", _open_picture, _open_recording)
 
 
 def _rename(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,15 +345,20 @@ def _turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
 
 
 def _example(
-    row: Mapping[str, Any], where: str, open_picture: Callable[[Any], Image.Image]
+    row: Mapping[str, Any],
+    where: str,
+    open_picture: Callable[[Any], Image.Image],
+    open_recording: Callable[[Any], NDArray[np.float32]],
 ) -> Example:
-    """Read what a mapping says and open its pictures; `where` it stands goes into errors."""
+    """Read what a mapping says and open what it shows; `where` it stands goes into errors."""
     try:
         alone = [] if row.get("image") is None else [row["image"]]
         return Example(
             images=tuple(open_picture(picture) for picture in row.get("images") or alone),
+            audio=None if row.get("audio") is None else open_recording(row["audio"]),
             text=str(row.get("text") or ""),
             state=tuple(map(float, row.get("state") or ())),
+            action_tokens=tuple(map(int, row.get("action_tokens") or ())),
             turns=_turns(row),
             description=row.get("caption") or None,
         )
@@ -332,8 +368,34 @@ def _example(
         ) from error
 
 
+def look_at(row: Mapping[str, Any], where: str) -> SourceInput:
+    """What a source is shown of a line of JSONL, without the question.
+
+    Args:
+        row: the line, with paths of its pictures and its recording as they can be opened.
+        where: it stands, for errors.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    beside = partial(_recording_beside, Path())
+    return _example({**row, "turns": ()}, where, load_image, beside).look()
+
+
 def _beside(folder: Path, name: str) -> Image.Image:
     return load_image(folder / name)
+
+
+def _recording_beside(folder: Path, name: str) -> NDArray[np.float32]:
+    try:
+        return read_wav((folder / name).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read recording {folder / name}: {error.strerror}") from error
+
+
+def _open_recording(data: Any) -> NDArray[np.float32]:
+    """The bytes of a WAV file, alone or as `datasets` hands them on undecoded."""
+    return read_wav(data["bytes"] if isinstance(data, Mapping) else data)
 
 
 def _open_picture(data: Any) -> Image.Image:

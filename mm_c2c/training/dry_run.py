@@ -89,7 +89,11 @@ def blank_trainer(config: TrainingConfig, *, true_width: bool = False) -> Traine
     links = _links(config, sources, target)
     config = replace(config, start=None)
     if not true_width:
-        config = replace(config, batch_size=2, accumulation=1)
+        narrow_links = {
+            name: {**link, "fuser": {**link.get("fuser", {}), "hidden_size": _INNER}}
+            for name, link in config.links.items()
+        }
+        config = replace(config, links=narrow_links, batch_size=2, accumulation=1)
     accelerator = build_accelerator(config.out, precision=config.precision)
     blank = {
         name: BlankSource(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mm_c2c.cache import SourceCache, join_sources, without_padding
@@ -29,13 +30,18 @@ def row_key(salt: str, look: SourceInput) -> str:
 
     Args:
         salt: which source, at which precision.
-        look: text, state and pictures, by their pixels.
+        look: text, state, action tokens, pictures by their pixels, and a recording by its samples.
     """
     digest = hashlib.sha256(repr((salt, look.text, len(look.images))).encode())
     for picture in look.images:
         digest.update(repr((picture.mode, picture.size)).encode() + picture.tobytes())
     if look.state is not None:
         digest.update(repr(look.state.tolist()).encode())
+    if look.action_tokens is not None:
+        digest.update(repr(("action_tokens", look.action_tokens.tolist())).encode())
+    if look.audio is not None:
+        samples = np.asarray(look.audio, dtype=np.float32)
+        digest.update(repr(("audio", samples.shape)).encode() + samples.tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -150,12 +150,9 @@ class Objective:
                 looks = [examples[owner].look(question) for owner, question in rows]
                 cache = self.prefill(link.source, looks)
                 seen[link.source] = emptied(cache, [empty[owner] for owner, _ in rows])
-            if self.drop.slots:
+            if self.drop.slots or self.drop.links:
                 keep[link.name] = torch.tensor(
-                    [
-                        [rngs[owner].random() >= self.drop.slots for _ in range(link.num_slots)]
-                        for owner, _ in rows
-                    ],
+                    [self._kept_slots(link.num_slots, rngs[owner]) for owner, _ in rows],
                     device=self.bridge.device,
                 )
         perception = None
@@ -166,6 +163,12 @@ class Objective:
                 whole.input_ids[order], select_rows(whole.past_key_values, order)
             )
         return self.bridge.fuse(perception, self._questions(examples, asked), heard)
+
+    def _kept_slots(self, count: int, rng: random.Random) -> list[bool]:
+        """Which slots of a link are written in a row."""
+        if self.drop.links and rng.random() < self.drop.links:
+            return [False] * count
+        return [rng.random() >= self.drop.slots for _ in range(count)]
 
     def _questions(self, examples: Sequence[Example], asked: Asked) -> list[str]:
         """What the target is asked; words that are aligned must be the source's own."""

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
-from mm_c2c.sources.base import Source, SourceInput
+from mm_c2c.sources.base import Source, SourceInput, with_request
 from mm_c2c.sources.text import encode_chats
 
 MAX_NEW_TOKENS = 12
@@ -27,6 +27,8 @@ CAPTION_TOKENS = 64
 
 ARMS: dict[str, str] = {
     "fused": "fused:Fused",
+    "prefix_only": "fused:PrefixOnly",
+    "action_only": "fused:ActionOnly",
     "fused_and_caption": "fused:FusedAndCaption",
     "blind": "alone:Blind",
     "caption_relay": "relay:CaptionRelay",
@@ -35,7 +37,13 @@ ARMS: dict[str, str] = {
     "tuned_relay": "tuned:TunedRelay",
     "soft_prompt": "soft_prompt:SoftPrompt",
     "answer_relay": "relay:AnswerRelay",
+    "instruction_only": "relay:InstructionOnly",
+    "instruction_only_options": "relay:InstructionOnlyWithOptions",
     "true_description": "relay:TrueDescription",
+    "true_description_options": "relay:TrueDescriptionWithOptions",
+    "description_and_instruction": "relay:DescriptionAndInstruction",
+    "description_and_instruction_options": "relay:DescriptionAndInstructionWithOptions",
+    "tuned_description": "tuned:TunedDescription",
     "source": "alone:SourceAlone",
     "shuffled": "fused:Shuffled",
     "zeroed": "fused:Zeroed",
@@ -46,26 +54,47 @@ ARMS: dict[str, str] = {
 FILES = {
     "question_aware_relay": "prompts",
     "tuned_relay": "adapter",
+    "tuned_description": "description_adapter",
     "soft_prompt": "connector",
     "own_source": "own_bridge",
 }
 """Arms that want something trained or found before, and the attribute of `Setting` that says where."""
 
+SOURCE_WORDS = (
+    "fused_and_caption",
+    "caption_relay",
+    "caption_relay_options",
+    "question_aware_relay",
+    "tuned_relay",
+    "answer_relay",
+    "source",
+)
+"""Arms that want words of the source; a policy has none."""
+
 
 class Asked(NamedTuple):
-    """One question about one picture.
+    """One question about what a source is shown.
 
     Attributes:
-        picture: RGB.
+        look: what that is, without the question.
         question: what is asked.
         options: answers that this kind of question can have; empty where that is open.
         description: a true description of the picture, where there is one.
     """
 
-    picture: Image.Image
+    look: SourceInput
     question: str
     options: tuple[str, ...] = ()
     description: str | None = None
+
+    @property
+    def picture(self) -> Image.Image:
+        """The first picture."""
+        return self.look.images[0]
+
+    def look_for(self, request: str) -> SourceInput:
+        """The same with a question or another request after the source's own text."""
+        return with_request(self.look, request)
 
 
 class Reply(NamedTuple):
@@ -92,6 +121,8 @@ class Setting:
         request: what the source is asked for when it writes a caption.
         prompts: result of `mm-c2c prompts`, for the arm `question_aware_relay`.
         adapter: folder of a trained LoRA, for the arm `tuned_relay`.
+        description_adapter: folder of a LoRA trained on true descriptions and instructions, for the
+            arm `tuned_description`.
         connector: folder of a trained connector, for the arm `soft_prompt`.
         own_bridge: folder of a bridge from the target into itself, for the arm `own_source`.
     """
@@ -101,6 +132,7 @@ class Setting:
     request: str
     prompts: Path | None = None
     adapter: Path | None = None
+    description_adapter: Path | None = None
     connector: Path | None = None
     own_bridge: Path | None = None
 
@@ -166,10 +198,7 @@ def target_answers(
 
 def captions(source: Source, requests: Sequence[str], asked: Sequence[Asked]) -> list[str]:
     """What the source writes about each picture when it is asked for that."""
-    looks = [
-        SourceInput(text=request, images=(row.picture,))
-        for request, row in zip(requests, asked, strict=True)
-    ]
+    looks = [row.look_for(request) for request, row in zip(requests, asked, strict=True)]
     written = source.generate(looks, max_new_tokens=CAPTION_TOKENS, do_sample=False)
     return [text.strip() for text in written]
 

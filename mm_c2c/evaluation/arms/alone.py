@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.evaluation.arms import Asked, Reply, Setting, options, target_answers
-from mm_c2c.sources.base import SourceInput
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,6 @@ class SourceAlone:
 
     def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
         """See `Arm`."""
-        looks = [SourceInput(text=row.question, images=(row.picture,)) for row in asked]
+        looks = [row.look_for(row.question) for row in asked]
         answers = self.setting.source.generate(looks, **options(streamer))
         return [Reply(text.strip()) for text in answers]

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.bridge import Perception
 from mm_c2c.cache import SourceCache, zeroed
+from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting, captions, options
-from mm_c2c.sources.base import SourceInput
+from mm_c2c.link import LinkConfig
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,13 @@ class Fused:
 
     def see(self, asked: Sequence[Asked]) -> Perception:
         """The slots, written from what is handed over."""
-        looks = [SourceInput(images=(row.picture,)) for row in asked]
-        cache = self.alter(self.setting.source.prefill(looks))
-        return self.setting.bridge.fuse_slots({self.setting.source_name: cache})
+        cache = self.alter(self.setting.source.prefill([row.look for row in asked]))
+        return self.setting.bridge.fuse_slots({self.setting.source_name: cache}, self.keep(asked))
+
+    def keep(self, asked: Sequence[Asked]) -> dict[str, Tensor] | None:
+        """The slots that are written, as `Bridge.fuse_slots` takes them; None writes all."""
+        del asked
+        return None
 
     @torch.no_grad()
     def _ask(
@@ -40,6 +46,42 @@ class Fused:
     ) -> list[str]:
         answers = self.setting.bridge.generate(self.see(asked), questions, **options(streamer))
         return [text.strip() for text in answers]
+
+
+class PrefixOnly(Fused):
+    """Of a policy's cache what stands before its state and actions; their slots stay unwritten.
+
+    That is what `drop.links` of a training leaves.
+    """
+
+    actions = False
+
+    def keep(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
+        """The slots of the links of that part."""
+        bridge = self.setting.bridge
+        links = [link for link in bridge.config.links if link.source == self.setting.source_name]
+        kept = [reads_actions(link) == self.actions for link in links]
+        if not any(kept):
+            raise ConfigError(
+                f"no link of source {self.setting.source_name!r} reads "
+                f"{'its state or actions' if self.actions else 'what stands before its actions'}; "
+                f"leave this arm out (links: {', '.join(link.name for link in links)})"
+            )
+        return {
+            link.name: torch.full((len(asked), link.num_slots), here, device=bridge.device)
+            for link, here in zip(links, kept, strict=True)
+        }
+
+
+class ActionOnly(PrefixOnly):
+    """Of a policy's cache its state and actions alone."""
+
+    actions = True
+
+
+def reads_actions(link: LinkConfig) -> bool:
+    """Whether a link draws on a policy's state or actions."""
+    return not {"state", "action"}.isdisjoint(link.kinds)
 
 
 class Shuffled(Fused):

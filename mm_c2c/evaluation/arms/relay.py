@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from transformers.generation.streamers import BaseStreamer
 
@@ -18,7 +20,6 @@ from mm_c2c.evaluation.arms import (
     target_answers,
 )
 from mm_c2c.evaluation.arms.prompts import OPTIONS_LINE, RelayPrompt, read_winner
-from mm_c2c.sources.base import SourceInput
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class CaptionRelay:
     """The source writes a caption without knowing the question, the target reads it."""
 
     setting: Setting
+    wording: ClassVar[RelayPrompt] = RelayPrompt()
 
     def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
         """See `Arm`."""
@@ -40,17 +42,13 @@ class CaptionRelay:
 
     def prompt(self, text: str, asked: Asked) -> str:
         """What the target reads."""
-        return RelayPrompt().ask_target(text, asked.question)
+        return self.wording.ask_target(text, asked.question, asked.options)
 
 
 class CaptionRelayWithOptions(CaptionRelay):
     """A caption relay that also shows the target which answers there are."""
 
-    def prompt(self, text: str, asked: Asked) -> str:
-        """The caption, the question and its options."""
-        return RelayPrompt(options_line=OPTIONS_LINE).ask_target(
-            text, asked.question, asked.options
-        )
+    wording = RelayPrompt(options_line=OPTIONS_LINE)
 
 
 class QuestionAwareRelay(CaptionRelay):
@@ -64,12 +62,8 @@ class QuestionAwareRelay(CaptionRelay):
         requests = [self.wording.ask_source(row.question) for row in asked]
         return captions(self.setting.source, requests, asked)
 
-    def prompt(self, text: str, asked: Asked) -> str:
-        """In the winning words."""
-        return self.wording.ask_target(text, asked.question, asked.options)
-
     @cached_property
-    def wording(self) -> RelayPrompt:
+    def wording(self) -> RelayPrompt:  # type: ignore[override]
         """What the search found."""
         return read_winner(self.setting.file_of("question_aware_relay"))
 
@@ -88,17 +82,57 @@ class TrueDescription(CaptionRelay):
         return [row.description or "" for row in asked]
 
 
+class TrueDescriptionWithOptions(TrueDescription, CaptionRelayWithOptions):
+    """The same with the options shown."""
+
+
+class InstructionOnly(CaptionRelay):
+    """The target reads what a policy reads as words, and sees nothing of what it does."""
+
+    wording = RelayPrompt(template="The robot was told: {caption}\n{question}")
+
+    def write(self, asked: Sequence[Asked]) -> list[str]:
+        """The policy's own text."""
+        missing = sum(not row.look.text.strip() for row in asked)
+        if missing:
+            raise InputError(
+                f"{missing} of {len(asked)} items have no instruction (`text` in the JSONL), which "
+                "this arm reads; leave it out"
+            )
+        return [row.look.text.strip() for row in asked]
+
+
+class InstructionOnlyWithOptions(InstructionOnly):
+    """The same with the options shown."""
+
+    wording = dataclasses.replace(InstructionOnly.wording, options_line=OPTIONS_LINE)
+
+
+class DescriptionAndInstruction(TrueDescription):
+    """A camera that describes all it sees, and the policy's instruction: all but its actions."""
+
+    def write(self, asked: Sequence[Asked]) -> list[str]:
+        """The description, then the policy's own text."""
+        told = InstructionOnly(self.setting).write(asked)
+        return [
+            f"{seen}\nThe robot was told: {text}"
+            for seen, text in zip(super().write(asked), told, strict=True)
+        ]
+
+
+class DescriptionAndInstructionWithOptions(DescriptionAndInstruction, CaptionRelayWithOptions):
+    """The same with the options shown."""
+
+
 class AnswerRelay(CaptionRelay):
     """The source answers, the target repeats the answer in its own words."""
 
+    wording = RelayPrompt(template="Somebody who sees the picture answers: {caption}\n{question}")
+
     def write(self, asked: Sequence[Asked]) -> list[str]:
         """The source's own answers."""
-        looks = [SourceInput(text=row.question, images=(row.picture,)) for row in asked]
+        looks = [row.look_for(row.question) for row in asked]
         answers = self.setting.source.generate(
             looks, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
         )
         return [text.strip() for text in answers]
-
-    def prompt(self, text: str, asked: Asked) -> str:
-        """The source's answer before the question."""
-        return f"Somebody who sees the picture answers: {text}\n{asked.question}"

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
 from mm_c2c.evaluation.arms import Asked, Reply, target_answers
-from mm_c2c.evaluation.arms.relay import CaptionRelay
+from mm_c2c.evaluation.arms.relay import CaptionRelay, DescriptionAndInstruction
 from mm_c2c.target import Target
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -22,6 +22,8 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 class TunedRelay(CaptionRelay):
     """A caption relay; other arms still find the target as it was."""
+
+    name: ClassVar[str] = "tuned_relay"
 
     def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
         """See `Arm`."""
@@ -33,7 +35,13 @@ class TunedRelay(CaptionRelay):
     @cached_property
     def model(self) -> PreTrainedModel:
         """The tuned target."""
-        return load_adapter(self.setting.bridge.target, self.setting.file_of("tuned_relay"))
+        return load_adapter(self.setting.bridge.target, self.setting.file_of(self.name))
+
+
+class TunedDescription(DescriptionAndInstruction, TunedRelay):
+    """A camera's true description and the instruction, read by a target that was tuned on such."""
+
+    name = "tuned_description"
 
 
 def import_peft() -> Any:

@@ -1,0 +1,422 @@
+"""Will this episode succeed? A failure monitor from the fused cache, beside what else could warn.
+
+    python -m mm_c2c.evaluation.monitor items=FILE bridge=FOLDER [train=FILE] [--out FILE]
+
+At each step of an episode every monitor gives a score, higher for failure: the target's logit of
+"no" over "yes" to a question over the fused cache; the same for a target that reads a true camera
+caption and the instruction; how unsure the policy is of its action; a linear probe on the cache,
+where there are steps to fit it on; and the number of steps that have passed, which knows nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from mm_c2c.bridge import Bridge, FusedInputs
+from mm_c2c.cache import fork
+from mm_c2c.config import parse_overrides
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.evaluation.arms import Setting
+from mm_c2c.evaluation.arms.fused import Fused
+from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
+from mm_c2c.evaluation.arms.tuned import TunedDescription
+from mm_c2c.evaluation.probe import (
+    COMPONENTS,
+    fit_best,
+    fit_projection,
+    hold_out,
+    load_pair,
+    read_features,
+)
+from mm_c2c.evaluation.report import pipe_table
+from mm_c2c.evaluation.results import write_json
+from mm_c2c.evaluation.run import portable, source_name, to_asked
+from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, mean
+from mm_c2c.evaluation.tasks import Item, load_items
+from mm_c2c.sources.base import Source, SourceInput, count_positions
+from mm_c2c.sources.text import encode_chats
+
+Scores = NDArray[np.float64]
+
+_NAMES = {
+    "fused": "**fused**",
+    "policy": "the policy's own uncertainty",
+    "caption_relay": "target reads camera caption and instruction",
+    "tuned_caption_relay": "the same, target tuned with LoRA",
+    "probe": "linear probe on the cache",
+    "steps": "steps passed (knows nothing)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """Settings.
+
+    Attributes:
+        items: JSONL of items with `episode`, `step` and `success`; each step is scored once,
+            whatever questions it comes with.
+        bridge: as in `EvaluationConfig`.
+        source_model: likewise.
+        target_model: likewise.
+        source: likewise.
+        train: JSONL of steps to fit the linear probe on; None leaves that monitor out.
+        description_adapter: folder of a LoRA, as in `Setting`; None leaves that monitor out.
+        question: what the target is asked; `yes` must mean success.
+        episodes: so many, spread evenly; None takes all.
+        train_limit: fit on so many items, spread evenly over the file; None takes all.
+        window: steps over which a score is averaged before its maximum is taken.
+        false_alarms: share of the successful episodes that may raise an alarm.
+        draws: of noise, for the variance of a policy that starts from noise.
+        batch_size: steps at once.
+        resamples: of the bootstrap, over episodes.
+        seed: of the bootstrap and the probe.
+    """
+
+    items: Path
+    bridge: str | None = None
+    source_model: str | None = None
+    target_model: str | None = None
+    source: str | None = None
+    train: Path | None = None
+    description_adapter: Path | None = None
+    question: str = "Will the robot succeed?"
+    episodes: int | None = None
+    train_limit: int | None = None
+    window: int = 3
+    false_alarms: float = 0.05
+    draws: int = 4
+    batch_size: int = 24
+    resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.window, self.batch_size) < 1 or self.draws < 2:
+            raise ConfigError("window and batch_size must be at least 1, draws at least 2")
+        if not 0 <= self.false_alarms < 1:
+            raise ConfigError(f"false_alarms must be in [0, 1), got {self.false_alarms}")
+
+
+def monitor(bridge: Bridge, config: MonitorConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Score every step by every monitor.
+
+    Args:
+        bridge: with the frozen models.
+        config: settings.
+        progress: whether to show bars.
+
+    Returns:
+        Plain values: `steps`, `episodes`, `failures` (episodes), and for each monitor `over_steps`
+        and, by the highest and the mean smoothed score of an episode, `over_episodes_max` and
+        `over_episodes_mean`: AUROC as [value, low, high]; `so_far`, the second of these from the
+        first 1, 2, 4, ... steps alone; and `detection`, see `detect`.
+
+    Raises:
+        InputError: an item lacks `episode` or `success`, or all episodes end alike.
+    """
+    torch.manual_seed(config.seed)
+    steps = pick_steps(load_items(config.items), config.episodes)
+    failed = np.array([not item.success for item in steps])
+    if failed.all() or not failed.any():
+        raise InputError(f"{config.items}: all episodes end alike; there is nothing to tell apart")
+    scores = read_scores(bridge, config, steps, progress=progress)
+    return {
+        "config": portable(config),
+        **judge(steps, scores, config),
+    }
+
+
+def pick_steps(items: Sequence[Item], episodes: int | None = None) -> list[Item]:
+    """One item for each step, in the order of episodes and steps.
+
+    Raises:
+        InputError: an item lacks `episode` or `success`.
+    """
+    found: dict[tuple[str, int], Item] = {}
+    for item in items:
+        if item.episode is None or item.success is None:
+            raise InputError(
+                f"{item.image}: a monitor wants `episode`, `step` and `success` of every item"
+            )
+        found.setdefault((item.episode, item.step), item)
+    names = sorted({name for name, _ in found})
+    if episodes is not None and episodes < len(names):
+        names = [names[i * len(names) // episodes] for i in range(episodes)]
+    kept = set(names)
+    return [found[key] for key in sorted(found) if key[0] in kept]
+
+
+def read_scores(
+    bridge: Bridge, config: MonitorConfig, steps: Sequence[Item], *, progress: bool = True
+) -> dict[str, Scores]:
+    """What each monitor says at each step, higher for failure."""
+    name = source_name(bridge, config.source)
+    setting = Setting(
+        bridge=bridge,
+        source_name=name,
+        request="",
+        description_adapter=config.description_adapter,
+    )
+    watch: dict[str, list[Tensor]] = {"fused": [], "policy": []}
+    relays = {}
+    if all(item.description is not None and item.row.get("text") for item in steps):
+        relays["caption_relay"] = DescriptionAndInstruction(setting), bridge.target.model
+        if config.description_adapter is not None:
+            tuned = TunedDescription(setting)
+            relays["tuned_caption_relay"] = tuned, tuned.model
+    watch |= {relay: [] for relay in relays}
+    starts = range(0, len(steps), config.batch_size)
+    for start in tqdm(starts, desc="steps", disable=not progress):
+        asked = [to_asked(item) for item in steps[start : start + config.batch_size]]
+        asked = [row._replace(question=config.question) for row in asked]
+        with torch.no_grad():
+            fused = bridge.fuse(Fused(setting).see(asked), [row.question for row in asked])
+            watch["fused"].append(no_over_yes(bridge, bridge.target.model, fused))
+            for relay, (arm, model) in relays.items():
+                texts = arm.write(asked)
+                prompts = [arm.prompt(*pair) for pair in zip(texts, asked, strict=True)]
+                watch[relay].append(no_over_yes(bridge, model, _chats(bridge, prompts)))
+            looks = [row.look for row in asked]
+            watch["policy"].append(uncertainty(setting.source, looks, config.draws))
+    scores = {key: torch.cat(parts).double().numpy() for key, parts in watch.items()}
+    if config.train is not None:
+        train = pick_steps(load_items(config.train, config.train_limit))
+        if len({item.success for item in train}) < 2:
+            raise InputError(
+                f"{config.train}: all episodes end alike; a probe learns nothing there"
+            )
+        scores["probe"] = probe_scores(setting.source, train, steps, config, progress=progress)
+    scores["steps"] = np.array([float(item.step) for item in steps])
+    return scores
+
+
+def _chats(bridge: Bridge, prompts: Sequence[str]) -> dict[str, Any]:
+    encoded, _ = encode_chats(
+        bridge.target.tokenizer, list(prompts), bridge.device, bridge.config.system
+    )
+    return encoded
+
+
+def no_over_yes(bridge: Bridge, model: Any, inputs: FusedInputs | dict[str, Any]) -> Tensor:
+    """`(batch,)`: log P(no) - log P(yes) of the answer's first token, capital letters or not.
+
+    Args:
+        bridge: with the target's tokenizer.
+        model: the target's, or one in its place.
+        inputs: a prompt, with a cache of its first tokens or without.
+    """
+    cache = inputs.get("past_key_values")
+    done = 0 if cache is None else cache.get_seq_length()
+    mask = inputs["attention_mask"]
+    logits = model(
+        input_ids=inputs["input_ids"][:, done:],
+        attention_mask=mask,
+        position_ids=count_positions(mask)[:, done:],
+        past_key_values=None if cache is None else fork(cache),
+        **bridge.target.spared,
+    ).logits[:, -1]
+    no, yes = (
+        logits[:, _first_tokens(bridge, word)].float().logsumexp(1) for word in ("no", "yes")
+    )
+    return (no - yes).cpu()
+
+
+def _first_tokens(bridge: Bridge, word: str) -> list[int]:
+    tokenizer = bridge.target.tokenizer
+    forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
+    ids = tokenizer(list(forms), add_special_tokens=False)["input_ids"]
+    return sorted({row[0] for row in ids if row})
+
+
+@torch.no_grad()
+def uncertainty(source: Source, looks: Sequence[SourceInput], draws: int) -> Tensor:
+    """`(batch,)`: how unsure a policy is of its action.
+
+    The entropy of its action tokens in nats, mean over them; or, of a policy that starts from noise,
+    the variance of its chunk over draws of noise, mean over steps and dimensions.
+
+    Raises:
+        UnsupportedError: the source is no policy of either kind.
+    """
+    policy: Any = source
+    if hasattr(policy, "entropy"):
+        return policy.entropy(looks).mean(1).cpu()
+    config: Any = getattr(getattr(policy, "model", None), "config", None)
+    if not (hasattr(policy, "act") and hasattr(config, "chunk_size")):
+        raise UnsupportedError(f"{source} does not act: there is no uncertainty to read")
+    shape = (config.chunk_size, config.max_action_dim)
+    chunks = []
+    for seed in range(draws):
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        chunks.append(policy.act([replace(look, noise=noise) for look in looks]))
+    return torch.stack(chunks).float().var(0).mean((1, 2)).cpu()
+
+
+def probe_scores(
+    source: Source,
+    train: Sequence[Item],
+    steps: Sequence[Item],
+    config: MonitorConfig,
+    *,
+    progress: bool = True,
+) -> Scores:
+    """The logit of failure of a linear probe on the whole cache, fitted on other steps."""
+    found, owners = read_features(source, [*train, *steps], config.batch_size, progress=progress)
+    features = torch.cat([found["prefix"], found["action"]], dim=1)[owners]
+    features = fit_projection(features[: len(train)], COMPONENTS).apply(features)
+    ends = ["success" if item.success else "failure" for item in train]
+    probe, _ = fit_best(features[: len(train)], ends, hold_out(train, config.seed))
+    logits = probe.logits(features[len(train) :]).double().numpy()
+    scores: Scores = logits[:, 0] - logits[:, 1]  # `failure` comes first
+    return scores
+
+
+def judge(
+    steps: Sequence[Item], scores: dict[str, Scores], config: MonitorConfig
+) -> dict[str, Any]:
+    """AUROC and detection of every monitor; see `monitor`."""
+    owners = [str(item.episode) for item in steps]
+    failed = np.array([not item.success for item in steps])
+    starts = [i for i, name in enumerate(owners) if i == 0 or name != owners[i - 1]]
+    spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(owners)], strict=True)]
+    ends = failed[starts]
+    longest = max(span.stop - span.start for span in spans)
+    by_step = draw_resamples(len(steps), config.resamples, config.seed, owners)
+    by_episode = draw_resamples(len(spans), config.resamples, config.seed)
+
+    def area(found: Sequence[float] | Scores, positive: Hits, draws: Scores) -> list[float]:
+        values = np.asarray(found, dtype=np.float64)
+        return list(interval(lambda weights: auroc(values, positive, weights), draws))
+
+    monitors = {}
+    for name, found in scores.items():
+        runs = [smooth(found[span], config.window) for span in spans]
+        horizons = [2**k for k in range(int(math.log2(longest)) + 1)]
+        monitors[name] = {
+            "over_steps": area(found, failed, by_step),
+            "over_episodes_max": area([run.max() for run in runs], ends, by_episode),
+            "over_episodes_mean": area([run.mean() for run in runs], ends, by_episode),
+            "so_far": {
+                str(h): area([run[:h].max() for run in runs], ends, by_episode) for h in horizons
+            },
+            "detection": detect(runs, ends, config),
+        }
+    return {
+        "steps": len(steps),
+        "episodes": len(spans),
+        "failures": int(ends.sum()),
+        "monitors": monitors,
+    }
+
+
+def smooth(scores: Scores, window: int) -> Scores:
+    """The mean of each score and those before it, at most `window` in all."""
+    return np.array([scores[max(0, i + 1 - window) : i + 1].mean() for i in range(len(scores))])
+
+
+def detect(runs: Sequence[Scores], failed: Hits, config: MonitorConfig) -> dict[str, Any]:
+    """Alarms at a rate of false ones.
+
+    Episodes are split into two halves by turns; the threshold of either half is what so many of the
+    other half's successful episodes stay below.
+
+    Returns:
+        `detected`, share of the failed episodes with an alarm, and `false_alarms`, of the successful
+        ones, with intervals; `median_step` of the first alarm in a failed episode, from 0, and
+        `median_share` of the episode that had passed; None where there is none.
+    """
+    alarms: list[int | None] = [None] * len(runs)
+    for half, chosen in _halves(len(runs)):
+        peaks = [run.max() for run, fails in zip(runs, failed, strict=True) if not fails]
+        places = [i for i in range(len(runs)) if not failed[i]]
+        others = [peak for peak, i in zip(peaks, places, strict=True) if i % 2 != half]
+        limit = np.quantile(others, 1 - config.false_alarms) if others else math.inf
+        for i in chosen:
+            over = np.flatnonzero(runs[i] > limit)
+            alarms[i] = int(over[0]) if len(over) else None
+    raised = np.array([alarm is not None for alarm in alarms])
+    caught = [i for i in range(len(runs)) if failed[i] and alarms[i] is not None]
+    firsts = [alarms[i] or 0 for i in caught]
+    passed = [(first + 1) / len(runs[i]) for first, i in zip(firsts, caught, strict=True)]
+
+    def share(where: Hits) -> list[float | None]:
+        draws = draw_resamples(int(where.sum()), config.resamples, config.seed)
+        return list(interval(lambda weights: mean(raised[where], weights), draws))
+
+    return {
+        "detected": share(failed),
+        "false_alarms": share(~failed),
+        "median_step": float(np.median(firsts)) if caught else None,
+        "median_share": float(np.median(passed)) if caught else None,
+    }
+
+
+def _halves(count: int) -> Iterator[tuple[int, range]]:
+    yield 0, range(0, count, 2)
+    yield 1, range(1, count, 2)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The monitors side by side, in Markdown."""
+
+    def cell(values: Sequence[float], scale: int = 1) -> str:
+        digits = 2 if scale == 1 else 0
+        return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*(scale * v for v in values), d=digits)
+
+    rows = [
+        [
+            "failure monitor",
+            "AUROC, steps",
+            "episodes, highest score",
+            "episodes, mean score",
+            "detected, %",
+            "false alarms, %",
+            "first alarm, median step",
+        ]
+    ]
+    for name, row in result["monitors"].items():
+        found = row["detection"]
+        step = "" if found["median_step"] is None else f"{found['median_step']:.0f}"
+        rows.append(
+            [
+                _NAMES[name],
+                cell(row["over_steps"]),
+                cell(row["over_episodes_max"]),
+                cell(row["over_episodes_mean"]),
+                cell(found["detected"], 100),
+                cell(found["false_alarms"], 100),
+                step,
+            ]
+        )
+    head = (
+        f"{result['steps']:,} steps of {result['episodes']:,} episodes, of which "
+        f"{result['failures']:,} fail; 95 % bootstrap intervals over episodes."
+    )
+    return f"{head}\n\n{pipe_table(rows)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and score."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="+", metavar="key=value")
+    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
+    args = parser.parse_args(argv)
+    config = parse_overrides(MonitorConfig, args.overrides)
+    result = monitor(load_pair(config), config)
+    if args.out:
+        write_json(args.out, result)
+    print(table(result))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Questions about rollouts as JSONL: to train a reader on, or to evaluate one.
+
+    python -m mm_c2c.reference.babyai.make_items train --rollouts FILE --out FOLDER
+    python -m mm_c2c.reference.babyai.make_items unseen --rollouts FILE --out FOLDER
+
+`train` writes `items.jsonl`. `unseen` writes `items.jsonl`, balanced over kinds and their answers;
+`narration.jsonl`, one sentence each; `lies.jsonl`, whose instruction was swapped after the fact: the
+policy acted under its own, and its action tokens are those; and `monitor.jsonl`, which asks about
+episodes again and again whether they will succeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mm_c2c.reference.babyai.levels import ACTIONS, Camera
+from mm_c2c.reference.babyai.questions import (
+    MOTIONS,
+    Question,
+    answers,
+    ask,
+    caption,
+    in_view,
+    swapped_mission,
+)
+from mm_c2c.reference.babyai.rollouts import POLICY, Episode, load_episodes, load_policy
+from mm_c2c.sources.action import TokenActionSource
+from mm_c2c.sources.base import SourceInput
+
+# What an instruction is about, so that a swapped one says something else.
+_ABOUT_GOAL = ("next", "object", "colour", "side")
+_BATCH = 64
+# Share of training steps with a narration: long answers pad their whole batch.
+_NARRATED = 0.06
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """One step of an episode, as a reader is shown it.
+
+    Attributes:
+        episode: which.
+        number: of the step.
+        mission: the instruction that is shown.
+        text: what the policy is shown to have read.
+        tokens: the action tokens that it wrote.
+        told: where the instruction was swapped: what the policy would be after if it had read it,
+            by the name of a wording.
+    """
+
+    episode: Episode
+    number: int
+    mission: str
+    text: str
+    tokens: tuple[int, ...]
+    told: dict[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its picture."""
+        return f"{self.episode.name}-{self.number:03d}"
+
+
+class Row(NamedTuple):
+    """A question about a moment."""
+
+    moment: Moment
+    question: Question
+
+
+def moments(
+    episodes: Iterable[Episode], policy: TokenActionSource, rng: random.Random, per_episode: int
+) -> list[Moment]:
+    """Steps of each episode, drawn at random, in order."""
+    found = []
+    for episode in episodes:
+        count = len(episode.steps)
+        for number in sorted(rng.sample(range(count), min(per_episode, count))):
+            step = episode.steps[number]
+            tokens = tuple(policy.bins.vocab_size - 1 - action for action in step.chunk)
+            found.append(
+                Moment(
+                    episode=episode,
+                    number=number,
+                    mission=episode.mission,
+                    text=step.text,
+                    tokens=tokens,
+                )
+            )
+    return found
+
+
+def swap(
+    found: Sequence[Moment], policy: TokenActionSource, camera: Camera, rng: random.Random
+) -> list[Moment]:
+    """The moments whose instruction can be swapped for one that asks for another action.
+
+    The other object is in view, and not called as the one the policy goes for; and the policy,
+    reading about it, would begin otherwise.
+    """
+    tried = []
+    for moment in found:
+        step, episode = moment.episode.steps[moment.number], moment.episode
+        truth = answers(episode, moment.number)
+        others = [thing for thing in in_view(step) if thing[0] != truth.get("object")]
+        names = Counter(name for name, _, _ in in_view(step))
+        others = [thing for thing in others if names[thing[0]] == 1]
+        if "object" not in truth or not others:
+            continue
+        name, forward, right = rng.choice(others)
+        mission = swapped_mission(episode, moment.number, name)
+        if mission is None or name in episode.mission:
+            continue
+        side = "straight ahead" if not right and forward > 0 else "left" if right < 0 else "right"
+        told = {"object": name, "colour": name.split()[0], "side": side}
+        text = mission + moment.text[len(moment.mission) :]
+        tried.append(
+            Moment(
+                episode=episode,
+                number=moment.number,
+                mission=mission,
+                text=text,
+                tokens=moment.tokens,
+                told=told,
+            )
+        )
+    kept = []
+    for first in range(0, len(tried), _BATCH):
+        batch = tried[first : first + _BATCH]
+        looks = [
+            SourceInput(
+                text=moment.text,
+                images=(camera.picture(moment.episode.steps[moment.number].symbols()),),
+            )
+            for moment in batch
+        ]
+        for moment, tokens in zip(batch, policy.act(looks).tokens.tolist(), strict=True):
+            motion = MOTIONS.get(ACTIONS[policy.bins.vocab_size - 1 - tokens[0]])
+            if tokens[0] != moment.tokens[0] and motion and moment.told is not None:
+                moment.told["next"] = motion
+                kept.append(moment)
+    return kept
+
+
+def questions_of(moment: Moment, rng: random.Random) -> list[Question]:
+    """All questions of a moment; of a swapped one those to which it says something untrue."""
+    found = answers(moment.episode, moment.number)
+    if moment.told is not None:
+        told = moment.told
+        found = {k: v for k, v in found.items() if k in _ABOUT_GOAL and told[k] != v}
+    return ask(found, rng)
+
+
+def thin(rows: Sequence[Row], rng: random.Random, most: float = 2.0) -> list[Row]:
+    """Fewer of the answers that are given far oftener than others of their kind.
+
+    Args:
+        rows: questions, in order.
+        rng: picks which.
+        most: times the mean over a kind's answers that one of them may have.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        counts[row.question.kind][row.question.answer] += 1
+
+    def share(question: Question) -> float:
+        found = counts[question.kind]
+        if question.kind == "narration":
+            return _NARRATED
+        rarest = sorted(found.values())[: max(1, len(found) // 2 + 1)][-1]
+        return min(1.0, most * rarest / found[question.answer])
+
+    return [row for row in rows if rng.random() < share(row.question)]
+
+
+def balance(
+    rows: Sequence[Row], per_kind: int, rng: random.Random, prefer: Collection[str] = ()
+) -> list[Row]:
+    """So many of each kind, its answers in turn as long as each lasts.
+
+    Args:
+        rows: questions.
+        per_kind: how many.
+        rng: picks which.
+        prefer: names of moments that are taken first, since their pictures are there already.
+    """
+    by_kind: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    mixed = rng.sample(list(rows), len(rows))
+    for row in sorted(mixed, key=lambda row: row.moment.name in prefer):  # taken from the end
+        by_kind[row.question.kind][row.question.answer].append(row)
+    chosen = []
+    for kind in sorted(by_kind):
+        piles = [by_kind[kind][answer] for answer in sorted(by_kind[kind])]
+        count = 0
+        while count < per_kind and any(piles):
+            for pile in piles:
+                if pile and count < per_kind:
+                    chosen.append(pile.pop())
+                    count += 1
+    return sorted(chosen, key=lambda row: row.moment.name)
+
+
+def write(rows: Sequence[Row], path: Path, camera: Camera) -> None:
+    """Write questions, one a line, and their pictures into `images` beside the file."""
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for moment, question in rows:
+            step = moment.episode.steps[moment.number]
+            picture = path.parent / "images" / f"{moment.name}.webp"
+            if not picture.exists():
+                camera.picture(step.symbols()).save(picture, lossless=True, method=6)
+            line: dict[str, Any] = {
+                "image": f"images/{picture.name}",
+                "text": moment.text,
+                "action_tokens": moment.tokens,
+                "question": question.question,
+                "answer": question.answer,
+                "kind": question.kind,
+                "options": question.options,
+                "caption": caption(step),
+                "instruction": moment.mission,
+                "episode": moment.episode.name,
+                "step": moment.number,
+                "success": moment.episode.success,
+            }
+            if moment.told is not None:
+                line["told"] = moment.told[question.kind]
+            file.write(json.dumps(line) + "\n")
+
+
+def watch(
+    episodes: Sequence[Episode], policy: TokenActionSource, rng: random.Random, count: int
+) -> list[Row]:
+    """Whether it will succeed, asked at up to six steps of each episode, spread evenly.
+
+    As many episodes that fail as such that succeed, at most `count` of each.
+    """
+    groups = [[e for e in episodes if e.success is success] for success in (True, False)]
+    size = min(count, *map(len, groups))
+    rows = []
+    for group in groups:
+        for episode in rng.sample(group, size):
+            all_moments = moments([episode], policy, rng, len(episode.steps))
+            picked = {i * len(all_moments) // 6 for i in range(6)}
+            for number in sorted(picked):
+                found = {"success": answers(episode, number)["success"]}
+                rows += [Row(all_moments[number], question) for question in ask(found, rng)]
+    return rows
+
+
+def main() -> None:
+    """Make the files of a split."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("split", choices=("train", "unseen"))
+    parser.add_argument("--rollouts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--policy", type=Path, default=POLICY)
+    parser.add_argument("--per-episode", type=int, default=12, help="steps of an episode, at most")
+    parser.add_argument("--per-kind", type=int, default=106, help="unseen questions of a kind")
+    parser.add_argument("--lies", type=float, default=0.25, help="swapped steps a step of `train`")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, camera, policy = random.Random(args.seed), Camera(), load_policy(args.policy)
+    episodes = load_episodes(args.rollouts)
+    found = moments(episodes, policy, rng, args.per_episode)
+    lies = swap(found, policy, camera, rng)
+    if args.split == "train":
+        lies = rng.sample(lies, min(len(lies), int(args.lies * len(found))))
+        rows = [Row(m, question) for m in (*found, *lies) for question in questions_of(m, rng)]
+        write(thin(rows, rng), args.out / "items.jsonl", camera)
+        return
+    rows = [Row(moment, question) for moment in found for question in questions_of(moment, rng)]
+    asked = [row for row in rows if row.question.kind != "narration"]
+    told = [row for row in rows if row.question.kind == "narration"]
+    false = [Row(moment, question) for moment in lies for question in questions_of(moment, rng)]
+    chosen = balance(asked, args.per_kind, rng)
+    seen = {row.moment.name for row in chosen}
+    told = [row for row in told if row.moment.name in seen]
+    files = {
+        "items": chosen,
+        "narration": rng.sample(told, min(len(told), args.per_kind // 2)),
+        "lies": balance(false, args.per_kind * 2 // 3, rng, seen),
+        "monitor": watch(episodes, policy, rng, 25),
+    }
+    for name, picked in files.items():
+        write(picked, args.out / f"{name}.jsonl", camera)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Tune the target with LoRA to read a camera's true description and the instruction.
+
+    python -m mm_c2c.reference.train_description configs/baseline_description.yaml [key=value ...]
+
+What the arm `tuned_description` takes: the strong form of a caption relay for a policy, trained on
+the items that the policy's reader was trained on. Saves as it goes, and resumes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mm_c2c.config import load_config
+from mm_c2c.errors import ConfigError
+from mm_c2c.evaluation.arms import Asked, Setting
+from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
+from mm_c2c.evaluation.arms.tuned import add_adapter
+from mm_c2c.evaluation.probe import load_pair
+from mm_c2c.evaluation.tasks import Item, load_items
+from mm_c2c.reference.packing import Turn
+from mm_c2c.reference.train_fuser import turns_loss
+from mm_c2c.sources.base import SourceInput
+from mm_c2c.sources.text import render_chat
+from mm_c2c.training.loop import Loop, cosine_rate
+from mm_c2c.training.optimizers import build_optimizers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescriptionTrainingConfig:
+    """Settings of one training.
+
+    Attributes:
+        items: JSONL with `caption` and `text`, lines of one step after each other; pictures are
+            not read.
+        bridge: the reader it is compared with: its target and prompt are taken.
+        out: where checkpoints, the log and the result (in `out/adapter`) go.
+        source_model: as in `EvaluationConfig`.
+        target_model: likewise.
+        parameters: about so many are trained; None takes as many as the reader's fusers have.
+        steps: optimiser steps.
+        examples: descriptions a step.
+        questions: questions about each, or as many as it has.
+        learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
+        warmup: steps of the warm-up.
+        save_every: steps between checkpoints.
+        log_every: steps between rows of the log.
+        seed: of weights and data order.
+    """
+
+    items: Path
+    bridge: str
+    out: Path
+    source_model: str | None = None
+    target_model: str | None = None
+    parameters: int | None = None
+    steps: int = 120
+    examples: int = 8
+    questions: int = 5
+    learning_rate: float = 1e-3
+    warmup: int = 20
+    save_every: int = 10
+    log_every: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps <= self.warmup:
+            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+        if min(self.examples, self.questions) < 1:
+            raise ConfigError("examples and questions must be at least 1")
+
+
+def train(config: DescriptionTrainingConfig) -> None:
+    """Run, or go on with, one training."""
+    torch.manual_seed(config.seed)
+    bridge = load_pair(config)
+    parameters = config.parameters or sum(p.numel() for p in bridge.fusers.parameters())
+    wrapped, model = add_adapter(bridge.target, parameters)
+    arm = DescriptionAndInstruction(Setting(bridge=bridge, source_name="", request=""))
+    groups = group_steps(load_items(config.items))
+    tokenizer = bridge.target.tokenizer
+
+    def cost(items: list[Item]) -> Tensor:
+        """Of the answers about one description."""
+        asked = [
+            Asked(SourceInput(text=i.row.get("text", "")), i.question, (), i.description)
+            for i in items
+        ]
+        shown = [arm.prompt(*pair) for pair in zip(arm.write(asked), asked, strict=True)]
+        texts = [render_chat(tokenizer, text, bridge.config.system) for text in shown]
+        return shared_loss(model, tokenizer, texts, [item.answer for item in items])
+
+    def loss(step: int, rng: random.Random) -> Tensor:
+        del step
+        picked = rng.sample(groups, min(config.examples, len(groups)))
+        costs = [cost(rng.sample(g, min(config.questions, len(g)))) for g in picked]
+        return torch.stack(costs).mean()
+
+    Loop(
+        out=config.out,
+        steps=config.steps,
+        save_every=config.save_every,
+        log_every=config.log_every,
+        seed=config.seed,
+    ).run(
+        wrapped,
+        build_optimizers(wrapped, config.learning_rate, "adamw"),
+        lambda step: cosine_rate(step, config.warmup, config.steps),
+        loss,
+        # "auto" would ask the Hub whether the vocabulary has grown.
+        lambda _: wrapped.save_pretrained(config.out / "adapter", save_embedding_layers=False),
+    )
+
+
+def shared_loss(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> Tensor:
+    """Cross-entropy of answers, mean over tokens; what all prompts begin with is read once.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its own.
+        prompts: rendered; one or more.
+        answers: one a prompt; the token that ends each is learned too.
+    """
+    asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    said = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    columns = itertools.takewhile(lambda c: len(set(c)) == 1, zip(*asked, strict=False))
+    # The token before an answer is not among them: from it the answer is told.
+    done = min(len(list(columns)), *(len(ids) - 1 for ids in asked))
+    cache = DynamicCache(config=model.config)
+    if done:
+        model.model(torch.tensor([asked[0][:done]]), past_key_values=cache, use_cache=True)
+    end = tokenizer.eos_token_id
+    turns = [Turn(ids[done:], [*a, end]) for ids, a in zip(asked, said, strict=True)]
+    return turns_loss(model, [turns], cache, done)
+
+
+def group_steps(items: list[Item]) -> list[list[Item]]:
+    """The questions of each description that lines in succession share."""
+    return [
+        list(group)
+        for _, group in itertools.groupby(
+            items, lambda item: (item.image, item.description, item.row.get("text"))
+        )
+    ]
+
+
+def main() -> None:
+    """Read the config named on the command line and train."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    train(load_config(DescriptionTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

