@@ -374,7 +374,9 @@ def test_a_monitor_out_of_range_is_refused(settings: dict[str, Any]) -> None:
 # --- minigrid ------------------------------------------------------------------------------
 
 
-def test_a_level_of_minigrid_is_an_environment_of_the_loop() -> None:
+def test_a_level_of_minigrid_is_an_environment_of_the_loop(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("minigrid", reason="the level needs minigrid: pip install mm-c2c[robot]")
     env = make_minigrid("BabyAI-GoToLocal-v0")
     raw, _ = env.reset(seed=3)
@@ -382,3 +384,25 @@ def test_a_level_of_minigrid_is_an_environment_of_the_loop() -> None:
     assert seen["task"] == "go to the red key"
     assert seen["observation.images.front"].shape == (56, 56, 3)
     assert env.render().shape == (256, 256, 3)
+    for seed in range(40):  # minigrid itself would tell of layouts that it refuses
+        env.reset(seed=seed)
+    assert capsys.readouterr().out == ""
+
+
+# --- what it costs -------------------------------------------------------------------------
+
+
+def test_the_bench_compares_steps_with_and_without_a_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("minigrid", reason="the bench needs minigrid: pip install mm-c2c[robot]")
+    from mm_c2c.bench import robot as bench_robot
+
+    monkeypatch.setattr(bench_robot, "build_reader", Scripted)
+    result = bench_robot.bench(bench_robot.RobotBenchConfig(rounds=2, steps=2))
+    low, high = result["ratio"][1:]
+    assert 0 < low <= result["ratio"][0] <= high
+    assert result["read"] + result["dropped"] == 6  # the round that warms up counts too
+    assert result["latency_ms"] > 0
+    with pytest.raises(ConfigError, match="rounds must be at least 1, got 0"):
+        bench_robot.RobotBenchConfig(rounds=0)

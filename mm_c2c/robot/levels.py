@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,5 +34,11 @@ def make_minigrid(level: str, cell_pixels: int = 8) -> gymnasium.Env[Any, Any]:
         raise UnsupportedError(
             f'the level needs minigrid ({error}): pip install "mm-c2c[robot]"'
         ) from error
+
+    class Quiet(RGBImgPartialObsWrapper):  # type: ignore[misc,unused-ignore]
+        def reset(self, **settings: Any) -> Any:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints each layout it refuses
+                return super().reset(**settings)
+
     env = gymnasium.make(level, render_mode="rgb_array", disable_env_checker=True)
-    return RGBImgPartialObsWrapper(env, tile_size=cell_pixels)
+    return Quiet(env, tile_size=cell_pixels)

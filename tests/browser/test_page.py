@@ -213,6 +213,27 @@ def test_two_visitors_do_not_see_each_other(open_page) -> None:
     assert two.get_by_label("Question", exact=True).input_value() != "Is there a cat?"
 
 
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_an_episode_is_stepped_through_by_keys_and_asked_about(open_page, viewport: dict) -> None:
+    page = open_page(viewport)
+    if not page.get_by_role("tab", name="Robot", exact=True).is_visible():
+        page.locator(".overflow-menu button").first.click()
+        button(page, "Robot").click()
+    else:
+        open_tab(page, "Robot")
+    page.locator("input[type=range]:visible").first.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.get_by_text("Step 4 of").wait_for()
+    button(page, "Step on").press("Enter")
+    page.get_by_text("Step 5 of").wait_for()
+    assert page.locator(".figures:visible img").count() == 3
+    button(page, "Ask about this step").press("Enter")
+    page.locator(".card.instruction .answer").wait_for()
+    assert page.locator(".card:visible h3").count() == 3
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_all_without_scrolling_sideways(open_page, scheme: str) -> None:
     page = open_page(PHONE, scheme)
@@ -231,8 +252,10 @@ def test_axe_finds_nothing_serious(open_page) -> None:
     for scheme in ("light", "dark"):
         page = open_page(DESK, scheme)
         ask(page)
-        for name in ("Ask", "Look inside", "Build a scene", "Results", "Your own pair"):
+        for name in ("Ask", "Look inside", "Build a scene", "Robot", "Results", "Your own pair"):
             open_tab(page, name)
+            if name == "Results":
+                page.locator(".results svg").first.wait_for()  # dim until then
             page.wait_for_timeout(1500)
             page.evaluate(Path(script).read_text(encoding="utf-8"))
             found = page.evaluate("async () => (await axe.run()).violations")
