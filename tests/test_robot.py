@@ -176,6 +176,19 @@ def test_an_episode_is_a_stream_of_steps(policy: SourcePolicy) -> None:
     assert np.array_equal(again.actions[0], steps[2].action)
 
 
+def test_a_policy_is_told_what_it_did_before(policy: SourcePolicy) -> None:
+    told: list[list[Any]] = []
+
+    def note(task: str, past: Any) -> str:
+        told.append(list(past))
+        return task
+
+    steps = run(dataclasses.replace(policy, instruct=note))[:-1]
+    assert [len(past) for past in told] == [0, 2, 4]
+    done = [step.action.tobytes() for step in steps[:4]]
+    assert [action.tobytes() for action in told[-1]] == done
+
+
 def test_an_episode_can_be_cut_short_and_paced(policy: SourcePolicy) -> None:
     started = time.monotonic()
     *steps, end = run(policy, max_steps=2, fps=10)
