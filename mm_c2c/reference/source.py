@@ -23,6 +23,7 @@ from mm_c2c.reference.tower import STRIDE, GridTowerConfig, register
 IMAGE_TOKEN = "<image>"
 USER_TOKEN = "<|user|>"
 ASSISTANT_TOKEN = "<|assistant|>"
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", IMAGE_TOKEN, USER_TOKEN, ASSISTANT_TOKEN)
 VOCAB_SIZE = 768
 # About 1 / sqrt(width). With the usual 0.02 a model as narrow as this one attends evenly for so long
 # that it does not learn which thing lies where.
@@ -50,15 +51,19 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN, USER_TOKEN, ASSISTANT_TOKEN]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=special,
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     words = [concept.name for concept in CONCEPTS] + list(GROUPS)
     tokenizer.train_from_iterator([*corpus, *(f" {word}" for word in words * 200)], trainer)
+    return wrap_tokenizer(tokenizer)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A trained core with the special tokens and the chat template of the models made here."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -6,7 +6,7 @@ takes single matrices only; the fuser's are stacked `(layers, in, out)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,22 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+def _is_fuser_matrix(name: str, param: nn.Parameter) -> bool:
+    del param
+    return name.endswith("weight")
+
+
+def mixes_channels(name: str, param: nn.Parameter) -> bool:
+    """Whether a whole model's parameter is for Muon: a matrix, and no embedding."""
+    return param.ndim == 2 and "embed" not in name
+
+
 def build_optimizers(
-    module: nn.Module, rate: float, name: str = "muon", weight_decay: float = 0.01
+    module: nn.Module,
+    rate: float,
+    name: str = "muon",
+    weight_decay: float = 0.01,
+    is_matrix: Callable[[str, nn.Parameter], bool] = _is_fuser_matrix,
 ) -> list[torch.optim.Optimizer]:
     """Optimisers of what of a module is trained.
 
@@ -74,12 +88,13 @@ def build_optimizers(
         rate: learning rate, on the scale of AdamW's.
         name: `adamw`, or `muon` for the weights, with AdamW for biases and gates.
         weight_decay: AdamW's.
+        is_matrix: which parameters Muon moves, by name and shape; a fuser's are its weights.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for key, param in module.named_parameters():
         if param.requires_grad:
-            (matrices if name == "muon" and key.endswith("weight") else rest).append(param)
+            (matrices if name == "muon" and is_matrix(key, param) else rest).append(param)
     optimizers: list[torch.optim.Optimizer] = [StackedMuon(matrices, rate)] if matrices else []
     if rest:
         adam = torch.optim.AdamW(rest, rate, betas=_BETAS, weight_decay=weight_decay)

@@ -20,12 +20,7 @@ from transformers import (
 )
 
 from mm_c2c.reference.babyai.levels import ACTIONS, CELL_PIXELS, VIEW_CELLS, VIEW_PIXELS
-from mm_c2c.reference.source import (
-    ASSISTANT_TOKEN,
-    CHAT_TEMPLATE,
-    IMAGE_TOKEN,
-    USER_TOKEN,
-)
+from mm_c2c.reference.source import CHAT_TEMPLATE, IMAGE_TOKEN, SPECIAL_TOKENS, wrap_tokenizer
 
 CHUNK = 4
 """Actions of a chunk."""
@@ -44,23 +39,13 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=["<pad>", "<s>", "</s>", IMAGE_TOKEN, USER_TOKEN, ASSISTANT_TOKEN],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([f"<action_{bin}>" for bin in reversed(range(NUM_BINS))])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
-        additional_special_tokens=[USER_TOKEN, ASSISTANT_TOKEN],
-        padding_side="left",
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return wrap_tokenizer(tokenizer)
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:

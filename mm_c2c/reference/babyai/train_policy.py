@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -28,7 +28,7 @@ from mm_c2c.reference.babyai.policy import build_model, build_processor, build_t
 from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
 from mm_c2c.reference.source import ASSISTANT_TOKEN, USER_TOKEN
 from mm_c2c.training.loop import Loop, cosine_rate
-from mm_c2c.training.optimizers import StackedMuon
+from mm_c2c.training.optimizers import build_optimizers, mixes_channels
 
 logger = logging.getLogger(__name__)
 
@@ -255,23 +255,11 @@ def train(config: PolicyTrainingConfig) -> None:
         seed=config.seed,
     ).run(
         model,
-        _optimizers(model, config.learning_rate),
+        build_optimizers(model, config.learning_rate, is_matrix=mixes_channels),
         lambda step: cosine_rate(step, config.warmup, config.steps),
         loss,
         save,
     )
-
-
-def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for what mixes channels, AdamW for embeddings, norms and biases."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, param in model.named_parameters():
-        (matrices if param.ndim == 2 and "embed" not in name else rest).append(param)
-    return [
-        StackedMuon(matrices, rate),
-        torch.optim.AdamW(rest, rate, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from mm_c2c.reference.metaworld.policy import (
 )
 from mm_c2c.reference.metaworld.tasks import STATE_DIM, TASKS, read_truth
 from mm_c2c.training.loop import Loop, cosine_rate
-from mm_c2c.training.optimizers import StackedMuon
+from mm_c2c.training.optimizers import build_optimizers, mixes_channels
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def train(config: PolicyTrainingConfig) -> None:
         seed=config.seed,
     ).run(
         module,
-        _optimizers(module, config.learning_rate),
+        build_optimizers(module, config.learning_rate, is_matrix=_is_matrix),
         lambda step: cosine_rate(step, config.warmup, config.steps),
         loss,
         save,
@@ -264,17 +264,9 @@ def train(config: PolicyTrainingConfig) -> None:
     )
 
 
-def _optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for what mixes channels, AdamW for embeddings, norms, biases and the aid."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, param in module.named_parameters():
-        mixes = param.ndim == 2 and "embed" not in name and not name.startswith("where")
-        (matrices if mixes else rest).append(param)
-    return [
-        StackedMuon(matrices, rate),
-        torch.optim.AdamW(rest, rate, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
+def _is_matrix(name: str, param: nn.Parameter) -> bool:
+    """For Muon; the aid is for AdamW."""
+    return mixes_channels(name, param) and not name.startswith("where")
 
 
 def main() -> None:
