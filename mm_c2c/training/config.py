@@ -208,6 +208,9 @@ class TrainingConfig:
             not change what a step sees.
         accumulation: pieces in which a process takes its share of a step.
         precision: `fp32`, or `bf16` for bfloat16 products over float32 weights.
+        packed: the answers of an example's questions are learned in one sequence behind its slots,
+            where they do not see each other: the same loss for less work. For slots that are
+            question-blind, and targets whose layers see all that came before.
         kept: source caches on disk; None computes them each time.
         seed: of weights, order of the examples, questions and what is dropped.
         save_every: steps between checkpoints.
@@ -230,6 +233,7 @@ class TrainingConfig:
     batch_size: int = 32
     accumulation: int = 1
     precision: str = "fp32"
+    packed: bool = False
     kept: KeptConfig | None = None
     seed: int = 0
     save_every: int = 100

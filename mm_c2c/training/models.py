@@ -8,6 +8,8 @@ import torch
 
 from mm_c2c import sources
 from mm_c2c.bridge import Bridge, BridgeConfig
+from mm_c2c.reference import models as reference
+from mm_c2c.reference.fetch import HUB_ID
 from mm_c2c.reference.tower import register
 from mm_c2c.sources import Source
 from mm_c2c.target import Target
@@ -15,7 +17,9 @@ from mm_c2c.training.config import ModelConfig, TrainingConfig
 
 
 def load_target(config: ModelConfig) -> Target:
-    """The LLM that answers."""
+    """The LLM that answers; the reference target as this library fetches it."""
+    if (config.model, config.revision) == (HUB_ID, None):
+        return reference.load_target(dtype=getattr(torch, config.dtype))
     return Target.from_pretrained(config.model, config.revision, dtype=getattr(torch, config.dtype))
 
 

@@ -20,6 +20,7 @@ from transformers import Cache
 from mm_c2c.bridge import Bridge, FusedInputs, Perception
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, select_rows
 from mm_c2c.errors import InputError
+from mm_c2c.reference import packing
 from mm_c2c.rope import derotate
 from mm_c2c.sources.base import SourceInput, count_positions, full_cache
 from mm_c2c.training.config import DropConfig
@@ -90,6 +91,38 @@ class Objective:
         costs = F.cross_entropy(read.logits.mT.float(), read.labels, reduction="none")
         return _weigh(costs.sum(1) / (read.labels != -100).sum(1), asked)
 
+    def generate_packed(self, perception: Perception, asked: Asked) -> Tensor:
+        """As `generate`, with the questions of an example behind its slots in one sequence.
+
+        They do not see each other; nothing is padded to the longest answer, and no slot is held
+        once for each question.
+        """
+        target, prefix = self.bridge.target, perception.input_ids.shape[1]
+        prompts = self.bridge.question_tokens([turn.question for turn in asked.turns])
+        rows: list[list[packing.Turn]] = [[] for _ in range(perception.batch_size)]
+        shares: list[list[float]] = [[] for _ in rows]
+        for prompt, answer, owner, weight in zip(
+            prompts, self._answers(asked), asked.owners, asked.weights, strict=True
+        ):
+            rows[owner].append(packing.Turn(prompt, answer))
+            shares[owner] += [weight / len(answer)] * len(answer)
+        packed = packing.Packed(*(part.to(self.bridge.device) for part in packing.pack(rows, prefix)))
+        mask = packing.block_mask(packed.segments, prefix)[:, :, prefix:]
+        states = target.model.base_model(
+            packed.input_ids,
+            attention_mask=mask.to(target.model.dtype),
+            position_ids=packed.position_ids,
+            past_key_values=fork(perception.past_key_values),
+            use_cache=True,
+        ).last_hidden_state
+        wanted = packed.labels != -100
+        head: Any = target.model.get_output_embeddings()
+        costs = F.cross_entropy(
+            head(states[wanted]).float(), packed.labels[wanted], reduction="none"
+        )
+        weights: Any = torch.tensor([share for row in shares for share in row], device=costs.device)
+        return (costs * weights).sum()
+
     def reconstruct(self, fused: FusedInputs, asked: Asked, examples: Sequence[Example]) -> Tensor:
         """Distance of the cache of question and answer from what it is after a true description.
 
@@ -124,6 +157,25 @@ class Objective:
             asked: questions about them.
             rngs: one for each example.
         """
+        perception, heard = self.perceive(examples, asked, rngs)
+        return self.bridge.fuse(perception, self._questions(examples, asked), heard)
+
+    def perceive(
+        self,
+        examples: Sequence[Example],
+        asked: Asked,
+        rngs: Sequence[random.Random],
+        *,
+        once: bool = False,
+    ) -> tuple[Perception | None, dict[str, SourceCache]]:
+        """What slots hold, and what sources of aligned links read; arguments as for `fuse`.
+
+        Args:
+            examples: see `fuse`.
+            asked: see `fuse`.
+            rngs: see `fuse`.
+            once: a row for each example, whatever it is asked; else for each question.
+        """
         # A row for each example, or for each question where the sources of slots may hear it.
         rows = [(owner, "") for owner in range(len(examples))]
         place = asked.owners
@@ -157,12 +209,13 @@ class Objective:
                 )
         perception = None
         if seen:
-            whole = self.bridge.fuse_slots(seen, keep)
+            perception = self.bridge.fuse_slots(seen, keep)
+        if perception and not once:
             order = torch.tensor(place, device=self.bridge.device)
             perception = Perception(
-                whole.input_ids[order], select_rows(whole.past_key_values, order)
+                perception.input_ids[order], select_rows(perception.past_key_values, order)
             )
-        return self.bridge.fuse(perception, self._questions(examples, asked), heard)
+        return perception, heard
 
     def _kept_slots(self, count: int, rng: random.Random) -> list[bool]:
         """Which slots of a link are written in a row."""
@@ -227,11 +280,15 @@ class Objective:
 
     def _labels(self, asked: Asked) -> Tensor:
         """`(questions, answer_len)`: each answer and the token that ends it; -100 pads."""
+        rows = [torch.tensor(answer) for answer in self._answers(asked)]
+        return pad_sequence(rows, batch_first=True, padding_value=-100).to(self.bridge.device)
+
+    def _answers(self, asked: Asked) -> list[list[int]]:
+        """The tokens of each answer, and the one that ends it."""
         tokenizer = self.bridge.target.tokenizer
         texts = [turn.answer.strip() for turn in asked.turns]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [torch.tensor([*row, tokenizer.eos_token_id]) for row in ids]
-        return pad_sequence(rows, batch_first=True, padding_value=-100).to(self.bridge.device)
+        return [[*row, tokenizer.eos_token_id] for row in ids]
 
     def _last_states(self, read: Read, spans: Sequence[int]) -> tuple[Tensor, Tensor]:
         """K without rotation and V of the last tokens of each row.

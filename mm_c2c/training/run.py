@@ -126,6 +126,10 @@ class Trainer:
         reconstruct = step < phases.reconstruct.steps
         if not reconstruct and phases.generate.distill:
             asked = self.distil(examples, asked, rngs)
+        if self.config.packed and not reconstruct:
+            perception, _ = self.objective.perceive(examples, asked, rngs, once=True)
+            assert perception is not None
+            return self.objective.generate_packed(perception, asked)
         fused = self.objective.fuse(examples, asked, rngs)
         self._tokens += int(fused["attention_mask"].sum())
         if reconstruct:

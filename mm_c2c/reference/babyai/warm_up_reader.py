@@ -2,8 +2,8 @@
 
     python -m mm_c2c.reference.babyai.warm_up_reader configs/babyai_reader_words.yaml [key=value ...]
 
-A slot of a cell learns what the target holds after reading `a red ball`, that of a word of the
-instruction the word, and that of an action token the move. It costs no pass through the target but
+A slot of a cell learns what the target holds after reading `On the left: red ball`, that of a word
+of the instruction the word, and that of an action token the move. It costs no pass through the target but
 one for each phrase; its result is `start` of the reader's training.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +36,11 @@ from mm_c2c.training.optimizers import build_optimizers
 
 logger = logging.getLogger(__name__)
 
-# What stands before a phrase while the target reads it.
-_LEADS = {
-    PositionKind.IMAGE: "The robot sees",
-    PositionKind.TEXT: "The robot was told:",
-    PositionKind.ACTION: "The robot's moves:",
-}
 _NOTHING = "nothing"
+# What stands before a move, by its place in the chunk.
+_TURNS = ("Next move:", "Second move:", "Third move:", "Fourth move:")
+# Between the mission and the past moves, in the words that a policy reads.
+_PAST = "past"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +64,10 @@ class WarmUpConfig:
     rollouts: Path
     out: Path
     target: str | None = None
-    steps: int = 200
-    batch_size: int = 16
+    steps: int = 120
+    batch_size: int = 8
     learning_rate: float = 4e-3
-    save_every: int = 50
+    save_every: int = 20
     log_every: int = 5
     seed: int = 0
 
@@ -76,16 +75,18 @@ class WarmUpConfig:
 def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]:
     """What each position of a policy's cache stands for, in the target's words; None for the rest.
 
-    A word of the instruction comes after the one before it, so that `ball` knows its colour.
+    A phrase ends in what its position alone knows, so that its last token holds all of it: the
+    thing in a cell after the side on which the cell lies, a word of the mission after those before
+    it, a move of the past after the one before it.
     """
     rows = []
     for row, step in enumerate(steps):
         seen = {(AGENT_CELL[1] - f, AGENT_CELL[0] + r): name for name, f, r in in_view(step)}
         if step.carrying:
             seen[AGENT_CELL[1], AGENT_CELL[0]] = step.carrying
-        actions = iter(step.chunk)
+        moves = zip(_TURNS, step.chunk, strict=False)
         found: list[str | None] = []
-        last = ""
+        told: list[str] = []
         for kind, (start, end), (_, y, x) in zip(
             cache.kinds[row].tolist(),
             cache.spans[row].tolist(),
@@ -93,18 +94,28 @@ def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]
             strict=True,
         ):
             if kind == PositionKind.IMAGE:
-                name = seen.get((y, x))
-                found.append(f"{_LEADS[kind]} {f'a {name}' if name else _NOTHING}")
+                found.append(f"{_place(y, x)}: {seen.get((y, x), _NOTHING)}")
             elif kind == PositionKind.TEXT:
-                word = cache.texts[row][start:end].strip()
-                found.append(f"{_LEADS[kind]} {last} {word}".replace("  ", " "))
-                last = word
+                told.append(cache.texts[row][start:end].strip())
+                if _PAST in told:
+                    found.append(f"The robot's past moves: {' '.join(told[told.index(_PAST) :][-2:])}")
+                else:
+                    found.append(f"The robot was told: {' '.join(told)}")
             elif kind == PositionKind.ACTION:
-                found.append(f"{_LEADS[kind]} {MOTIONS.get(ACTIONS[next(actions)], 'stop')}")
+                turn, action = next(moves)
+                found.append(f"{turn} {MOTIONS.get(ACTIONS[action], 'stop')}")
             else:
                 found.append(None)
         rows.append(found)
     return rows
+
+
+def _place(row: int, column: int) -> str:
+    """Where a cell of the view lies."""
+    aside = column - AGENT_CELL[0]
+    if not aside:
+        return "In its hands" if row == AGENT_CELL[1] else "Straight ahead"
+    return "On the right" if aside > 0 else "On the left"
 
 
 class Phrases:
@@ -143,7 +154,8 @@ class Phrases:
 def slot_loss(bridge: Bridge, words: Phrases, cache: SourceCache, steps: Sequence[Step]) -> Tensor:
     """Squared distance of the slots from the target's own words, in units of a layer's spread.
 
-    Each link weighs the same.
+    Each link weighs the same, and in a link each phrase, however many slots hold it: most cells
+    show nothing.
     """
     perception = bridge.fuse_slots({bridge.config.links[0].source: cache})
     layers, _ = read_layers(perception.past_key_values)
@@ -151,15 +163,21 @@ def slot_loss(bridge: Bridge, words: Phrases, cache: SourceCache, steps: Sequenc
     links = bridge.config.links
     total = sum(link.num_slots for link in links)
     positions = torch.arange(length).expand(batch, -1)
-    found = last_states(layers, positions, bridge.target.rope(length), total)
-    truth = words.states(phrases(cache, steps))
+    found = last_states(layers, positions, bridge.target.rope(length), total).float()
+    told = phrases(cache, steps)
+    truth = words.states(told)
+    counts = Counter(phrase for row in told for phrase in row)
+    rarity = torch.tensor([[1 / counts[phrase] for phrase in row] for row in told])
     losses = []
     for link, part in zip(links, _split(found.unflatten(0, (batch, total)), links), strict=True):
         index = torch.arange(link.num_slots).expand(batch, -1)
         alignment = align_slots(link, bridge.fusers[link.name], cache, index)  # type: ignore[arg-type]
         wanted = alignment.gather(truth.flatten(2)).unflatten(2, truth.shape[2:])
-        spread = (wanted - wanted.mean((0, 1))).pow(2).mean((0, 1, 4), keepdim=True)
-        losses.append(((part - wanted).pow(2) / (spread + 1e-6)).mean())
+        weight = alignment.gather(rarity.unsqueeze(2))[:, :, :, None, None]
+        weight = weight / weight.sum()
+        mean = (wanted * weight).sum((0, 1))
+        spread = ((wanted - mean).pow(2) * weight).sum((0, 1)).mean(2, keepdim=True)
+        losses.append((((part - wanted).pow(2) / (spread + 1e-6)) * weight).sum((0, 1)).mean())
     return torch.stack(losses).mean()
 
 
