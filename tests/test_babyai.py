@@ -578,17 +578,38 @@ def test_every_position_has_words_for_what_it_stands_for(
     kinds = cache.kinds[0].tolist()
     assert [kind == PositionKind.TEMPLATE for kind in kinds] == [words is None for words in found]
     cells = [words for words, kind in zip(found, kinds, strict=True) if kind == PositionKind.IMAGE]
-    assert cells[3 * 7 + 4] == "The robot sees a blue ball"
-    assert cells[6 * 7 + 3] == "The robot sees a yellow box"
-    assert Counter(cells)["The robot sees nothing"] == 47
+    assert cells[3 * 7 + 4] == "On the right: blue ball"
+    assert cells[6 * 7 + 3] == "In its hands: yellow box"
+    assert Counter(cells) == {
+        "On the left: nothing": 21,
+        "On the right: nothing": 20,
+        "Straight ahead: nothing": 6,
+        "On the right: blue ball": 1,
+        "In its hands: yellow box": 1,
+    }
     told = [words for words, kind in zip(found, kinds, strict=True) if kind == PositionKind.TEXT]
     assert told[:5] == [
         f"The robot was told: {words}"
         for words in ("go", "go to", "to the", "the blue", "blue ball")
     ]
     assert found[-4:] == [
-        f"The robot's moves: {words}" for words in ("go forward", "turn left", "stop", "stop")
+        "Next move: go forward",
+        "Second move: turn left",
+        "Third move: stop",
+        "Fourth move: stop",
     ]
+
+
+def test_what_is_to_lie_beside_and_what_was_done_have_words_of_their_own(
+    policy: TokenActionSource, moment: Step
+) -> None:
+    text = "put a red box next to the blue ball. past: forward left"
+    moment = dataclasses.replace(moment, text=text)
+    cache = read_moment(policy, moment)
+    words = [w for w, k in zip(*phrases(cache, [moment]), cache.kinds[0]) if k == PositionKind.TEXT]  # noqa: B905
+    assert words[3] == "The robot was told: red box"
+    assert words[8] == "The robot was told: next to blue ball"
+    assert words[-1] == "The robot's past moves: forward left"
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from mm_c2c.errors import ConfigError, InputError, TrainingError, UnsupportedErr
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training import loop
 from mm_c2c.training.config import DropConfig, TrainingConfig
+from mm_c2c.training.data import open_examples
 from mm_c2c.training.kept import KeptCaches, row_key
 from mm_c2c.training.log import read_log
 from mm_c2c.training.loop import build_accelerator
@@ -316,6 +317,38 @@ def test_dropped_slots_and_sources_leave_their_mark(config: TrainingConfig) -> N
     # With the slots in place, the same steps move weights.
     after = go(override(config, ["phases.generate.steps=4", "drop.slots=0"]))
     assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_packed_questions_cost_what_they_cost_one_by_one(config: TrainingConfig) -> None:
+    """The loss and its gradients, also where an example has fewer questions than another."""
+    quiet = ["drop.sources=0.5", "drop.links=0.3", "data.questions=3", "batch_size=3"]
+    config = override(config, [*quiet, "phases.reconstruct.steps=0"])
+    sources = {name: load_source(model) for name, model in config.sources.items()}
+    found = []
+    for packed in (False, True):
+        accelerator = build_accelerator(config.out, cpu=True)
+        examples = open_examples(config.data, config.seed)
+        trainer = Trainer(
+            replace(config, packed=packed),
+            accelerator,
+            load_target(config.target),
+            sources,
+            examples,
+        )
+        torch.manual_seed(0)
+        for weight in trainer.bridge.fusers.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+        loss = trainer.loss(0, random.Random(0))
+        loss.backward()
+        found.append([loss, *(w.grad for w in trainer.bridge.fusers.parameters())])
+        assert trainer.gauges(1.0)["tokens_per_s"] > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["drop.questions=0.5", "links.eyes.geometry=aligned"])
+def test_packing_wants_slots_that_are_question_blind(config: TrainingConfig, other: str) -> None:
+    with pytest.raises(ConfigError, match="packed"):
+        override(config, ["packed=true", other])
 
 
 def test_sources_may_hear_the_question(

@@ -253,6 +253,12 @@ class TrainingConfig:
                 raise ConfigError(
                     f"a link names source {link.source!r}; sources: {', '.join(self.sources)}"
                 )
+        aligned = any(link.get("geometry") == "aligned" for link in self.links.values())
+        if self.packed and (aligned or self.drop.questions < 1):
+            raise ConfigError(
+                "packed questions share one look of sources that have not read them: expected "
+                "links of geometry slots and drop.questions=1"
+            )
         if self.phases.generate.distill and len(self.links) != 1:
             raise ConfigError(
                 f"phases.generate.distill takes the answers of one source, and there are "

@@ -91,11 +91,14 @@ class Objective:
         costs = F.cross_entropy(read.logits.mT.float(), read.labels, reduction="none")
         return _weigh(costs.sum(1) / (read.labels != -100).sum(1), asked)
 
-    def generate_packed(self, perception: Perception, asked: Asked) -> Tensor:
+    def generate_packed(self, perception: Perception, asked: Asked) -> tuple[Tensor, int]:
         """As `generate`, with the questions of an example behind its slots in one sequence.
 
         They do not see each other; nothing is padded to the longest answer, and no slot is held
         once for each question.
+
+        Returns:
+            The loss, and the tokens that were read, each example's slots once among them.
         """
         target, prefix = self.bridge.target, perception.input_ids.shape[1]
         prompts = self.bridge.question_tokens([turn.question for turn in asked.turns])
@@ -121,7 +124,8 @@ class Objective:
             head(states[wanted]).float(), packed.labels[wanted], reduction="none"
         )
         weights: Any = torch.tensor([share for row in shares for share in row], device=costs.device)
-        return (costs * weights).sum()
+        tokens = int((packed.segments >= 0).sum()) + prefix * perception.batch_size
+        return (costs * weights).sum(), tokens
 
     def reconstruct(self, fused: FusedInputs, asked: Asked, examples: Sequence[Example]) -> Tensor:
         """Distance of the cache of question and answer from what it is after a true description.

@@ -22,6 +22,7 @@ from torch import Tensor
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
 from mm_c2c.config import to_dict
+from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.target import Target
@@ -128,8 +129,11 @@ class Trainer:
             asked = self.distil(examples, asked, rngs)
         if self.config.packed and not reconstruct:
             perception, _ = self.objective.perceive(examples, asked, rngs, once=True)
-            assert perception is not None
-            return self.objective.generate_packed(perception, asked)
+            if perception is None:
+                raise ConfigError("packed questions stand behind slots, and no link has any")
+            loss, tokens = self.objective.generate_packed(perception, asked)
+            self._tokens += tokens
+            return loss
         fused = self.objective.fuse(examples, asked, rngs)
         self._tokens += int(fused["attention_mask"].sum())
         if reconstruct:

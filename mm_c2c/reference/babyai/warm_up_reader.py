@@ -2,9 +2,10 @@
 
     python -m mm_c2c.reference.babyai.warm_up_reader configs/babyai_reader_words.yaml [key=value ...]
 
-A slot of a cell learns what the target holds after reading `On the left: red ball`, that of a word
-of the instruction the word, and that of an action token the move. It costs no pass through the target but
-one for each phrase; its result is `start` of the reader's training.
+A slot of a cell begins as what the target holds after reading `On the left: red ball`, that of a
+word of the instruction as the word, and that of an action token as the move: the heads of the
+fusers are fitted to that by least squares, in one pass over some moments. It costs no pass through
+the target but one for each phrase; its result is `start` of the reader's training.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import logging
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +25,25 @@ from torch import Tensor
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache, read_layers
 from mm_c2c.config import load_config
-from mm_c2c.link import LinkConfig, align_slots
+from mm_c2c.errors import ConfigError
+from mm_c2c.evaluation.results import write_json
+from mm_c2c.fuser import CacheFuser, SharedProjection
+from mm_c2c.link import align_slots
 from mm_c2c.reference.babyai.levels import ACTIONS, AGENT_CELL, Camera
 from mm_c2c.reference.babyai.questions import MOTIONS, in_view
 from mm_c2c.reference.babyai.rollouts import Step, load_episodes
 from mm_c2c.reference.train_fuser import last_states
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.training.config import TrainingConfig
-from mm_c2c.training.loop import Loop, cosine_rate
 from mm_c2c.training.models import build_bridge, load_source, load_target
-from mm_c2c.training.optimizers import build_optimizers
 
 logger = logging.getLogger(__name__)
 
 _NOTHING = "nothing"
 # What stands before a move, by its place in the chunk.
 _TURNS = ("Next move:", "Second move:", "Third move:", "Fourth move:")
+# Where a GELU is all but straight, and how widely a head's inner values may lie around it.
+_STRAIGHT, _SPREAD = 3.0, 0.7
 # Between the mission and the past moves, in the words that a policy reads.
 _PAST = "past"
 
@@ -50,25 +55,23 @@ class WarmUpConfig:
     Attributes:
         reader: config of the training that follows; its links and models are taken.
         rollouts: episodes of the policy, as `rollouts` writes them.
-        out: where checkpoints, the log and the bridge (`out/bridge`) go.
+        out: where the bridge (`out/bridge`) and its distance from the words (`out/loss.json`) go.
         target: Hub id or folder in place of the reader's own, where that is given.
-        steps: optimiser steps.
-        batch_size: moments of a step.
-        learning_rate: after the warm-up of 10 steps; falls to zero along a cosine.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of the log.
-        seed: of weights and order.
+        moments: to fit on.
+        held_out: to measure on.
+        batch_size: moments at once.
+        ridge: of the regression, as a share of the features' mean square.
+        seed: of the fusers' other weights and of which moments.
     """
 
     reader: Path
     rollouts: Path
     out: Path
     target: str | None = None
-    steps: int = 120
+    moments: int = 128
+    held_out: int = 32
     batch_size: int = 8
-    learning_rate: float = 4e-3
-    save_every: int = 20
-    log_every: int = 5
+    ridge: float = 1e-3
     seed: int = 0
 
 
@@ -76,8 +79,8 @@ def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]
     """What each position of a policy's cache stands for, in the target's words; None for the rest.
 
     A phrase ends in what its position alone knows, so that its last token holds all of it: the
-    thing in a cell after the side on which the cell lies, a word of the mission after those before
-    it, a move of the past after the one before it.
+    thing in a cell after the side on which the cell lies, a word after the one before it. There are
+    few of them, for each costs a pass through the target.
     """
     rows = []
     for row, step in enumerate(steps):
@@ -97,10 +100,7 @@ def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]
                 found.append(f"{_place(y, x)}: {seen.get((y, x), _NOTHING)}")
             elif kind == PositionKind.TEXT:
                 told.append(cache.texts[row][start:end].strip())
-                if _PAST in told:
-                    found.append(f"The robot's past moves: {' '.join(told[told.index(_PAST) :][-2:])}")
-                else:
-                    found.append(f"The robot was told: {' '.join(told)}")
+                found.append(f"{_lead(told)} {' '.join(told[-2:])}")
             elif kind == PositionKind.ACTION:
                 turn, action = next(moves)
                 found.append(f"{turn} {MOTIONS.get(ACTIONS[action], 'stop')}")
@@ -108,6 +108,13 @@ def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]
                 found.append(None)
         rows.append(found)
     return rows
+
+
+def _lead(told: Sequence[str]) -> str:
+    """What stands before the last two of the words that a policy reads."""
+    if _PAST in told:
+        return "The robot's past moves:"
+    return "The robot was told: next to" if "next" in told[:-2] else "The robot was told:"
 
 
 def _place(row: int, column: int) -> str:
@@ -151,80 +158,175 @@ class Phrases:
         return last_states(layers, positions, rope).float()
 
 
-def slot_loss(bridge: Bridge, words: Phrases, cache: SourceCache, steps: Sequence[Step]) -> Tensor:
-    """Squared distance of the slots from the target's own words, in units of a layer's spread.
+class SlotStates(NamedTuple):
+    """What the slots of a link hold and should hold.
 
-    Each link weighs the same, and in a link each phrase, however many slots hold it: most cells
-    show nothing.
+    Attributes:
+        found: `(batch, slots, layers, 2, width)`: K without rotation and V.
+        wanted: likewise: the target's own words.
+        weight: `(batch, slots)`: each phrase weighs the same, however many slots hold it (most
+            cells show nothing); sums to 1.
     """
+
+    found: Tensor
+    wanted: Tensor
+    weight: Tensor
+
+
+def slot_states(
+    bridge: Bridge, words: Phrases, cache: SourceCache, steps: Sequence[Step]
+) -> dict[str, SlotStates]:
+    """By link."""
     perception = bridge.fuse_slots({bridge.config.links[0].source: cache})
     layers, _ = read_layers(perception.past_key_values)
     batch, length = perception.input_ids.shape
     links = bridge.config.links
-    total = sum(link.num_slots for link in links)
+    sizes = [link.num_slots for link in links]
     positions = torch.arange(length).expand(batch, -1)
-    found = last_states(layers, positions, bridge.target.rope(length), total).float()
+    found = last_states(layers, positions, bridge.target.rope(length), sum(sizes)).float()
     told = phrases(cache, steps)
     truth = words.states(told)
     counts = Counter(phrase for row in told for phrase in row)
     rarity = torch.tensor([[1 / counts[phrase] for phrase in row] for row in told])
-    losses = []
-    for link, part in zip(links, _split(found.unflatten(0, (batch, total)), links), strict=True):
+    states = {}
+    for link, part in zip(links, found.unflatten(0, (batch, -1)).split(sizes, 1), strict=True):
         index = torch.arange(link.num_slots).expand(batch, -1)
         alignment = align_slots(link, bridge.fusers[link.name], cache, index)  # type: ignore[arg-type]
         wanted = alignment.gather(truth.flatten(2)).unflatten(2, truth.shape[2:])
-        weight = alignment.gather(rarity.unsqueeze(2))[:, :, :, None, None]
-        weight = weight / weight.sum()
-        mean = (wanted * weight).sum((0, 1))
-        spread = ((wanted - mean).pow(2) * weight).sum((0, 1)).mean(2, keepdim=True)
-        losses.append((((part - wanted).pow(2) / (spread + 1e-6)) * weight).sum((0, 1)).mean())
-    return torch.stack(losses).mean()
+        weight = alignment.gather(rarity.unsqueeze(2)).squeeze(2)
+        states[link.name] = SlotStates(part, wanted, weight / weight.sum())
+    return states
 
 
-def _split(states: Tensor, links: Sequence[LinkConfig]) -> tuple[Tensor, ...]:
-    return states.split([link.num_slots for link in links], dim=1)
+def slot_loss(states: SlotStates) -> Tensor:
+    """Squared distance from the words, in units of their spread in a layer: 1 knows their mean."""
+    weight = states.weight[:, :, None, None, None]
+    mean = (states.wanted * weight).sum((0, 1))
+    spread = ((states.wanted - mean).pow(2) * weight).sum((0, 1)).mean(2, keepdim=True)
+    error = ((states.found - states.wanted).pow(2) * weight).sum((0, 1))
+    return (error / (spread + 1e-6)).mean()
+
+
+class HeadFit:
+    """Fits the heads of an untrained `small` fuser by least squares, of the heads' rank.
+
+    Args:
+        fuser: whose heads are zero still, so that its slots hold the target's own.
+        ridge: as in `WarmUpConfig`.
+    """
+
+    def __init__(self, fuser: CacheFuser, ridge: float) -> None:
+        self.fuser, self.ridge = fuser, ridge
+        self._features: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._hook = self._projection.head_down.register_forward_pre_hook(
+            lambda _, inputs: self._features.append(inputs[0])
+        )
+
+    @property
+    def _projection(self) -> SharedProjection:
+        if not isinstance(self.fuser.projection, SharedProjection):
+            raise ConfigError(f"expected preset 'small', got {self.fuser.config.preset!r}")
+        return self.fuser.projection
+
+    @torch.no_grad()
+    def add(self, states: SlotStates) -> None:
+        """Take up a batch, right after its slots were fused."""
+        features = self._features.pop()
+        # What the head must give, before it is weighted and gated.
+        factors = self.fuser.gates()[:, None, :, None] * 0.5
+        missing = (states.wanted - states.found).flatten(0, 1).transpose(0, 1) / factors
+        ones = torch.ones_like(features[..., :1])
+        known, wanted = torch.cat([features, ones], 2), missing.flatten(2)
+        weighted = known * states.weight.flatten()[:, None]
+        sums = [weighted.mT @ known, weighted.mT @ wanted]
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the solution into the heads.
+
+        The map to all that is wanted is cut to the heads' rank where that loses least of what it
+        gives, and passes the GELU where it is all but straight.
+        """
+        self._hook.remove()
+        gram, cross = (part.double() for part in self._sums)
+        total = gram[:, -1:, -1:]
+        mean, wanted_mean = gram[:, -1:, :-1] / total, cross[:, -1:] / total
+        spread = gram[:, :-1, :-1] - total * mean.mT @ mean
+        shared = cross[:, :-1] - total * mean.mT @ wanted_mean
+        size = spread.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        full = torch.linalg.solve(
+            spread + self.ridge * size * torch.eye(spread.shape[1]).to(spread), shared
+        )
+        axes = torch.linalg.eigh(full.mT @ spread @ full).eigenvectors
+        axes = axes[:, :, -self.fuser.config.rank :]
+        down = full @ axes
+        scale = (down * (spread @ down)).sum(1, keepdim=True).div(total).sqrt() / _SPREAD + 1e-6
+        projection = self._projection
+        projection.head_down.weight.copy_(down / scale)
+        projection.head_down.bias.copy_(_STRAIGHT - mean @ down / scale)
+        up = (axes * scale).mT
+        projection.head_up.weight.copy_(up)
+        projection.head_up.bias.copy_(wanted_mean - _STRAIGHT * up.sum(1, keepdim=True))
 
 
 def warm_up(config: WarmUpConfig) -> None:
-    """Run, or go on with, one warm-up."""
+    """Fit the fusers and save them."""
     overrides = [] if config.target is None else [f"target.model={config.target}"]
     reader = load_config(TrainingConfig, config.reader, [*overrides, "start=null"])
     ((name, model),) = reader.sources.items()
     source = load_source(model)
     bridge = build_bridge(reader, load_target(reader.target), {name: source})
     steps = [step for episode in load_episodes(config.rollouts) for step in episode.steps[:40]]
+    chosen = random.Random(config.seed).sample(steps, config.moments + config.held_out)
     words, camera = Phrases(bridge), Camera()
     highest = source.bins.vocab_size - 1  # type: ignore[attr-defined]
 
-    def loss(_: int, rng: random.Random) -> Tensor:
-        chosen = rng.sample(steps, config.batch_size)
+    def read(batch: Sequence[Step]) -> dict[str, SlotStates]:
         looks = [
             SourceInput(
                 text=step.text,
                 images=(camera.picture(step.symbols()),),
                 action_tokens=highest - torch.tensor(step.chunk),
             )
-            for step in chosen
+            for step in batch
         ]
-        return slot_loss(bridge, words, source.prefill(looks), chosen)
+        with torch.no_grad():
+            return slot_states(bridge, words, source.prefill(looks), batch)
 
-    Loop(
-        out=config.out,
-        steps=config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        seed=config.seed,
-    ).run(
-        bridge.fusers,
-        build_optimizers(bridge.fusers, config.learning_rate),
-        lambda step: cosine_rate(step, 10, config.steps),
-        loss,
-        lambda weights: bridge.save_pretrained(config.out / "bridge", weights=weights),
-    )
+    fit_heads(bridge, map(read, batched(chosen[config.held_out :], config.batch_size)), config.ridge)
+    losses = [
+        {link: float(slot_loss(states)) for link, states in read(batch).items()}
+        for batch in batched(chosen[: config.held_out], config.batch_size)
+    ]
+    mean = {link: sum(row[link] for row in losses) / len(losses) for link in losses[0]}
+    logger.info("squared distance from the words, 1 knows their mean: %s", mean)
+    bridge.save_pretrained(config.out / "bridge")
+    write_json(config.out / "loss.json", mean)
+
+
+def fit_heads(bridge: Bridge, batches: Iterable[dict[str, SlotStates]], ridge: float) -> None:
+    """Fit the heads of all links; each batch must be fused as it is asked for."""
+    fits = {
+        link.name: HeadFit(bridge.fusers[link.name], ridge)  # type: ignore[arg-type]
+        for link in bridge.config.links
+    }
+    for states in batches:
+        for link, fit in fits.items():
+            fit.add(states[link])
+    for fit in fits.values():
+        fit.finish()
+
+
+def batched(steps: Sequence[Step], size: int) -> Iterator[Sequence[Step]]:
+    """So many at a time."""
+    for first in range(0, len(steps), size):
+        yield steps[first : first + size]
 
 
 def main() -> None:
-    """Read the config named on the command line and warm up."""
+    """Read the config named on the command line and fit."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     warm_up(load_config(WarmUpConfig, Path(sys.argv[1]), sys.argv[2:]))
 
