@@ -109,7 +109,9 @@ class Objective:
         ):
             rows[owner].append(packing.Turn(prompt, answer))
             shares[owner] += [weight / len(answer)] * len(answer)
-        packed = packing.Packed(*(part.to(self.bridge.device) for part in packing.pack(rows, prefix)))
+        packed = packing.Packed(
+            *(part.to(self.bridge.device) for part in packing.pack(rows, prefix))
+        )
         mask = packing.block_mask(packed.segments, prefix)[:, :, prefix:]
         states = target.model.base_model(
             packed.input_ids,

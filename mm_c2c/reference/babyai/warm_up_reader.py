@@ -295,7 +295,9 @@ def warm_up(config: WarmUpConfig) -> None:
         with torch.no_grad():
             return slot_states(bridge, words, source.prefill(looks), batch)
 
-    fit_heads(bridge, map(read, batched(chosen[config.held_out :], config.batch_size)), config.ridge)
+    fit_heads(
+        bridge, map(read, batched(chosen[config.held_out :], config.batch_size)), config.ridge
+    )
     losses = [
         {link: float(slot_loss(states)) for link, states in read(batch).items()}
         for batch in batched(chosen[: config.held_out], config.batch_size)
