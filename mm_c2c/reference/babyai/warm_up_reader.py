@@ -262,7 +262,9 @@ class HeadFit:
         axes = torch.linalg.eigh(full.mT @ spread @ full).eigenvectors
         axes = axes[:, :, -self.fuser.config.rank :]
         down = full @ axes
-        scale = (down * (spread @ down)).sum(1, keepdim=True).div(total).sqrt() / _SPREAD + 1e-6
+        scale = (down * (spread @ down)).sum(1, keepdim=True).div(total).clamp(
+            min=0
+        ).sqrt() / _SPREAD + 1e-6
         projection = self._projection
         projection.head_down.weight.copy_(down / scale)
         projection.head_down.bias.copy_(_STRAIGHT - mean @ down / scale)
