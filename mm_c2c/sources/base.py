@@ -18,7 +18,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from mm_c2c.cache import CacheOrigin, CacheShape, LayerKV, SourceCache, full_layer, read_layers
 from mm_c2c.errors import UnsupportedError
-from mm_c2c.rope import RopeSpec, rope_specs
+from mm_c2c.rope import RopeSpec
+from mm_c2c.rope_probe import rope_specs
 
 logger = logging.getLogger(__name__)
 
