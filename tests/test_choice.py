@@ -20,6 +20,7 @@ from mm_c2c.evaluation.arms.tuned import add_adapter
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.report import brief, markdown, page, set_beside, text_table, write_report
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
+from mm_c2c.evaluation.summary import summarise
 from mm_c2c.reference import models
 
 PLAIN_ARMS = [name for name in ARMS if name not in (*FILES, "prefix_only", "action_only")]
@@ -235,6 +236,17 @@ def test_a_run_says_how_many_were_asked_among_options(
     assert "Decoding" not in brief(free)
     for shown in (text_table(free), page(free, "x"), markdown(free)):
         assert shown.count("Decoding: free.") == 1
+
+
+def test_a_shuffled_cache_is_tested_against_the_blind_target() -> None:
+    said = {"fused": "cat", "shuffled": "cat", "blind": "dog"}
+    rows = [
+        {"kind": "what", "question": "Q?", "gold": gold, "answers": said}
+        | {"options": 2, "lists_options": True}
+        for gold in ("cat", "cat", "cat", "dog")
+    ]
+    test = summarise(rows, [], [range(4)], 20, 0)["choice"]["shuffled_over_blind"]
+    assert (test["only_first"], test["only_second"], test["difference"][0]) == (3, 1, 0.5)
 
 
 def test_a_run_that_knew_no_decoding_was_free(
