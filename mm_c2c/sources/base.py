@@ -95,8 +95,9 @@ class FrozenReader:
         self.origin = CacheOrigin(name, revision, model.config.model_type)
         # PaliGemma's processor gives labels too; a reader wants no loss.
         self._known_arguments = frozenset(inspect.signature(model.forward).parameters) - {"labels"}
-        # Nobody reads the logits of a prefill, which are the largest tensor of it.
-        spared = {"logits_to_keep": 1}
+        # Nobody reads the logits of a prefill, which are the largest tensor of it. An index, not a
+        # number: a slice is not contiguous, and over it torch's CPU product copies the vocabulary.
+        spared = {"logits_to_keep": torch.tensor([-1])}
         self.spared = spared if spared.keys() <= self._known_arguments else {}
         self._specs: dict[int, tuple[RopeSpec | None, ...]] = {}
 
