@@ -22,7 +22,7 @@ def picture(tmp_path: Path, pictures: list[Image.Image]) -> Path:
 
 @pytest.fixture
 def tiny_reference(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> Bridge:
-    monkeypatch.setattr(models, "load_bridge", lambda: bridge)
+    monkeypatch.setattr(models, "load_bridge", lambda **_: bridge)
     return bridge
 
 

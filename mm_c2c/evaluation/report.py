@@ -92,6 +92,8 @@ def brief(summary: dict[str, Any]) -> str:
     keys = ("bridge", "adapter", "description_adapter", "connector", "own_bridge")
     given = [key for key in keys if summary["config"].get(key)]
     command += "".join(f" {key}=FOLDER" for key in given)
+    if dtype := summary["config"].get("dtype"):
+        command += f" dtype={dtype}"
     if "choice" in summary:
         command += " decoding=choice"
     head = (

@@ -26,6 +26,8 @@ from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.pretrained import fingerprint
 
+DTYPES = ("float32", "bfloat16")
+
 _WARM_UP = 2
 DECODINGS = ("free", "choice")
 
@@ -40,6 +42,7 @@ class EvaluationConfig:
             Hub; the command loads it with the models that it names. None is the reference bridge.
         source_model: folder of the bridge's source, where it does not lie where the bridge says.
         target_model: folder of its target, likewise.
+        dtype: of the target's weights, `float32` or `bfloat16`, in all arms alike.
         source: name of the source in the bridge; None takes the only one.
         arms: which to run, by name; when empty all that the items and the source have something
             for, without those whose own file (`prompts` and the four below it) is not given.
@@ -63,6 +66,7 @@ class EvaluationConfig:
     bridge: str | None = None
     source_model: str | None = None
     target_model: str | None = None
+    dtype: str = "float32"
     source: str | None = None
     arms: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
@@ -82,6 +86,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ConfigError(f"batch_size must be at least 2 to shuffle, got {self.batch_size}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.decoding not in DECODINGS:
             raise ConfigError(
                 f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}"
@@ -131,6 +137,7 @@ def _run(
     settings = {**portable(config), "source": source}
     settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
     settings["decoding"] = config.decoding if setting.among_options else None  # likewise
+    settings["dtype"] = None if config.dtype == "float32" else config.dtype  # likewise
     settings["fuser"] = fingerprint(bridge.fusers.state_dict())
     settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:

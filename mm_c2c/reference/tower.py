@@ -81,7 +81,10 @@ class _SameConv(nn.Conv2d):
         ):
             total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
             sizes += [total // 2, total - total // 2]
-        return super().forward(F.pad(input, sizes))
+        left, right, top, bottom = sizes
+        if (left, top) != (right, bottom):
+            input, top, left = F.pad(input, sizes), 0, 0
+        return F.conv2d(input, self.weight, self.bias, self.stride, (top, left), groups=self.groups)
 
 
 class _Block(nn.Module):
@@ -175,7 +178,13 @@ class GridTower(PreTrainedModel):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """The frozen part: `(batch, 3, image_size, image_size)` to `(batch, patches, 2240)`."""
-        grid = self.convolutions(pixel_values.contiguous(memory_format=torch.channels_last))
+        # One by one: what the layers pass on of a picture stays in a CPU's cache.
+        grid = torch.cat(
+            [
+                self.convolutions(picture.contiguous(memory_format=torch.channels_last))
+                for picture in pixel_values.split(1)
+            ]
+        )
         return grid.flatten(2).transpose(1, 2)
 
     def standardise(self, features: Tensor) -> None:

@@ -214,7 +214,9 @@ def target_answers(
     encoded, _ = encode_chats(
         bridge.target.tokenizer, list(prompts), bridge.device, bridge.config.system
     )
-    out = (model or bridge.target.model).generate(**encoded, **(decoding or options(None)))
+    out = (model or bridge.target.model).generate(
+        **encoded, **bridge.target.spared, **(decoding or options(None))
+    )
     texts = bridge.target.tokenizer.batch_decode(
         out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
     )
