@@ -42,7 +42,8 @@ class EvaluationConfig:
             Hub; the command loads it with the models that it names. None is the reference bridge.
         source_model: folder of the bridge's source, where it does not lie where the bridge says.
         target_model: folder of its target, likewise.
-        dtype: of the target's weights, `float32` or `bfloat16`, in all arms alike.
+        dtype: of the target's weights, `float32` or `bfloat16`, in all arms alike; the command
+            loads it so.
         source: name of the source in the bridge; None takes the only one.
         arms: which to run, by name; when empty all that the items and the source have something
             for, without those whose own file (`prompts` and the four below it) is not given.
@@ -137,7 +138,9 @@ def _run(
     settings = {**portable(config), "source": source}
     settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
     settings["decoding"] = config.decoding if setting.among_options else None  # likewise
-    settings["dtype"] = None if config.dtype == "float32" else config.dtype  # likewise
+    # What the target has, whoever loaded it; likewise.
+    dtype = str(bridge.target.model.dtype).removeprefix("torch.")
+    settings["dtype"] = None if dtype == "float32" else dtype
     settings["fuser"] = fingerprint(bridge.fusers.state_dict())
     settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:
