@@ -130,17 +130,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load_bridge(
-    folder: str | None = None, source_model: str | None = None, target_model: str | None = None
+    folder: str | None = None,
+    source_model: str | None = None,
+    target_model: str | None = None,
+    dtype: str = "float32",
 ) -> Bridge:
     """The reference bridge or another, without transformers' bars for loads that take a second."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from mm_c2c.reference import models
 
     transformers_logging.disable_progress_bar()
     if folder is None:
-        return models.load_bridge()
-    return models.load_saved_bridge(folder, source_model, target_model)
+        return models.load_bridge(dtype=getattr(torch, dtype))
+    return models.load_saved_bridge(folder, source_model, target_model, getattr(torch, dtype))
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -244,7 +248,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = override(config, [*quick, *args.overrides])
     if args.out:
         new_figure(1, 1)  # the report needs it: better known now than after all questions
-    bridge = _load_bridge(config.bridge, config.source_model, config.target_model)
+    bridge = _load_bridge(config.bridge, config.source_model, config.target_model, config.dtype)
     summary = evaluate(bridge, config, args.out)
     if args.out:
         write_report(args.out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 # Before huggingface_hub is imported, which otherwise tries for a minute what `_no_network` refuses.
@@ -16,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from families import (
     TinyVLM,
     build_frozen,
@@ -71,6 +73,19 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for processes that a test starts
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Each training of a process takes up what accelerate shares among all of them."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mm_c2c import Bridge
@@ -22,7 +23,7 @@ def picture(tmp_path: Path, pictures: list[Image.Image]) -> Path:
 
 @pytest.fixture
 def tiny_reference(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> Bridge:
-    monkeypatch.setattr(models, "load_bridge", lambda: bridge)
+    monkeypatch.setattr(models, "load_bridge", lambda **_: bridge)
     return bridge
 
 
@@ -36,6 +37,17 @@ def test_ask_prints_one_json_object(picture: Path, capsys: pytest.CaptureFixture
         assert arm["total_ms"] >= arm["ttft_ms"] > 0
         assert isinstance(arm["answer"], str)
         assert arm["tokens"] >= 0
+
+
+def test_evaluate_loads_the_target_in_the_dtype_it_is_given(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(models, "load_bridge", lambda dtype: asked.append(dtype) or bridge)
+    words = ["evaluate", "--json", "dtype=bfloat16", "limit=2", "timed=0", "arms=[blind]"]
+    assert main(words) == 0
+    assert asked == [torch.bfloat16]
+    capsys.readouterr()
 
 
 @pytest.mark.usefixtures("tiny_reference")

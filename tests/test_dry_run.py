@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
-from accelerate.state import AcceleratorState, GradientState
 
 from mm_c2c.bench import kept
 from mm_c2c.cli import main
@@ -29,12 +27,10 @@ RECIPES = [
 
 
 @pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _from_the_root(monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None) -> None:
     """Recipes name the reference source from there."""
+    del fresh_accelerate
     monkeypatch.chdir(CONFIGS.parent)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def test_the_recipes_ship() -> None:

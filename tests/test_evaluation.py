@@ -290,6 +290,21 @@ def test_an_evaluation_counts_agreement_where_people_were_asked(
     assert "VQA" not in brief(summary)
 
 
+def test_a_run_and_its_report_say_the_dtype_that_is_not_the_usual_one(
+    bridge: Bridge, config: EvaluationConfig
+) -> None:
+    bridge.target.model.bfloat16()
+    summary = evaluate(bridge, config, progress=False)
+    assert summary["config"]["dtype"] == "bfloat16"
+    assert " dtype=bfloat16`" in brief(summary)
+    assert " dtype=" not in brief({**summary, "config": {**summary["config"], "dtype": None}})
+
+
+def test_an_evaluation_names_the_dtypes_it_knows(config: EvaluationConfig) -> None:
+    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, got 'half'"):
+        dataclasses.replace(config, dtype="half")
+
+
 def test_a_report_stands_beside_its_run_and_in_the_readme(
     bridge: Bridge, config: EvaluationConfig, tmp_path: Path
 ) -> None:

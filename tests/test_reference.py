@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, load_items, normalise
-from mm_c2c.reference import models
+from mm_c2c.reference import make_items, models
 from mm_c2c.reference.concepts import CONCEPTS, GROUPS
 from mm_c2c.reference.knowledge import FACTS
 from mm_c2c.reference.scene_data import SPLITS
@@ -54,6 +55,20 @@ def test_concepts_are_distinct_and_grouped() -> None:
 def test_no_style_or_concept_of_a_test_split_is_trained_on() -> None:
     assert {DEV_STYLE, TEST_STYLE}.isdisjoint(TRAIN_STYLES)
     assert set(SPLITS["unseen_concept"].names).isdisjoint(NAMES)
+
+
+def test_items_can_show_more_stickers_than_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_items, "load_artworks", lambda split, folder: ARTWORK)
+    arguments = ["--split", "unseen_style", "--per-kind", "2", "--stickers", "5", "6"]
+    folders = ["--out", str(tmp_path), "--artwork", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["make_items", *arguments, *folders])
+    make_items.main()
+    items = load_items(tmp_path / "items.jsonl")
+    assert Counter(item.kind for item in items) == dict.fromkeys(KINDS, 2)
+    described = [item.description for item in items]
+    assert {len(text.split(",")) for text in described if text} == {5, 6}
 
 
 def test_a_scene_is_the_same_for_the_same_seed() -> None:

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from mm_c2c.errors import ConfigError, ShapeError, UnsupportedError
-from mm_c2c.rope import RopeSpec, derotate, rope_specs, rotate
+from mm_c2c.rope import RopeSpec, derotate, rotate
+from mm_c2c.rope_probe import rope_specs
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SEQ_LEN = 12

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.cache import CacheShape, SourceCache
 from mm_c2c.config import from_dict, load_config, override
 from mm_c2c.errors import ConfigError, FetchError, InputError
-from mm_c2c.evaluation import text_to_text
+from mm_c2c.evaluation import text_report, text_to_text
 from mm_c2c.evaluation.arms.own_source import own_source
 from mm_c2c.evaluation.text_to_text import (
     WORDINGS,
@@ -32,7 +33,7 @@ from mm_c2c.evaluation.text_to_text import (
 )
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.reference import gemma, text_qa
-from mm_c2c.reference.fetch import WheelMember
+from mm_c2c.reference.fetch import HUB_ID, WheelMember
 from mm_c2c.reference.text_qa import (
     MAX_CHARS,
     Choice,
@@ -41,10 +42,10 @@ from mm_c2c.reference.text_qa import (
     to_train_on,
     write_sets,
 )
-from mm_c2c.reference.train_text import Together
+from mm_c2c.reference.train_text import Together, load_text_source
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import TextSource, encode_chats
-from mm_c2c.training.config import DataConfig, TrainingConfig
+from mm_c2c.training.config import DataConfig, ModelConfig, TrainingConfig
 from mm_c2c.training.data import open_examples
 
 CHOICES = [
@@ -295,6 +296,20 @@ def test_fusers_that_are_trained_together_cost_what_they_cost_alone(
     assert not any(both._losses.values())
 
 
+def test_frozen_models_are_loaded_in_the_dtype_that_the_config_says(
+    tmp_path: Path, target: Target, source: TextSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.model.save_pretrained(tmp_path)
+    source.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(gemma, "gemma_path", lambda: tmp_path)
+    reader = ModelConfig(model=gemma.NAME, dtype="bfloat16")
+    assert load_text_source(reader, target).model.dtype == torch.bfloat16
+    itself = ModelConfig(model=HUB_ID)
+    assert load_text_source(itself, target).model is target.model
+    with pytest.raises(ConfigError, match=r"float32; its source says torch\.bfloat16"):
+        load_text_source(replace(itself, dtype="bfloat16"), target)
+
+
 @pytest.mark.parametrize(
     "change", ["drop.sources=0.1", "data.questions=2", "accumulation=2", "precision=bf16"]
 )
@@ -458,3 +473,47 @@ def test_the_summary_compares_each_arm_with_the_first() -> None:
     table = text_table(summary, "small")
     assert "| target | 50.0% (" in table
     assert "| +25.0 (" in table
+
+
+def write_run(folder: Path) -> None:
+    """A finished run of four questions."""
+    said = {
+        "target": "BBBD",
+        "text_to_text": "ABCA",
+        "small": "ABCA",
+        "small_shuffled": "DADA",
+        "own": "ABCD",
+        "own_shuffled": "ABCD",
+        "own_zeroed": "AAAA",
+    }
+    rows = [
+        {"gold": gold, "answers": {arm: letters[i] for arm, letters in said.items()}}
+        for i, gold in enumerate("ABCD")
+    ]
+    wordings = {"Hint: {answer}": 0.5, "It is {answer}": 0.25}
+    summary = {"wordings": wordings, **summarise(rows, "small", seed=0)}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+
+
+def test_a_readme_gets_every_arm_and_each_fuser_against_its_shuffled_cache(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- results: text -->\nstale\n<!-- end of results -->\nb\n", "utf-8")
+    text_report.main([str(tmp_path), "--readme", str(readme), "--section", "text"])
+    text = readme.read_text(encoding="utf-8")
+    assert "stale" not in text
+    assert text.startswith("a\n")
+    assert text.endswith("\nb\n")
+    assert "| fused, `small` | 75.0 (25.0 to 100.0) |  |  | 50, 25, 25, 0 |" in text
+    assert "| target alone | 50.0 (" in text
+    assert "| control: `own` with an empty cache | 25.0 (" in text
+    assert "| what is right |  |  |  | 25, 25, 25, 25 |" in text
+    assert "`small`, ahead of itself with another question's cache by +75.0 (" in text
+    assert "3 questions against 0)" in text
+    assert "own source, ahead of itself with another question's cache by +0.0 (" in text
+    assert "*Hint: {answer}* 50 %, *It is {answer}* 25 %" in text
+
+
+def test_a_report_wants_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no finished run"):
+        text_report.text_report(tmp_path)

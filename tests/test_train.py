@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from families import TinyVLM
 from PIL import Image
 from safetensors.torch import load
@@ -44,12 +43,7 @@ TINY = ROOT / "configs" / "tiny.yaml"
 WORDS = ["what is left", "what is in the image", "is it a circle or a square", "where is the cat"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Each training of a process takes up what accelerate shares among all of them."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ from mm_c2c.reference.train_fuser import FuserTrainingConfig
 from mm_c2c.reference.train_source import SourceTrainingConfig
 from mm_c2c.training.log import read_log
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
     """Read whole, not mapped: the file is written again."""
@@ -70,7 +72,7 @@ def source_config(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sourc
 
 def test_shards_hold_features_and_truth(data: Path) -> None:
     features, scenes = read_shard(data / "train-0000.safetensors")
-    assert features.shape == (8, 81, 1536)
+    assert features.shape == (8, 81, 2240)
     assert len(scenes) == 8
     assert all(1 <= len(scene.stickers) <= 4 for scene in scenes)
 
@@ -83,6 +85,20 @@ def test_a_source_training_goes_on_where_it_stopped(source_config: SourceTrainin
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("language_model" in name for name in moved)
     assert not any("convolutions" in name or "feature_" in name for name in moved)
+
+
+def test_a_source_can_train_in_bfloat16(
+    source_config: SourceTrainingConfig, tmp_path: Path
+) -> None:
+    train_source.train(replace(source_config, out=tmp_path, precision="bf16"))
+    full, half = (read_log(out / "log.csv")["loss"][:2] for out in (source_config.out, tmp_path))
+    assert full != half
+    assert full == pytest.approx(half, rel=0.02)
+
+
+def test_a_source_training_names_the_precisions_it_knows(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision must be one of fp32, bf16, got 'half'"):
+        SourceTrainingConfig(data=data, tower=data, out=tmp_path, precision="half")
 
 
 def test_a_training_can_start_from_a_trained_source(

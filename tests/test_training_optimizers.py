@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mm_c2c.training.optimizers import StackedMuon, orthogonalise
+from mm_c2c.training.optimizers import StackedMuon, build_optimizers, orthogonalise
 
 
 def test_singular_values_come_near_one_and_directions_stay() -> None:
@@ -55,6 +55,32 @@ def test_agrees_with_torchs_own_on_one_matrix() -> None:
     # torch iterates in bfloat16.
     torch.testing.assert_close(params[0], params[1], atol=2e-3, rtol=0)
     assert (params[0] - start).abs().mean() > 2e-3
+
+
+def test_steps_as_published_when_iterating_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    start, pull = torch.randn(32, 8), torch.randn(32, 8)
+    params = [nn.Parameter(start.clone()) for _ in range(3)]
+    exact = StackedMuon(params[:1], lr=0.01)
+    (ours, _) = build_optimizers(_Holder(params[1]), 0.01, dtype=torch.bfloat16)
+    theirs = torch.optim.Muon(
+        params[2:], lr=0.01, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    for optimizer, param in zip((exact, ours, theirs), params, strict=True):
+        param.grad = pull.clone()
+        optimizer.step()
+    assert params[1].dtype == torch.float32
+    torch.testing.assert_close(params[1], params[2], atol=5e-4, rtol=0)
+    assert not torch.equal(params[1], params[0])
+    torch.testing.assert_close(params[1], params[0], atol=5e-4, rtol=0)
+
+
+class _Holder(nn.Module):
+    """A matrix and a bias, by the names that a fuser's have."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, nn.Parameter(torch.zeros(8))
 
 
 def test_a_matrix_without_a_gradient_stays() -> None:

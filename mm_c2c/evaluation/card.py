@@ -126,6 +126,7 @@ def _read_summary(run: Path, fuser: str) -> dict[str, Any]:
 def _results(summary: Mapping[str, Any]) -> list[EvalResult]:
     """What the Hub shows beside the card."""
     items, count = summary["config"]["items"], summary["n"]
+    among = " among options" if "choice" in summary else ""
     measured = {"exact match": ("exact_match", summary["arms"]["fused"]["accuracy"])}
     if vqa := summary["arms"]["fused"].get("vqa_accuracy"):
         measured["VQA accuracy"] = ("vqa_accuracy", vqa)
@@ -138,7 +139,7 @@ def _results(summary: Mapping[str, Any]) -> list[EvalResult]:
             dataset_type=items,
             dataset_name=items,
             metric_type=kind,
-            metric_name=f"{label}, n = {count:,}, 95 % interval {low:.3f} to {high:.3f}",
+            metric_name=f"{label}{among}, n = {count:,}, 95 % interval {low:.3f} to {high:.3f}",
             metric_value=round(value, 4),
         )
         for label, (kind, (value, low, high)) in measured.items()

@@ -1,8 +1,9 @@
 """A run's summary as tables: in the terminal, in Markdown, and as a page with plots.
 
-python -m mm_c2c.evaluation.report RUN_FOLDER [--readme README.md]
+python -m mm_c2c.evaluation.report RUN_FOLDER [--choice RUN_FOLDER] [--readme README.md]
 
-writes `report.md` and `report.html` beside the run's `summary.json`; `--readme` also replaces what
+writes `report.md` and `report.html` beside the run's `summary.json`; `--choice` sets a run of the
+same with `decoding=choice` beside it, as one column and what follows from it; `--readme` also replaces what
 stands between the comments `results: NAME` and `end of results` of that file, where NAME is
 `mm-c2c evaluate` unless `--section` says otherwise.
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_c2c.errors import InputError, UnsupportedError
+from mm_c2c.errors import InputError, MismatchError, UnsupportedError
 
 _NAMES = {
     "fused": "**fused** (question-blind slots)",
@@ -78,7 +79,8 @@ def text_table(summary: dict[str, Any]) -> str:
         if (lead := _lead(summary, name))
     ]
     leads += [f"Lie test, {name}: {told}." for name, told in _lie_shares(summary).items()]
-    return "\n".join([*lines, "", *(_plain(line) for line in _findings(summary)), *leads])
+    found = [_decoding(summary), *_findings(summary)]
+    return "\n".join([*lines, "", *(_plain(line) for line in found), *leads])
 
 
 def brief(summary: dict[str, Any]) -> str:
@@ -90,6 +92,10 @@ def brief(summary: dict[str, Any]) -> str:
     keys = ("bridge", "adapter", "description_adapter", "connector", "own_bridge")
     given = [key for key in keys if summary["config"].get(key)]
     command += "".join(f" {key}=FOLDER" for key in given)
+    if dtype := summary["config"].get("dtype"):
+        command += f" dtype={dtype}"
+    if "choice" in summary:
+        command += " decoding=choice"
     head = (
         f"`{command}`: {summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
         f"normalising, 95 % bootstrap intervals{_over(summary)}; *wordy* also accepts a sentence that names the "
@@ -98,6 +104,10 @@ def brief(summary: dict[str, Any]) -> str:
     )
     if _VQA in _head(summary):
         head += f" *{_VQA}*: VQA accuracy, how many of those asked agree."
+    if "choice" in summary:
+        head += f" {_decoding(summary)}"
+    if _BESIDE in summary:
+        head += f" *{_AMONG}*: the same with `decoding=choice`. {_decoding(summary[_BESIDE])}"
     if times:
         head += f" Times: median of {times} warm runs, raw picture and question in."
     rows = [["", *_head(summary), "fused ahead by", "first token", "total"]]
@@ -120,7 +130,9 @@ def markdown(summary: dict[str, Any]) -> str:
         ["", *(f"{kind} ({count})" for kind, count in summary["kinds"].items())],
         *([_short(name), *_kind_cells(summary, name)] for name in summary["arms"]),
     ]
-    return f"{brief(summary)}\n{pipe_table(by_kind)}\n"
+    # What `brief` says of other decodings already.
+    free = "" if "choice" in summary else f"\n{_decoding(summary)}\n"
+    return f"{brief(summary)}\n{pipe_table(by_kind)}\n{free}"
 
 
 def page(summary: dict[str, Any], title: str) -> str:
@@ -139,10 +151,15 @@ def report_body(summary: dict[str, Any]) -> str:
     found = "".join(f"<li>{html.escape(_plain(line))}</li>" for line in _findings(summary))
     panels = "".join(f"<figure>{plot_kind(summary, k)}</figure>" for k in (None, *summary["kinds"]))
     times = plot_times(summary)
+    beside = ""
+    if _BESIDE in summary:
+        told = _plain(_decoding(summary[_BESIDE]))
+        beside = f" <em>{_AMONG[0].upper()}{_AMONG[1:]}</em>: decoding=choice. {told}"
     return (
         f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals"
         f"{_over(summary)}. "
-        "<em>Wordy</em> also accepts a sentence that names the right option and no other.</p>"
+        "<em>Wordy</em> also accepts a sentence that names the right option and no other. "
+        f"{_plain(_decoding(summary))}{beside}</p>"
         f"{html_table(overall)}<ul>{found}</ul>"
         + (
             f"<p>{html.escape(_lie_head(summary))}</p>{html_table(_lie_rows(summary))}"
@@ -276,15 +293,48 @@ def write_readme(path: Path, text: str, section: str = _SECTION) -> None:
     path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", old), encoding="utf-8")
 
 
-def write_report(run: Path, readme: Path | None = None, section: str = _SECTION) -> None:
-    """Write `report.md` and `report.html` of a run, and a section of a README."""
-    try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{run} holds no finished run ({error.strerror}: summary.json); "
-            "make one with mm-c2c evaluate --out"
-        ) from error
+def set_beside(summary: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    """A summary that also shows what the same arms get right among options.
+
+    Args:
+        summary: of a run with free decoding.
+        choice: of a run of the same on the same items with `decoding=choice`.
+
+    Raises:
+        MismatchError: it is a run of something else.
+    """
+    if "choice" in summary or "choice" not in choice:
+        raise MismatchError("expected a run with decoding=free, and beside it one with choice")
+    own, other = summary["config"], choice["config"]
+    # A file that only one of them was given serves an arm that the other has not.
+    apart = sorted(
+        key
+        for key in own.keys() & other.keys() - _MAY_DIFFER
+        if None not in (own[key], other[key]) and own[key] != other[key]
+    )
+    if summary["kinds"] != choice["kinds"]:
+        apart.append("numbers of items")
+    if apart:
+        raise MismatchError(
+            f"the run with decoding=choice is of something else ({', '.join(apart)} differ)"
+        )
+    return {**summary, _BESIDE: choice}
+
+
+def write_report(
+    run: Path, readme: Path | None = None, section: str = _SECTION, choice: Path | None = None
+) -> None:
+    """Write `report.md` and `report.html` of a run, and a section of a README.
+
+    Args:
+        run: folder of the run.
+        readme: the file whose section it is.
+        section: which.
+        choice: folder of a run of the same with `decoding=choice`, to show beside it.
+    """
+    summary = _read_summary(run)
+    if choice is not None:
+        summary = set_beside(summary, _read_summary(choice))
     text = markdown(summary)
     (run / "report.md").write_text(text, encoding="utf-8")
     (run / "report.html").write_text(
@@ -308,12 +358,17 @@ _STYLE = (
     ".plots svg,.maps img{width:100%}figcaption{font-size:.85rem}"
 )
 _VQA = "VQA"
+_AMONG = "among options"
+_BESIDE = "beside"
+# Of two runs that are shown together: what says nothing of what was asked, and of whom.
+_MAY_DIFFER = {"arms", "bridge", "decoding", "timed", "resamples", "seed"}
 
 
 def _head(summary: dict[str, Any]) -> list[str]:
-    """What `_accuracy_cells` are; VQA accuracy where it was counted."""
+    """What `_accuracy_cells` are; VQA accuracy and accuracy among options where counted."""
     counted = all("vqa_accuracy" in row for row in summary["arms"].values())
-    return ["accuracy", "95 %", "wordy", *([_VQA] if counted else [])]
+    beside = [_AMONG] if _BESIDE in summary else []
+    return ["accuracy", "95 %", "wordy", *([_VQA] if counted else []), *beside]
 
 
 def _row(summary: dict[str, Any], name: str) -> list[str]:
@@ -327,7 +382,12 @@ def _accuracy_cells(summary: dict[str, Any], name: str) -> list[str]:
     value, low, high = row["accuracy"]
     cells = [_percent(value), f"{_percent(low)} to {_percent(high)}"]
     cells.append(_percent(row["in_a_sentence"][0]))
-    return [*cells, _percent(row["vqa_accuracy"][0])] if _VQA in _head(summary) else cells
+    if _VQA in _head(summary):
+        cells.append(_percent(row["vqa_accuracy"][0]))
+    if _BESIDE in summary:
+        other = summary[_BESIDE]["arms"].get(name)
+        cells.append(_span(other["accuracy"]) if other else "")
+    return cells
 
 
 def _kind_cells(summary: dict[str, Any], name: str, *, spans: bool = False) -> list[str]:
@@ -352,6 +412,8 @@ def _findings(summary: dict[str, Any]) -> list[str]:
         over = {"over_blind": "blind", "over_zeroed": "empty cache"}[floor]
         shown = "n/a" if None in kept else "{:.2f} ({:.2f} to {:.2f})".format(*kept)
         lines.append(f"Retention, (fused - {over}) / (source - {over}): {shown}.")
+    if _BESIDE in summary:
+        lines += _found_among_options(summary[_BESIDE])
     if recovered := summary.get("recovered"):
         value, low, high = recovered["share"]
         lines.append(
@@ -377,6 +439,35 @@ def _findings(summary: dict[str, Any]) -> list[str]:
         ratio = time["caption_relay"]["ttft_ms"] / time["fused"]["ttft_ms"]
         lines.append(f"First token: fused {ratio:.1f} times as fast as the caption relay.")
     return lines
+
+
+def _found_among_options(choice: dict[str, Any]) -> list[str]:
+    """One sentence of a run with `decoding=choice`, where it has the arms for it."""
+    parts = []
+    if test := choice["choice"].get("shuffled_over_blind"):
+        value, low, high = (100 * x for x in test["difference"])
+        parts.append(
+            f"another picture's cache minus blind {value:+.1f} points ({low:+.1f} to {high:+.1f})"
+        )
+    kept = choice.get("retention", {}).get("over_blind", [None])
+    if None not in kept:
+        parts.append("retention over blind {:.2f} ({:.2f} to {:.2f})".format(*kept))
+    return [f"Among options: {', '.join(parts)}."] if parts else []
+
+
+def _decoding(summary: dict[str, Any]) -> str:
+    """How the answers were decoded."""
+    if (choice := summary.get("choice")) is None:
+        return "Decoding: free."
+    line = (
+        f"Decoding among options: {choice['n']:,} of {summary['n']:,} questions could only be "
+        "answered with one of their options"
+    )
+    if derived := choice["n"] - choice["listed"]:
+        line += f", which are all answers of their kind in the file for {derived:,} of them"
+    if choice["guess"] is not None:
+        line += f"; a guess is right in {_percent(choice['guess'])} %"
+    return f"{line}."
 
 
 def _lead(summary: dict[str, Any], name: str) -> str:
@@ -423,6 +514,17 @@ def _lie_shares(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _read_summary(run: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{run} holds no finished run ({error.strerror}: summary.json); "
+            "make one with mm-c2c evaluate --out"
+        ) from error
+    return found
+
+
 def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{100 * share:.1f}"
 
@@ -467,10 +569,11 @@ def main() -> None:
     """Read the command line and write a run's report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--choice", type=Path, help="a run of the same with decoding=choice")
     parser.add_argument("--readme", type=Path, help="also replace this file's results")
     parser.add_argument("--section", default=_SECTION, help="which of its sections")
     args = parser.parse_args()
-    write_report(args.run, args.readme, args.section)
+    write_report(args.run, args.readme, args.section, args.choice)
 
 
 if __name__ == "__main__":

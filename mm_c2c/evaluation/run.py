@@ -26,7 +26,10 @@ from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.pretrained import fingerprint
 
+DTYPES = ("float32", "bfloat16")
+
 _WARM_UP = 2
+DECODINGS = ("free", "choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class EvaluationConfig:
             Hub; the command loads it with the models that it names. None is the reference bridge.
         source_model: folder of the bridge's source, where it does not lie where the bridge says.
         target_model: folder of its target, likewise.
+        dtype: of the target's weights, `float32` or `bfloat16`, in all arms alike; the command
+            loads it so.
         source: name of the source in the bridge; None takes the only one.
         arms: which to run, by name; when empty all that the items and the source have something
             for, without those whose own file (`prompts` and the four below it) is not given.
@@ -49,6 +54,8 @@ class EvaluationConfig:
         description_adapter: as in `Setting`.
         connector: as in `Setting`.
         own_bridge: as in `Setting`.
+        decoding: `free`, or `choice`: every arm can only answer with one of the item's options,
+            those of its kind where the item lists none; an item without any is answered freely.
         limit: ask only so many; None asks all.
         batch_size: items at once, for accuracy.
         timed: items that are also run one at a time, by the clock, after two to warm up.
@@ -60,6 +67,7 @@ class EvaluationConfig:
     bridge: str | None = None
     source_model: str | None = None
     target_model: str | None = None
+    dtype: str = "float32"
     source: str | None = None
     arms: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
@@ -69,6 +77,7 @@ class EvaluationConfig:
     description_adapter: Path | None = None
     connector: Path | None = None
     own_bridge: Path | None = None
+    decoding: str = "free"
     limit: int | None = None
     batch_size: int = 48
     timed: int = 10
@@ -78,6 +87,12 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ConfigError(f"batch_size must be at least 2 to shuffle, got {self.batch_size}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.decoding not in DECODINGS:
+            raise ConfigError(
+                f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}"
+            )
         if self.bridge is None and (self.source_model or self.target_model):
             raise ConfigError(
                 "source_model and target_model say where the models of a bridge lie; give "
@@ -112,10 +127,20 @@ def _run(
     items = _apart(load_items(config.items, config.limit, config.kinds))
     given = {key: getattr(config, key) for key in FILES.values()}
     source = source_name(bridge, config.source)
-    setting = Setting(bridge=bridge, source_name=source, request=config.request, **given)
+    setting = Setting(
+        bridge=bridge,
+        source_name=source,
+        request=config.request,
+        among_options=config.decoding == "choice",
+        **given,
+    )
     arms = {n: build_arm(n, setting) for n in config.arms or _possible_arms(items, setting)}
     settings = {**portable(config), "source": source}
     settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
+    settings["decoding"] = config.decoding if setting.among_options else None  # likewise
+    # What the target has, whoever loaded it; likewise.
+    dtype = str(bridge.target.model.dtype).removeprefix("torch.")
+    settings["dtype"] = None if dtype == "float32" else dtype
     settings["fuser"] = fingerprint(bridge.fusers.state_dict())
     settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
     if out is not None:
@@ -124,7 +149,8 @@ def _run(
     answers = JsonLines(out / "answers.jsonl" if out else None, [rows.stop for rows in batches])
     for rows in tqdm(batches, desc="answers", disable=not progress):
         if rows.stop > len(answers.rows):
-            answers.append(_answer_rows(arms, items[rows.start : rows.stop]))
+            batch = items[rows.start : rows.stop]
+            answers.append(_answer_rows(arms, batch, among_options=setting.among_options))
     turns = items[: config.timed + _WARM_UP]
     times = JsonLines(out / "times.jsonl" if out else None, range(1, len(turns) + 1))
     for item in tqdm(turns[len(times.rows) :], desc="times", disable=not progress):
@@ -191,7 +217,9 @@ def _possible_arms(items: Sequence[Item], setting: Setting) -> list[str]:
     return [name for name in ARMS if name not in left_out]
 
 
-def _answer_rows(arms: dict[str, Arm], batch: Sequence[Item]) -> list[dict[str, Any]]:
+def _answer_rows(
+    arms: dict[str, Arm], batch: Sequence[Item], *, among_options: bool
+) -> list[dict[str, Any]]:
     asked = [to_asked(item) for item in batch]
     replies = {name: arm.answer(asked) for name, arm in arms.items()}
     return [
@@ -203,11 +231,20 @@ def _answer_rows(arms: dict[str, Arm], batch: Sequence[Item]) -> list[dict[str, 
             **({"human_answers": item.human_answers} if item.human_answers else {}),
             **({"told": item.told} if item.told is not None else {}),
             **({"episode": item.episode} if item.episode is not None else {}),
+            **(_choice(item) if among_options else {}),
             "answers": {name: texts[i].answer for name, texts in replies.items()},
             "relayed": {n: t[i].relayed for n, t in replies.items() if t[i].relayed is not None},
         }
         for i, item in enumerate(batch)
     ]
+
+
+def _choice(item: Item) -> dict[str, Any]:
+    """How many options an answer had, and whether the item itself lists them."""
+    return {
+        "options": len(set(item.options)),
+        "lists_options": bool(item.row.get("options")),
+    }
 
 
 def _time_row(arms: dict[str, Arm], bridge: Bridge, item: Item) -> dict[str, Any]:

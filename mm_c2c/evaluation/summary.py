@@ -45,7 +45,8 @@ def summarise(
         `vqa_accuracy`; `against` the arm `fused` the paired tests; `retention` over
         the blind target and over an empty cache, which knows the form of the answers; `recovered`
         of the items that the source knows and its caption relay misses; `swap`; `lie`, see
-        `lie_outcomes`; `episodes`, how many, where the intervals and tests are over these; `time`.
+        `lie_outcomes`; `choice`, where answers were decoded among options, see `_choice_counts`, and
+        in it `shuffled_over_blind`, the paired test; `episodes`, how many, where the intervals and tests are over these; `time`.
         Values with an interval are [value, low, high]; None where there is nothing to divide by.
         What needs an arm that was left out is left out.
     """
@@ -111,6 +112,11 @@ def summarise(
         }
     if "shuffled" in hits:
         summary["swap"] = swap_outcomes(rows, batches, hits.get("source"))
+    if any("options" in row for row in rows):
+        summary["choice"] = _choice_counts(rows)
+        if {"shuffled", "blind"} <= hits.keys():
+            test = compare(hits["shuffled"], hits["blind"], draws, episodes)
+            summary["choice"]["shuffled_over_blind"] = test._asdict()
     if any(row.get("told") is not None for row in rows):
         summary["lie"] = lie_outcomes(rows, resamples, seed)
     return {key: _plain(value) for key, value in summary.items()}
@@ -177,6 +183,22 @@ def lie_outcomes(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, An
             key: _accuracy_within(found, resamples, seed, groups) for key, found in shares.items()
         }
     return {"n": len(lies), "arms": arms}
+
+
+def _choice_counts(rows: Sequence[Row]) -> dict[str, float | int]:
+    """Of what the choice among options was.
+
+    Returns:
+        `n` rows with options, the others having been answered freely; `listed`, those whose item
+        lists its own, the others having the answers of their kind; `guess`, the share of the `n`
+        that a guess gets right.
+    """
+    counts = [row["options"] for row in rows if row["options"]]
+    return {
+        "n": len(counts),
+        "listed": sum(row["lists_options"] for row in rows),
+        "guess": statistics.mean(1 / count for count in counts) if counts else math.nan,
+    }
 
 
 def _followed(pairs: Sequence[tuple[int, int]], rows: Sequence[Row]) -> dict[str, float | int]:

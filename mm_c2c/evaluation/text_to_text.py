@@ -19,7 +19,7 @@ import random
 import string
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ WORDINGS = (
 SEARCHED = 100
 """Questions to train on, on which the wording is chosen."""
 RESAMPLES = 2000
+SHUFFLED, ZEROED = "_shuffled", "_zeroed"
+"""What the names of a fuser's controls end in."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class Arms:
             ((called, source),) = bridge.sources.items()
             if called not in read:
                 read[called] = source.prefill([SourceInput(text=text) for text in texts])
-            given = {name: read[called], f"{name}_shuffled": shuffled(read[called])}
-            given[f"{name}_zeroed"] = emptied(read[called], [True] * len(choices))
+            given = {name: read[called], f"{name}{SHUFFLED}": shuffled(read[called])}
+            given[f"{name}{ZEROED}"] = emptied(read[called], [True] * len(choices))
             for arm, cache in given.items():
                 answers[arm] = self._choose(bridge.fuse_words(reading, {called: cache}), choices)
         return answers
@@ -228,7 +230,9 @@ def evaluate(
         What `summary.json` holds.
     """
     prints = {name: fingerprint(bridge.fusers.state_dict()) for name, bridge in bridges.items()}
-    settings = {"fusers": prints, "items": len(test), "batch_size": batch_size, "seed": seed}
+    dtype = str(next(iter(bridges.values())).target.model.dtype).removeprefix("torch.")
+    settings = {"fusers": prints, "dtype": dtype, "items": len(test)}
+    settings |= {"batch_size": batch_size, "seed": seed}
     test = sorted(test, key=lambda choice: len(choice.listed()))
     with hold(out):
         claim(out, settings)
@@ -274,6 +278,9 @@ def _row(choice: Choice, said: Mapping[str, Sequence[int]], place: int) -> dict[
 def summarise(rows: Sequence[Mapping[str, Any]], first: str, seed: int) -> dict[str, Any]:
     """Accuracy of each arm with its interval, how often it says each letter, and the paired tests.
 
+    `against` compares the first arm with all others; `shuffled` each fuser with another question's
+    cache through the same fuser. `gold` counts the right letters.
+
     Args:
         rows: lines of `answers.jsonl`.
         first: the arm that all others are compared with.
@@ -284,16 +291,22 @@ def summarise(rows: Sequence[Mapping[str, Any]], first: str, seed: int) -> dict[
         arm: hits_of([row["answers"][arm] == row["gold"] for row in rows])
         for arm in rows[0]["answers"]
     }
-    counts = {arm: Counter(row["answers"][arm] for row in rows) for arm in hits}
+
+    def against(one: str, other: str) -> dict[str, Any]:
+        paired = compare(hits[one], hits[other], draws)
+        return {**paired._asdict(), "difference": paired.difference._asdict()}
+
+    def letters(found: Iterable[str]) -> dict[str, int]:
+        return dict(sorted(Counter(found).items()))
+
     return {
         "n": len(rows),
         "accuracy": {arm: accuracy(found, draws)._asdict() for arm, found in hits.items()},
-        "letters": {arm: dict(sorted(count.items())) for arm, count in counts.items()},
-        "against": {
-            arm: {**paired._asdict(), "difference": paired.difference._asdict()}
-            for arm, found in hits.items()
-            if arm != first
-            for paired in [compare(hits[first], found, draws)]
+        "gold": letters(row["gold"] for row in rows),
+        "letters": {arm: letters(row["answers"][arm] for row in rows) for arm in hits},
+        "against": {arm: against(first, arm) for arm in hits if arm != first},
+        "shuffled": {
+            arm: against(arm, f"{arm}{SHUFFLED}") for arm in hits if f"{arm}{SHUFFLED}" in hits
         },
     }
 
@@ -317,7 +330,6 @@ def text_table(summary: Mapping[str, Any], first: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate trained bridges; returns the exit status."""
-    from mm_c2c.reference.models import load_target
     from mm_c2c.reference.train_text import load_bridges
 
     parser = argparse.ArgumentParser(
@@ -328,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="instead of `evaluation` in that folder")
     args = parser.parse_args(argv)
     try:
-        bridges = load_bridges(args.bridges, load_target())
+        bridges = load_bridges(args.bridges)
         summary = evaluate(
             bridges,
             load_choices(args.questions / "test.jsonl"),

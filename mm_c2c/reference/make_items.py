@@ -2,7 +2,8 @@
 
 python -m mm_c2c.reference.make_items --split unseen_style --out FOLDER --artwork FOLDER
 
-`--knowledge` writes `knowledge.jsonl` instead, about the pictures that are there.
+`--stickers 5 6` makes scenes of so many, in turn. `--knowledge` writes `knowledge.jsonl` instead,
+about the pictures that are there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from mm_c2c.reference.knowledge import FACTS, knowledge_questions
 from mm_c2c.reference.scene_data import SPLITS, Artworks, load_artworks, make_scene
-from mm_c2c.reference.scenes import KINDS, caption, questions, render
+from mm_c2c.reference.scenes import CELLS, KINDS, caption, questions, render
 
 WEBP_QUALITY = 92
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=150)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--artwork", type=Path, required=True)
+    parser.add_argument("--stickers", type=int, nargs="+", choices=range(1, CELLS**2 + 1))
     parser.add_argument("--knowledge", action="store_true")
     args = parser.parse_args()
     artworks = load_artworks(args.split, args.artwork)
@@ -40,7 +42,8 @@ def main() -> None:
     wanted = dict.fromkeys(KINDS, args.per_kind)
     rows, number = [], 0
     while any(wanted.values()):
-        scene = make_scene(args.split, number, artworks)
+        stickers = args.stickers and args.stickers[number % len(args.stickers)]
+        scene = make_scene(args.split, number, artworks, stickers)
         asked = [q for q in questions(scene, rng, names) if wanted[q.kind]]
         if asked:
             file = f"{number:04d}.webp"

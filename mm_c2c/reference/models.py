@@ -43,14 +43,17 @@ def load_source(folder: Path = SOURCE_FOLDER) -> VLMSource:
     return VLMSource(model, processor, SOURCE_ID)
 
 
-def load_bridge(*, progress: bool = True) -> Bridge:
-    """The reference bridge: both frozen models and the fuser between them."""
-    target, source = load_target(progress=progress), load_source()
+def load_bridge(*, progress: bool = True, dtype: torch.dtype = torch.float32) -> Bridge:
+    """The reference bridge: both frozen models and the fuser between them; `dtype` is the target's."""
+    target, source = load_target(progress=progress, dtype=dtype), load_source()
     return Bridge.from_pretrained(BRIDGE_FOLDER, target, {SOURCE_NAME: source})
 
 
 def load_saved_bridge(
-    folder: str, source_model: str | None = None, target_model: str | None = None
+    folder: str,
+    source_model: str | None = None,
+    target_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Bridge:
     """Any saved bridge, with the models that its config names.
 
@@ -60,6 +63,7 @@ def load_saved_bridge(
         folder: of the bridge, or a repository of the Hub.
         source_model: where its source lies, if not where the config says; a folder.
         target_model: likewise.
+        dtype: of the target's weights.
 
     Raises:
         ConfigError: `source_model` with a bridge of several sources.
@@ -76,9 +80,10 @@ def load_saved_bridge(
     named = {name: _load_named(o, source_model) for name, o in header["sources"].items()}
     origin = header["target"]
     if origin["model"] == HUB_ID and target_model is None:
-        target = load_target()
+        target = load_target(dtype=dtype)
     else:
-        target = Target.from_pretrained(target_model or origin["model"], origin["revision"])
+        name = target_model or origin["model"]
+        target = Target.from_pretrained(name, origin["revision"], dtype=dtype)
         _call_as(target, origin)
     return Bridge.from_pretrained(folder, target, named)
 

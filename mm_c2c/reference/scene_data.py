@@ -64,14 +64,24 @@ def load_artworks(split: str, folder: Path) -> dict[str, dict[str, Image.Image]]
     return {style: load_stickers(style, folder) for style in SPLITS[split].styles}
 
 
-def make_scene(split: str, number: int, artworks: Artworks) -> Scene:
-    """The `number`-th scene of a split; the same whenever it is asked for."""
+def make_scene(
+    split: str, number: int, artworks: Artworks, num_stickers: int | None = None
+) -> Scene:
+    """The `number`-th scene of a split; the same whenever it is asked for.
+
+    Args:
+        split: a key of `SPLITS`.
+        number: from 0.
+        artworks: cut-outs of the split's styles.
+        num_stickers: as `sample_scene` takes it.
+    """
     rng = random.Random(SPLITS[split].first_seed + number)
     styles = {
         name: [style for style in artworks if name in artworks[style]]
         for name in SPLITS[split].names
     }
-    return sample_scene(rng, [name for name, drawn in styles.items() if drawn], styles)
+    names = [name for name, drawn in styles.items() if drawn]
+    return sample_scene(rng, names, styles, num_stickers)
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -83,7 +93,7 @@ def to_pixels(picture: Image.Image) -> Tensor:
 def write_shard(
     path: Path, split: str, index: int, size: int, artworks: Artworks, tower: EfficientNetLite0
 ) -> None:
-    """Make one shard: `features` `(size, patches, 1536)` in float16, and the scenes as JSON."""
+    """Make one shard: `features` `(size, patches, 2240)` in float16, and the scenes as JSON."""
     scenes, features = [], []
     numbers = range(index * SCENES_PER_SHARD, index * SCENES_PER_SHARD + size)
     for number in tqdm(numbers, desc=path.name, mininterval=5):
@@ -126,7 +136,7 @@ class ScenePool:
     def draw(
         self, rng: random.Random, count: int, *, easily: bool = False
     ) -> tuple[Tensor, list[Scene]]:
-        """Features `(count, patches, 1536)` and truth of scenes.
+        """Features `(count, patches, 2240)` and truth of scenes.
 
         Args:
             rng: source of randomness.
@@ -134,7 +144,7 @@ class ScenePool:
             easily: only scenes of one and two stickers.
         """
         picked = rng.sample(self.easy if easily else self.all, count)
-        features = torch.stack([self.shards[s][0][i] for s, i in picked]).float()
+        features = torch.stack([self.shards[s][0][i].float() for s, i in picked])
         return features, [self.shards[s][1][i] for s, i in picked]
 
 

@@ -135,7 +135,7 @@ class FeatureReader:
         """Caches of a batch.
 
         Args:
-            features: `(batch, patches, 1536)`.
+            features: `(batch, patches, 2240)`.
         """
         model = self.source.model
         cache = DynamicCache(config=model.config.get_text_config())

@@ -10,13 +10,12 @@ import logging
 import math
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -43,8 +42,8 @@ from mm_c2c.reference.source import (
     build_tokenizer,
     load_model,
 )
-from mm_c2c.training.log import append_log, cut_log
-from mm_c2c.training.loop import cosine_rate
+from mm_c2c.training.loop import PRECISIONS, Loop, build_accelerator, cosine_rate
+from mm_c2c.training.optimizers import build_optimizers, mixes_channels
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,9 @@ class SourceTrainingConfig:
         tower_layers: attention layers over the grid.
         steps: optimiser steps.
         batch_size: pictures a step.
-        learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
+        learning_rate: on AdamW's scale, after the warm-up; falls to zero along a cosine. Matrices
+            follow Muon, the rest AdamW.
+        precision: `fp32`, or `bf16` for bfloat16 products over float32 weights.
         warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
         patch_loss: weight of `patch_words`, a training aid.
@@ -85,7 +86,8 @@ class SourceTrainingConfig:
     tower_layers: int = 2
     steps: int = 1500
     batch_size: int = 64
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
+    precision: str = "fp32"
     warmup: int = 60
     easy_steps: int = 150
     patch_loss: float = 1.0
@@ -98,6 +100,10 @@ class SourceTrainingConfig:
     def __post_init__(self) -> None:
         if self.steps <= self.warmup:
             raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
 
 
 def pack_questions(
@@ -222,16 +228,7 @@ def accuracy_by_kind(
 def train(config: SourceTrainingConfig) -> None:
     """Run, or go on with, one training."""
     torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
     model, tokenizer = _build(config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine_rate(step, config.warmup, config.steps)
-    )
-
     pool = ScenePool(config.data)
     # Scenes with an odd one out are few, and the question is the hardest: they come twice.
     pool.all += [(s, i) for s, i in pool.all if odd_one_out(pool.shards[s][1][i])]
@@ -239,66 +236,47 @@ def train(config: SourceTrainingConfig) -> None:
         model.model.vision_tower.standardise(pool.shards[0][0][:256])
     dev_features, dev_scenes = read_shard(config.data / "dev-0000.safetensors")
 
-    config.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = config.out / "last.pt", config.out / "log.csv"
-    first = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=False)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        rng.setstate(saved["rng"])
-        first = saved["step"]
-        cut_log(log, first)
-        logger.info("resumed at step %d", first)
-
-    model.train()
-    started = time.monotonic()
-    for step in range(first, config.steps):
+    def loss(step: int, rng: random.Random) -> Tensor:
         features, scenes = pool.draw(rng, config.batch_size, easily=step < config.easy_steps)
         packed = pack_questions(
             tokenizer, [draw_questions(s, rng, config) for s in scenes], features.shape[1]
         )
         image, states = hidden_states(model, features, packed, tokenizer.bos_token_id)
         answers = packed.labels != -100
-        answer_loss = F.cross_entropy(model.lm_head(states[answers]), packed.labels[answers])
-        words = model.lm_head(F.rms_norm(image, image.shape[-1:]))
+        answer_loss = F.cross_entropy(
+            model.lm_head(states[answers]).float(), packed.labels[answers]
+        )
+        words = model.lm_head(F.rms_norm(image, image.shape[-1:])).float()
         patch_loss = F.cross_entropy(
             words.flatten(0, 1), patch_words(scenes, tokenizer, features.shape[1]).flatten(0, 1)
         )
-        optimizer.zero_grad()
-        (answer_loss + config.patch_loss * patch_loss).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        done = step + 1
-        if done % config.log_every == 0:
-            row = {
-                "step": done,
-                "seconds": round(time.monotonic() - started),
-                "answer_loss": answer_loss.item(),
-                "patch_loss": patch_loss.item(),
-            }
-            append_log(log, row)
-        if done % config.save_every == 0 or done == config.steps:
-            model.eval()
-            scores = accuracy_by_kind(model, tokenizer, dev_features, dev_scenes)
-            model.train()
-            logger.info("step %d dev %s", done, {k: round(v, 3) for k, v in scores.items()})
-            scratch = checkpoint.with_suffix(".part")
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "rng": rng.getstate(),
-                    "step": done,
-                },
-                scratch,
-            )
-            scratch.replace(checkpoint)
-    model.eval().half().save_pretrained(config.out / "model")
-    build_processor(tokenizer).save_pretrained(config.out / "model")
+        return answer_loss + config.patch_loss * patch_loss
+
+    def save(_: object) -> None:
+        model.eval()
+        scores = accuracy_by_kind(model, tokenizer, dev_features, dev_scenes)
+        logger.info("dev %s", {k: round(v, 3) for k, v in scores.items()})
+        folder = config.out / "model"
+        halves = {name: w.half() for name, w in model.state_dict().items()}
+        model.save_pretrained(folder, state_dict=halves)
+        build_processor(tokenizer).save_pretrained(folder)
+        model.train()
+
+    model.train()
+    Loop(
+        out=config.out,
+        steps=config.steps,
+        save_every=config.save_every,
+        log_every=config.log_every,
+        seed=config.seed,
+        accelerator=build_accelerator(config.out, precision=config.precision, cpu=True),
+    ).run(
+        model,
+        build_optimizers(model, config.learning_rate, is_matrix=mixes_channels),
+        lambda step: cosine_rate(step, config.warmup, config.steps),
+        loss,
+        save,
+    )
 
 
 def _build(

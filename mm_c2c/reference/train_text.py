@@ -33,7 +33,7 @@ from mm_c2c.reference.models import load_target
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import TextSource
 from mm_c2c.target import Target
-from mm_c2c.training.config import TrainingConfig
+from mm_c2c.training.config import ModelConfig, TrainingConfig
 from mm_c2c.training.data import open_examples
 from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
 from mm_c2c.training.objective import Objective, draw_questions
@@ -43,22 +43,28 @@ from mm_c2c.training.run import flatten
 PROGRAM = "python -m mm_c2c.reference.train_text"
 
 
-def load_text_source(name: str, target: Target) -> TextSource:
+def load_text_source(config: ModelConfig, target: Target) -> TextSource:
     """A text source by its Hub id; the target as its own source shares the model.
 
     Raises:
-        ConfigError: neither Gemma 3 270M nor the target.
+        ConfigError: neither Gemma 3 270M nor the target, or the target in another dtype.
         FetchError: Gemma is not there; the message says how to fetch it.
     """
-    if name == HUB_ID:
+    dtype = getattr(torch, config.dtype)
+    if config.model == HUB_ID:
+        if dtype != target.model.dtype:
+            raise ConfigError(
+                f"the target as its own source shares the model, which is in {target.model.dtype}; "
+                f"its source says {dtype}"
+            )
         return own_source(target)
-    if name != gemma.NAME:
-        raise ConfigError(f"expected source {gemma.NAME} or {HUB_ID}, got {name!r}")
+    if config.model != gemma.NAME:
+        raise ConfigError(f"expected source {gemma.NAME} or {HUB_ID}, got {config.model!r}")
     folder = gemma.gemma_path()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # No revision: the 4-bit copy and the Hub's weights both serve.
-    return TextSource(model, tokenizer, name)
+    return TextSource(model, tokenizer, config.model)
 
 
 class Together:
@@ -170,10 +176,8 @@ def train(config: TrainingConfig) -> None:
         raise ConfigError(f"expected target {HUB_ID}, got {config.target.model!r}")
     accelerator = build_accelerator(config.out, cpu=True)
     with hold(config.out):
-        target = load_target()
-        sources = {
-            name: load_text_source(source.model, target) for name, source in config.sources.items()
-        }
+        target = load_target(dtype=getattr(torch, config.target.dtype))
+        sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
         together = Together(config, target, sources)
         settings = to_dict(config)
         write_json(config.out / "config.json", settings)
@@ -194,6 +198,7 @@ def train(config: TrainingConfig) -> None:
                 config.optimizer.learning_rate,
                 config.optimizer.name,
                 config.optimizer.weight_decay,
+                dtype=getattr(torch, config.optimizer.dtype),
             ),
             together.rate,
             together.loss,
@@ -202,8 +207,8 @@ def train(config: TrainingConfig) -> None:
         )
 
 
-def load_bridges(folder: Path, target: Target) -> dict[str, Bridge]:
-    """The bridges that a training wrote, by the names of its links.
+def load_bridges(folder: Path) -> dict[str, Bridge]:
+    """The bridges that a training wrote, by the names of its links, on models as it had them.
 
     Raises:
         ConfigError: no training was written there.
@@ -212,9 +217,8 @@ def load_bridges(folder: Path, target: Target) -> dict[str, Bridge]:
     if not path.exists():
         raise ConfigError(f"{folder} holds no training of {PROGRAM}: it has no config.json")
     config = from_dict(TrainingConfig, json.loads(path.read_text(encoding="utf-8")))
-    sources = {
-        name: load_text_source(source.model, target) for name, source in config.sources.items()
-    }
+    target = load_target(dtype=getattr(torch, config.target.dtype))
+    sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
     links = {name: link.get("source", name) for name, link in config.links.items()}
     return {
         name: Bridge.from_pretrained(folder / name, target, {source: sources[source]})

@@ -18,7 +18,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from mm_c2c.cache import CacheOrigin, CacheShape, LayerKV, SourceCache, full_layer, read_layers
 from mm_c2c.errors import UnsupportedError
-from mm_c2c.rope import RopeSpec, rope_specs
+from mm_c2c.rope import RopeSpec
+from mm_c2c.rope_probe import rope_specs
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,9 @@ class FrozenReader:
         self.origin = CacheOrigin(name, revision, model.config.model_type)
         # PaliGemma's processor gives labels too; a reader wants no loss.
         self._known_arguments = frozenset(inspect.signature(model.forward).parameters) - {"labels"}
-        # Nobody reads the logits of a prefill, which are the largest tensor of it.
-        spared = {"logits_to_keep": 1}
+        # Nobody reads the logits of a prefill, which are the largest tensor of it. An index, not a
+        # number: a slice is not contiguous, and over it torch's CPU product copies the vocabulary.
+        spared = {"logits_to_keep": torch.tensor([-1])}
         self.spared = spared if spared.keys() <= self._known_arguments else {}
         self._specs: dict[int, tuple[RopeSpec | None, ...]] = {}
 

@@ -254,7 +254,7 @@ class Objective:
             position_ids=count_positions(mask)[:, done:],
             past_key_values=cache,
             use_cache=True,
-            **dict.fromkeys(target.spared, width),
+            **dict.fromkeys(target.spared, torch.arange(-width, 0)),
         ).logits[:, -width:]
         return Read(logits, labels, cache, mask)
 

@@ -78,6 +78,7 @@ def run_training(
             config.optimizer.learning_rate,
             config.optimizer.name,
             config.optimizer.weight_decay,
+            dtype=getattr(torch, config.optimizer.dtype),
         ),
         trainer.rate,
         trainer.loss,

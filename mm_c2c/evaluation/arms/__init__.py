@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
+from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
+from mm_c2c.evaluation.arms.choice import AmongOptions
 from mm_c2c.sources.base import Source, SourceInput, with_request
 from mm_c2c.sources.text import encode_chats
 
@@ -125,6 +127,8 @@ class Setting:
             arm `tuned_description`.
         connector: folder of a trained connector, for the arm `soft_prompt`.
         own_bridge: folder of a bridge from the target into itself, for the arm `own_source`.
+        among_options: whether an answer can only be one of its question's options, where it has
+            any; texts on the way to an answer are free.
     """
 
     bridge: Bridge
@@ -135,11 +139,32 @@ class Setting:
     description_adapter: Path | None = None
     connector: Path | None = None
     own_bridge: Path | None = None
+    among_options: bool = False
 
     @property
     def source(self) -> Source:
         """The source that looks."""
         return self.bridge.sources[self.source_name]
+
+    def decoding(
+        self, asked: Sequence[Asked], streamer: BaseStreamer | None, reader: Any = None
+    ) -> dict[str, Any]:
+        """How an arm decodes its answers, as `generate` takes it; for one call.
+
+        Args:
+            asked: the rows of the batch.
+            streamer: for a batch of one.
+            reader: a source, where that answers; None is the target.
+        """
+        if not self.among_options:
+            return options(streamer)
+        rows = [row.options for row in asked]
+        choice = AmongOptions(rows, reader or self.bridge.target, MAX_NEW_TOKENS)
+        return {
+            **options(streamer),
+            "max_new_tokens": choice.max_new_tokens,
+            "logits_processor": LogitsProcessorList([choice]),
+        }
 
     def file_of(self, arm: str) -> Path:
         """Where the arm's own file or folder is.
@@ -175,7 +200,7 @@ def build_arm(name: str, setting: Setting) -> Arm:
 def target_answers(
     bridge: Bridge,
     prompts: Sequence[str],
-    streamer: BaseStreamer | None = None,
+    decoding: Mapping[str, Any] | None = None,
     model: Any = None,
 ) -> list[str]:
     """The target's own answers to a batch of prompts, in its chat template.
@@ -183,13 +208,15 @@ def target_answers(
     Args:
         bridge: with the target.
         prompts: one a row.
-        streamer: for a batch of one.
+        decoding: from `Setting.decoding`; None is free.
         model: stands in for the target's model; None takes that.
     """
     encoded, _ = encode_chats(
         bridge.target.tokenizer, list(prompts), bridge.device, bridge.config.system
     )
-    out = (model or bridge.target.model).generate(**encoded, **options(streamer))
+    out = (model or bridge.target.model).generate(
+        **encoded, **bridge.target.spared, **(decoding or options(None))
+    )
     texts = bridge.target.tokenizer.batch_decode(
         out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
     )
@@ -204,5 +231,5 @@ def captions(source: Source, requests: Sequence[str], asked: Sequence[Asked]) ->
 
 
 def options(streamer: BaseStreamer | None) -> dict[str, Any]:
-    """How every arm decodes its answer: greedily, a few tokens."""
+    """How every arm decodes a free answer: greedily, a few tokens."""
     return {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers.generation.streamers import BaseStreamer
 
-from mm_c2c.evaluation.arms import Asked, Reply, Setting, options, target_answers
+from mm_c2c.evaluation.arms import Asked, Reply, Setting, target_answers
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Blind:
     def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
         """See `Arm`."""
         questions = [row.question for row in asked]
-        return [Reply(text) for text in target_answers(self.setting.bridge, questions, streamer)]
+        decoding = self.setting.decoding(asked, streamer)
+        return [Reply(text) for text in target_answers(self.setting.bridge, questions, decoding)]
 
 
 @dataclass(frozen=True)
@@ -31,5 +32,6 @@ class SourceAlone:
     def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
         """See `Arm`."""
         looks = [row.look_for(row.question) for row in asked]
-        answers = self.setting.source.generate(looks, **options(streamer))
+        source = self.setting.source
+        answers = source.generate(looks, **self.setting.decoding(asked, streamer, source))
         return [Reply(text.strip()) for text in answers]

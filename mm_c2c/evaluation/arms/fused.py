@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from mm_c2c.bridge import Perception
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.arms import Asked, Reply, Setting, captions, options
+from mm_c2c.evaluation.arms import Asked, Reply, Setting, captions
 from mm_c2c.link import LinkConfig
 
 
@@ -44,7 +44,8 @@ class Fused:
     def _ask(
         self, asked: Sequence[Asked], questions: list[str], streamer: BaseStreamer | None
     ) -> list[str]:
-        answers = self.setting.bridge.generate(self.see(asked), questions, **options(streamer))
+        decoding = self.setting.decoding(asked, streamer)
+        answers = self.setting.bridge.generate(self.see(asked), questions, **decoding)
         return [text.strip() for text in answers]
 
 

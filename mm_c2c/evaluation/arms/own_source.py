@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.arms import Asked, Reply, Setting, options
+from mm_c2c.evaluation.arms import Asked, Reply, Setting
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.link import LinkConfig
 from mm_c2c.sources.base import SourceInput
@@ -39,7 +39,8 @@ class OwnSource:
         """See `Arm`."""
         questions = [row.question for row in asked]
         cache = self.bridge.sources[OWN_NAME].prefill([SourceInput(text=q) for q in questions])
-        said = self.bridge.generate(None, questions, {OWN_NAME: cache}, **options(streamer))
+        decoding = self.setting.decoding(asked, streamer)
+        said = self.bridge.generate(None, questions, {OWN_NAME: cache}, **decoding)
         return [Reply(text.strip()) for text in said]
 
     @cached_property

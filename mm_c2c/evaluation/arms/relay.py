@@ -33,7 +33,8 @@ class CaptionRelay:
         """See `Arm`."""
         written = self.write(asked)
         prompts = [self.prompt(text, row) for text, row in zip(written, asked, strict=True)]
-        answers = target_answers(self.setting.bridge, prompts, streamer)
+        decoding = self.setting.decoding(asked, streamer)
+        answers = target_answers(self.setting.bridge, prompts, decoding)
         return [Reply(*pair) for pair in zip(answers, written, strict=True)]
 
     def write(self, asked: Sequence[Asked]) -> list[str]:

@@ -19,7 +19,7 @@ from mm_c2c.bridge import Bridge, Perception
 from mm_c2c.cache import repeat_rows
 from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
-from mm_c2c.evaluation.arms import Asked, Reply, Setting, options
+from mm_c2c.evaluation.arms import Asked, Reply, Setting
 from mm_c2c.sources.base import Source
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -146,7 +146,8 @@ class SoftPrompt:
         bridge = self.setting.bridge
         features = tower_features(self.setting.source, [row.picture for row in asked])
         seen = self.connector.perceive(bridge, features)
-        answers = bridge.generate(seen, [row.question for row in asked], **options(streamer))
+        decoding = self.setting.decoding(asked, streamer)
+        answers = bridge.generate(seen, [row.question for row in asked], **decoding)
         return [Reply(text.strip()) for text in answers]
 
     @cached_property

@@ -29,7 +29,8 @@ class TunedRelay(CaptionRelay):
         """See `Arm`."""
         written = self.write(asked)
         prompts = [self.prompt(text, row) for text, row in zip(written, asked, strict=True)]
-        answers = target_answers(self.setting.bridge, prompts, streamer, self.model)
+        decoding = self.setting.decoding(asked, streamer)
+        answers = target_answers(self.setting.bridge, prompts, decoding, self.model)
         return [Reply(*pair) for pair in zip(answers, written, strict=True)]
 
     @cached_property

@@ -41,7 +41,8 @@ def expert_of(task: str) -> Any:
     """The scripted policy of a task: `(39,)` observation to `(4,)` action in [-1, 1]."""
     from metaworld.policies import ENV_POLICY_MAP
 
-    policy = ENV_POLICY_MAP[TASKS[task].environment]()
+    kind: Any = ENV_POLICY_MAP[TASKS[task].environment]
+    policy = kind()
     # Some experts write into what they are given.
     return lambda raw: np.clip(policy.get_action(raw.copy()), -1, 1)
 

@@ -111,7 +111,9 @@ class MetaWorldEnv:
                 f'Meta-World needs packages ({error}): pip install "mm-c2c[metaworld]"'
             ) from error
         self.task = task
-        self._env: Any = ENVIRONMENTS[f"{TASKS[task].environment}-goal-observable"](seed=0)
+        # Its base class, which is what the table is typed by, takes no seed.
+        kind: Any = ENVIRONMENTS[f"{TASKS[task].environment}-goal-observable"]
+        self._env: Any = kind(seed=0)
         # Draw places anew at each reset, from the environment's own generator.
         self._env._freeze_rand_vec = False
         self._env.seeded_rand_vec = True
