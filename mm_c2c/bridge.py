@@ -629,11 +629,13 @@ class Bridge(nn.Module):
                 )
         rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         cache = repeat_rows(fused["past_key_values"], rows)
+        # For several sequences a row, generate would repeat the index too.
+        spared = self.target.spared if rows == 1 else {}
         return self.target.model.generate(
             input_ids=fused["input_ids"],
             attention_mask=fused["attention_mask"],
             past_key_values=cache,
-            **kwargs,
+            **{**spared, **kwargs},
         )
 
 

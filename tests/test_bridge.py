@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -662,6 +663,30 @@ def test_every_way_of_decoding_is_that_of_transformers(rig: Rig, geometry: str, 
     assert got == expected
     assert len(got) == 2 * kwargs.get("num_return_sequences", 1)
     assert any(got)
+
+
+def test_decoding_asks_for_no_logits_but_the_last(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    asked = []
+    forward = rig.target.model.forward
+
+    @functools.wraps(forward)
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["logits_to_keep"])
+        return forward(*args, **kwargs)
+
+    fused = bridge.fuse(perception, QUESTIONS)
+    monkeypatch.setattr(rig.target.model, "forward", spy)
+    bridge._generate(fused, max_new_tokens=3)
+    # A number would be a slice, over which torch's CPU product copies the whole vocabulary.
+    assert asked
+    assert all(torch.equal(index, torch.tensor([-1])) for index in asked)
+    asked.clear()
+    bridge._generate(fused, max_new_tokens=2, num_beams=2)
+    assert set(asked) == {1}
 
 
 def test_beams_of_a_closed_bridge_are_the_targets_own(rig: Rig) -> None:
