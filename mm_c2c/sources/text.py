@@ -18,6 +18,9 @@ from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_posi
 class TextSource(FrozenReader):
     """Reads a question in the model's own chat template; without a template, as it stands."""
 
+    # Slots of its pictures would stay empty without a word.
+    has_pictures = False
+
     def __init__(
         self,
         model: PreTrainedModel,
