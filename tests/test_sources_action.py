@@ -437,6 +437,7 @@ def test_state_and_actions_of_pi0_get_a_slot_each(
 
 @torch.no_grad()
 @pytest.mark.parametrize("pooling", ["window", "resampler"])
+@pytest.mark.parametrize("missing", [0, 1])
 def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
     pi0: PI0Source,
     two_cameras: list[SourceInput],
@@ -444,8 +445,12 @@ def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
     tiny_target_tokenizer: Any,
     tmp_path: Path,
     pooling: str,
+    missing: int,
 ) -> None:
-    """In a padded batch, turned round, alone, and from a saved bridge."""
+    """In a padded batch, turned round, alone, and from a saved bridge; also without a camera."""
+    two_cameras[1] = dataclasses.replace(
+        two_cameras[1], images=two_cameras[1].images[: 2 - missing]
+    )
     bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer, pooling=pooling)
     bridge.save_pretrained(tmp_path)
     loaded = Bridge.from_pretrained(tmp_path, bridge.target, bridge.sources)

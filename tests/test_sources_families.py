@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,24 @@ def test_the_layers_are_those_of_a_plain_forward(source: Any, inputs: list[Sourc
             torch.testing.assert_close(got.values[:, :, -kept:], expected.values, **CLOSE)
 
 
+@pytest.mark.parametrize("pictures_shown", [(1, 1), (2, 1)])
 def test_a_padded_row_gives_what_the_row_alone_gives(
-    source: Any, inputs: list[SourceInput], family: Family
+    source: Any,
+    inputs: list[SourceInput],
+    family: Family,
+    pictures: list[Image.Image],
+    pictures_shown: tuple[int, int],
 ) -> None:
+    if max(pictures_shown) > 1 and source.one_picture:
+        pytest.skip("a prompt shows one picture")
+    inputs = [
+        replace(item, images=tuple((pictures[row:] + pictures)[:count]))
+        for row, (item, count) in enumerate(zip(inputs, pictures_shown, strict=True))
+    ]
     both, turned = source.prefill(inputs), source.prefill(inputs[::-1])
+    assert [len({grid.image for grid in grids}) for grids in both.grids] == (
+        list(pictures_shown) if family.shown else [0, 0]
+    )
     if family.reads_words:  # of uneven length
         assert (both.kinds == PositionKind.PAD).any()
     for row, item in enumerate(inputs):
