@@ -223,13 +223,17 @@ def test_slots_of_images_that_a_row_lacks_take_nothing():
     states = torch.randn(3, cache.seq_len, 3)
     for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
         found = align(cache, size, slots_of(cache, 12), image=None)
-        assert found.mask.tolist() == [[slot < 4 * count for slot in range(12)] for count in (1, 2, 0)]
+        assert found.mask.tolist() == [
+            [slot < 4 * count for slot in range(12)] for count in (1, 2, 0)
+        ]
         assert (found.weights[~found.mask] == 0).all()
         assert (found.source_index[~found.mask] == 0).all()
         for row, images in enumerate((1, 2, 0)):
             expected = torch.zeros(12, 3)
             for image in range(images):
-                one = replace(cache, grids=(cache.grids[row],) * 3, patches=cache.patches[[row] * 3])
+                one = replace(
+                    cache, grids=(cache.grids[row],) * 3, patches=cache.patches[[row] * 3]
+                )
                 alone = align(one, size, slots_of(one, 4), image=image)
                 expected[4 * image : 4 * image + 4] = alone.gather(states)[row]
             torch.testing.assert_close(found.gather(states)[row], expected)

@@ -821,7 +821,7 @@ def test_queries_without_a_grid_are_one_picture(rig: Rig) -> None:
 
 
 def test_slots_for_pictures_of_a_source_without_pictures_are_refused(rig: Rig) -> None:
-    with pytest.raises(ConfigError, match="source 'reader' reads words only .* 'aligned', or kin"):
+    with pytest.raises(ConfigError, match=r"source 'reader' reads words only .* 'aligned', or kin"):
         rig.bridge([("reader", "slots")])
     link = replace(rig.link("reader", "slots"), kinds=("text",), rows=1)
     config = BridgeConfig(links=(link,), slot_token=SLOT)

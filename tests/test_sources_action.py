@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from families import build_frozen, train_tokenizer, vision_config
+from families import FAMILIES, build_frozen, train_tokenizer, vision_config
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -690,6 +690,11 @@ def test_a_policy_of_another_family_is_read_as_that_family(
     assert source.prefill(instructions).kinds[0, -1] == PositionKind.ACTION
     with pytest.raises(UnsupportedError, match="TextSource has no prompt"):
         action.policy_class(source_class("qwen3", has_vision=False))
+    tiny = FAMILIES["blip-2_t5"].build()
+    kind = action.policy_class(source_class("blip-2", has_vision=True))
+    bins = ActionBins(vocab_size=40, low=(-1.0,), high=(1.0,), num_bins=32)
+    with pytest.raises(UnsupportedError, match=r"tiny/t5: .* encoder and decoder \(blip-2\)"):
+        kind(tiny.model, tiny.processor, bins, "tiny/t5")
 
 
 @pytest.mark.parametrize(

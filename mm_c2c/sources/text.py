@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mm_c2c.align.tokens import locate_text, token_spans
 from mm_c2c.cache import PositionKind, SourceCache
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 
 
@@ -28,6 +28,11 @@ class TextSource(FrozenReader):
         name: str,
         revision: str | None = None,
     ) -> None:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{name}: a text model of encoder and decoder ({model.config.model_type}) cannot "
+                "be read; take a causal LM"
+            )
         super().__init__(model, name, revision)
         self.tokenizer = tokenizer
 
