@@ -137,6 +137,12 @@ class Bridge(nn.Module):
                 raise ConfigError(
                     f"a link names source {link.source!r}; sources given: {sorted(sources)}"
                 )
+            for_pictures = link.geometry == "slots" and not link.kinds
+            if for_pictures and not getattr(sources[link.source], "has_pictures", True):
+                raise ConfigError(
+                    f"source {link.source!r} reads words only and has no picture for slots; set "
+                    "geometry to 'aligned', or kinds to ('text',)"
+                )
             check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
             check_shape("the target", link.fuser.target, target.shape)
         if target.minds_padding:
