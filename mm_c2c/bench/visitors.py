@@ -44,7 +44,7 @@ from mm_c2c.demo.pair import (
     reference_setting,
     suggestions,
 )
-from mm_c2c.errors import ConfigError, MMC2CError
+from mm_c2c.errors import ConfigError, UnsupportedError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.reference.models import load_bridge
 
@@ -54,10 +54,6 @@ _MEMORY_S = 1.0
 _START_S = 600.0
 # A first word, not the sign that none is there yet.
 _FUSED_WORD = re.compile(r'<section class="card fused">.*?<p class="answer">(?!…)[^<]')
-
-
-class PageError(MMC2CError, RuntimeError):
-    """The page did not start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +131,7 @@ def bench(config: VisitorsConfig) -> dict[str, Any]:
         the page at the start, in the middle, at the end and at most; `cpus`.
 
     Raises:
-        PageError: the page did not start.
+        UnsupportedError: the page did not start.
     """
     setting = reference_setting(load_tiny_bridge() if config.tiny else load_bridge())
     visits = [_visit(setting, path) for path in _pictures()[: config.visitors]]
@@ -188,7 +184,7 @@ def _page(folder: Path, *, tiny: bool) -> Iterator[tuple[str, psutil.Process]]:
         deadline = time.monotonic() + _START_S
         while True:
             if server.poll() is not None or time.monotonic() > deadline:
-                raise PageError(f"the page did not start: {' '.join(command)}")
+                raise UnsupportedError(f"the page did not start: {' '.join(command)}")
             with socket.socket() as trial:
                 if trial.connect_ex(("127.0.0.1", port)) == 0:
                     break
