@@ -234,7 +234,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override
-    from mm_c2c.evaluation.report import new_figure, text_table, write_report
+    from mm_c2c.evaluation.render import new_figure
+    from mm_c2c.evaluation.report import text_table, write_report
     from mm_c2c.evaluation.run import EvaluationConfig, evaluate
     from mm_c2c.reference.models import HERE
 
@@ -271,7 +272,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     from mm_c2c.config import override
     from mm_c2c.evaluation.diagnosis_report import look, write_report
     from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, text_table
-    from mm_c2c.evaluation.report import new_figure
+    from mm_c2c.evaluation.render import new_figure
     from mm_c2c.reference.models import HERE
 
     if args.out:

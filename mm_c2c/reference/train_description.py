@@ -25,7 +25,7 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import add_adapter
-from mm_c2c.evaluation.probe import load_pair
+from mm_c2c.evaluation.command import load_pair
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.reference.packing import Turn
 from mm_c2c.reference.train_fuser import turns_loss
