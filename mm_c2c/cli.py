@@ -136,15 +136,15 @@ def _load_bridge(
     dtype: str = "float32",
 ) -> Bridge:
     """The reference bridge or another, without transformers' bars for loads that take a second."""
-    import torch
     from transformers.utils import logging as transformers_logging
 
+    from mm_c2c.config import DTYPES
     from mm_c2c.reference import models
 
     transformers_logging.disable_progress_bar()
     if folder is None:
-        return models.load_bridge(dtype=getattr(torch, dtype))
-    return models.load_saved_bridge(folder, source_model, target_model, getattr(torch, dtype))
+        return models.load_bridge(dtype=DTYPES[dtype])
+    return models.load_saved_bridge(folder, source_model, target_model, DTYPES[dtype])
 
 
 def _ask(args: argparse.Namespace) -> None:

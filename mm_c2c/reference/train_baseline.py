@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import load_config
+from mm_c2c.config import DTYPES, WIDE_DTYPES, check_one_of, load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms.own_source import OWN_NAME, build_own_bridge
 from mm_c2c.evaluation.arms.prompts import RelayPrompt
@@ -30,7 +30,6 @@ from mm_c2c.reference.models import BRIDGE_FOLDER, SOURCE_NAME, load_source, loa
 from mm_c2c.reference.scene_data import ScenePool
 from mm_c2c.reference.scenes import CAPTION_REQUEST, Question
 from mm_c2c.reference.train_fuser import (
-    DTYPES,
     FeatureReader,
     answer_loss,
     answer_turns,
@@ -91,16 +90,11 @@ class BaselineTrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(
-                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
-            )
+        check_one_of("kind", self.kind, KINDS)
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.steps <= self.warmup:
             raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
 
 class _Baseline(NamedTuple):

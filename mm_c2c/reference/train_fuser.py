@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from mm_c2c.bridge import Bridge, BridgeConfig, Perception
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, zeroed
-from mm_c2c.config import load_config
+from mm_c2c.config import DTYPES, WIDE_DTYPES, check_one_of, load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import CAPTION_TOKENS
 from mm_c2c.fuser import FuserConfig
@@ -46,7 +46,6 @@ from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.training.loop import Loop, cosine_rate
 from mm_c2c.training.optimizers import build_optimizers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NOTHING = "nothing"
 
 
@@ -118,8 +117,7 @@ class FuserTrainingConfig:
             raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
         if self.shuffled and min(self.scenes, self.reconstruct_scenes) < 2:
             raise ConfigError("shuffled needs at least 2 scenes and 2 reconstruct_scenes a step")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
 
 class FeatureReader:

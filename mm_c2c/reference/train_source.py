@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from mm_c2c.config import load_config
+from mm_c2c.config import PRECISIONS, check_one_of, load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, ScenePool, read_shard
@@ -42,7 +42,7 @@ from mm_c2c.reference.source import (
     build_tokenizer,
     load_model,
 )
-from mm_c2c.training.loop import PRECISIONS, Loop, build_accelerator, cosine_rate
+from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
 from mm_c2c.training.optimizers import build_optimizers, mixes_channels
 
 logger = logging.getLogger(__name__)
@@ -100,10 +100,7 @@ class SourceTrainingConfig:
     def __post_init__(self) -> None:
         if self.steps <= self.warmup:
             raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
+        check_one_of("precision", self.precision, PRECISIONS)
 
 
 def pack_questions(

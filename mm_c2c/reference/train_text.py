@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import from_dict, load_config, to_dict
+from mm_c2c.config import DTYPES, from_dict, load_config, to_dict
 from mm_c2c.errors import ConfigError, MMC2CError
 from mm_c2c.evaluation.arms.own_source import own_source
 from mm_c2c.evaluation.results import hold, write_json
@@ -50,7 +50,7 @@ def load_text_source(config: ModelConfig, target: Target) -> TextSource:
         ConfigError: neither Gemma 3 270M nor the target, or the target in another dtype.
         FetchError: Gemma is not there; the message says how to fetch it.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = DTYPES[config.dtype]
     if config.model == HUB_ID:
         if dtype != target.model.dtype:
             raise ConfigError(
@@ -176,7 +176,7 @@ def train(config: TrainingConfig) -> None:
         raise ConfigError(f"expected target {HUB_ID}, got {config.target.model!r}")
     accelerator = build_accelerator(config.out, cpu=True)
     with hold(config.out):
-        target = load_target(dtype=getattr(torch, config.target.dtype))
+        target = load_target(dtype=DTYPES[config.target.dtype])
         sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
         together = Together(config, target, sources)
         settings = to_dict(config)
@@ -198,7 +198,7 @@ def train(config: TrainingConfig) -> None:
                 config.optimizer.learning_rate,
                 config.optimizer.name,
                 config.optimizer.weight_decay,
-                dtype=getattr(torch, config.optimizer.dtype),
+                dtype=DTYPES[config.optimizer.dtype],
             ),
             together.rate,
             together.loss,
@@ -217,7 +217,7 @@ def load_bridges(folder: Path) -> dict[str, Bridge]:
     if not path.exists():
         raise ConfigError(f"{folder} holds no training of {PROGRAM}: it has no config.json")
     config = from_dict(TrainingConfig, json.loads(path.read_text(encoding="utf-8")))
-    target = load_target(dtype=getattr(torch, config.target.dtype))
+    target = load_target(dtype=DTYPES[config.target.dtype])
     sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
     links = {name: link.get("source", name) for name, link in config.links.items()}
     return {

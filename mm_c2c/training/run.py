@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import to_dict
+from mm_c2c.config import DTYPES, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
@@ -78,7 +78,7 @@ def run_training(
             config.optimizer.learning_rate,
             config.optimizer.name,
             config.optimizer.weight_decay,
-            dtype=getattr(torch, config.optimizer.dtype),
+            dtype=DTYPES[config.optimizer.dtype],
         ),
         trainer.rate,
         trainer.loss,
