@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from mm_c2c.reference.babyai.levels import ACTIONS, AGENT_CELL, Camera
 from mm_c2c.reference.babyai.questions import MOTIONS, in_view
 from mm_c2c.reference.babyai.rollouts import Step, load_episodes
 from mm_c2c.reference.train_fuser import last_states
+from mm_c2c.reference.trainer import run
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.models import build_bridge, load_source, load_target
@@ -329,11 +329,5 @@ def batched(steps: Sequence[Step], size: int) -> Iterator[Sequence[Step]]:
         yield steps[first : first + size]
 
 
-def main() -> None:
-    """Read the config named on the command line and fit."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    warm_up(load_config(WarmUpConfig, Path(sys.argv[1]), sys.argv[2:]))
-
-
 if __name__ == "__main__":
-    main()
+    run(WarmUpConfig, warm_up)
