@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import DTYPES, from_dict, load_config, to_dict
+from mm_c2c.config import DTYPES, from_dict, load_config
 from mm_c2c.errors import ConfigError, MMC2CError
 from mm_c2c.evaluation.arms.own_source import own_source
-from mm_c2c.evaluation.results import hold, write_json
+from mm_c2c.evaluation.results import hold
 from mm_c2c.reference import gemma
 from mm_c2c.reference.fetch import HUB_ID
 from mm_c2c.reference.models import load_target
@@ -35,10 +35,9 @@ from mm_c2c.sources.text import TextSource
 from mm_c2c.target import Target
 from mm_c2c.training.config import ModelConfig, TrainingConfig
 from mm_c2c.training.data import open_examples
-from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
+from mm_c2c.training.loop import build_accelerator, cosine_rate
 from mm_c2c.training.objective import Objective, draw_questions
-from mm_c2c.training.optimizers import build_optimizers
-from mm_c2c.training.run import flatten
+from mm_c2c.training.run import run_loop
 
 PROGRAM = "python -m mm_c2c.reference.train_text"
 
@@ -178,33 +177,7 @@ def train(config: TrainingConfig) -> None:
     with hold(config.out):
         target = load_target(dtype=DTYPES[config.target.dtype])
         sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
-        together = Together(config, target, sources)
-        settings = to_dict(config)
-        write_json(config.out / "config.json", settings)
-        Loop(
-            out=config.out,
-            steps=config.phases.generate.steps,
-            save_every=config.save_every,
-            log_every=config.log_every,
-            seed=config.seed,
-            clip=config.optimizer.clip,
-            on_nan=config.on_nan,
-            accelerator=accelerator,
-            settings=flatten(settings),
-        ).run(
-            together.fusers,
-            build_optimizers(
-                together.fusers,
-                config.optimizer.learning_rate,
-                config.optimizer.name,
-                config.optimizer.weight_decay,
-                dtype=DTYPES[config.optimizer.dtype],
-            ),
-            together.rate,
-            together.loss,
-            together.save,
-            together.gauges,
-        )
+        run_loop(config, accelerator, Together(config, target, sources))
 
 
 def load_bridges(folder: Path) -> dict[str, Bridge]:
