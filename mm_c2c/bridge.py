@@ -108,6 +108,15 @@ class Reading(NamedTuple):
     spans: Tensor
     questions: tuple[str, ...]
 
+    @property
+    def inputs(self) -> FusedInputs:
+        """What `target.generate` takes; nothing more is fused."""
+        return FusedInputs(
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            past_key_values=self.past_key_values,
+        )
+
 
 class FusedInputs(TypedDict):
     """Everything that `target.generate` takes; the cache covers all but the last few tokens."""
@@ -262,11 +271,7 @@ class Bridge(nn.Module):
         reading = self._ask(perception, questions)
         if any(link.source in caches for link in self._aligned_links()):
             return self.fuse_words(self._read_on(reading), caches)
-        return FusedInputs(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            past_key_values=reading.past_key_values,
-        )
+        return reading.inputs
 
     def read_questions(
         self, questions: Sequence[str], perception: Perception | None = None
@@ -303,11 +308,7 @@ class Bridge(nn.Module):
                 _answer_start(reading.attention_mask[:, :-1] != 0),
             )
             cache = self._write(link, source, alignment, cache, positions)
-        return FusedInputs(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            past_key_values=cache,
-        )
+        return reading._replace(past_key_values=cache).inputs
 
     @torch.no_grad()
     def generate(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from mm_c2c.cache import minds_padding
+from mm_c2c.cache import fork, minds_padding
 from mm_c2c.errors import UnsupportedError
 from mm_c2c.hub import load_pretrained
-from mm_c2c.sources.base import FrozenReader, full_cache
+from mm_c2c.sources.base import FrozenReader, count_positions, full_cache
 
 # Tokens of each half of the prompt that tells whether a model goes on from its cache.
 _PIECE = 8
@@ -57,6 +60,25 @@ class Target(FrozenReader):
     def minds_padding(self) -> bool:
         """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
         return minds_padding(DynamicCache(config=self.model.config))
+
+    def next_logits(self, inputs: Mapping[str, Any], model: Any = None) -> Tensor:
+        """Logits `(batch, vocab_size)` of the token that follows each prompt.
+
+        Args:
+            inputs: `input_ids`, `attention_mask` and, where some of it has been read, its
+                `past_key_values`, which are not changed.
+            model: in place of the target's own, such as one with an adapter.
+        """
+        cache, mask = inputs.get("past_key_values"), inputs["attention_mask"]
+        done = 0 if cache is None else cache.get_seq_length()
+        out = (self.model if model is None else model)(
+            input_ids=inputs["input_ids"][:, done:],
+            attention_mask=mask,
+            position_ids=count_positions(mask)[:, done:],
+            past_key_values=None if cache is None else fork(cache),
+            **self.spared,
+        )
+        return out.logits[:, -1]
 
     @torch.no_grad()
     def check_continues(self) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge, FusedInputs
-from mm_c2c.cache import fork
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
@@ -41,7 +40,7 @@ from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, mean
 from mm_c2c.evaluation.tasks import Item, load_items
-from mm_c2c.sources.base import Source, SourceInput, count_positions
+from mm_c2c.sources.base import Source, SourceInput
 from mm_c2c.sources.text import encode_chats
 
 Scores = NDArray[np.float64]
@@ -212,16 +211,7 @@ def no_over_yes(bridge: Bridge, model: Any, inputs: FusedInputs | dict[str, Any]
         model: the target's, or one in its place.
         inputs: a prompt, with a cache of its first tokens or without.
     """
-    cache = inputs.get("past_key_values")
-    done = 0 if cache is None else cache.get_seq_length()
-    mask = inputs["attention_mask"]
-    logits = model(
-        input_ids=inputs["input_ids"][:, done:],
-        attention_mask=mask,
-        position_ids=count_positions(mask)[:, done:],
-        past_key_values=None if cache is None else fork(cache),
-        **bridge.target.spared,
-    ).logits[:, -1]
+    logits = bridge.target.next_logits(inputs, model)
     no, yes = (
         logits[:, _first_tokens(bridge, word)].float().logsumexp(1) for word in ("no", "yes")
     )
