@@ -146,6 +146,12 @@ class Bridge(nn.Module):
                 raise ConfigError(
                     f"a link names source {link.source!r}; sources given: {sorted(sources)}"
                 )
+            for_pictures = link.geometry == "slots" and not link.kinds
+            if for_pictures and not getattr(sources[link.source], "has_pictures", True):
+                raise ConfigError(
+                    f"source {link.source!r} reads words only and has no picture for slots; set "
+                    "geometry to 'aligned', or kinds to ('text',)"
+                )
             check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
             check_shape("the target", link.fuser.target, target.shape)
         if target.minds_padding:
@@ -630,11 +636,13 @@ class Bridge(nn.Module):
                 )
         rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         cache = repeat_rows(fused["past_key_values"], rows)
+        # For several sequences a row, generate would repeat the index too.
+        spared = self.target.spared if rows == 1 else {}
         return self.target.model.generate(
             input_ids=fused["input_ids"],
             attention_mask=fused["attention_mask"],
             past_key_values=cache,
-            **kwargs,
+            **{**spared, **kwargs},
         )
 
 

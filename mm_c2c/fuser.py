@@ -175,9 +175,9 @@ class CacheFuser(nn.Module):
             `(target_layers, batch, target_len, 2, target_width)`; zero where a gate is closed.
         """
         difference, weights = self.parts(source, target)
-        weighted = difference * weights.unsqueeze(-1)
-        gated = weighted * self.gates()[:, None, None, :, None, None]
-        return gated.reshape(target.shape)
+        # The small factors first: the difference is read and written once.
+        opened = weights * self.gates()[:, None, None, :, None]
+        return (difference * opened.unsqueeze(-1)).reshape(target.shape)
 
     def parts(self, source: Tensor, target: Tensor) -> Parts:
         """What `forward` multiplies with each other and with `gates`; for a look inside.

@@ -88,7 +88,9 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
     Raises:
         UnsupportedError: it keeps no keys and values, or not alike in every layer.
     """
-    text: Any = config.get_text_config(decoder=True)
+    text = _text(config)
+    if text.is_encoder_decoder:
+        return _decoder_layout(text)
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedError(
             f"{text.model_type} keeps a latent (MLA), not keys and values that could be fused"
@@ -110,6 +112,25 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
         layer_indices=indices,
         num_hidden_layers=len(cache),
         num_sliding=sum(cache.is_sliding),
+    )
+
+
+def _text(config: PreTrainedConfig) -> Any:
+    """The config of a model's decoder; an encoder-decoder without parts is its own."""
+    alone = config.is_encoder_decoder and not config.sub_configs
+    return config if alone else config.get_text_config(decoder=True)
+
+
+def _decoder_layout(text: Any) -> CacheLayout:
+    """An encoder-decoder's: what each layer of its decoder keeps of the encoder's positions."""
+    layers = getattr(text, "num_decoder_layers", None) or text.decoder_layers
+    heads = getattr(text, "decoder_attention_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "d_kv", None) or text.d_model // heads
+    return CacheLayout(
+        shape=CacheShape(num_layers=layers, num_key_value_heads=heads, head_dim=head_dim),
+        layer_indices=tuple(range(layers)),
+        num_hidden_layers=layers,
+        num_sliding=0,
     )
 
 
@@ -167,7 +188,7 @@ def find(name: str) -> Geometry:
     return Geometry(
         name=name,
         model_type=config.model_type,
-        text=prefix.get_text_config(decoder=True),
+        text=_text(prefix),
         picture_tokens=tokens,
         picture_pixels=pixels,
     )
@@ -184,13 +205,15 @@ def _aliases(known: str) -> set[str]:
 def _picture(config: Any) -> tuple[int | None, str | None]:
     """Positions that one picture takes, and its size, as far as a config tells."""
     vision = getattr(config, "vision_config", None)
-    if vision is None:
-        return None, None
-    patch = vision.patch_size
     merge = getattr(vision, "spatial_merge_size", None)
-    side = _PIXELS if merge else vision.image_size
+    side = _PIXELS if merge else getattr(vision, "image_size", None)
+    if side is None:
+        return None, None
+    # Some say height and width.
+    side = side if isinstance(side, int) else side[0]
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     pixels = f"{side} x {side}"
-    for name in ("mm_tokens_per_image", "image_seq_length"):
+    for name in ("num_query_tokens", "latent_query_num", "mm_tokens_per_image", "image_seq_length"):
         if getattr(config, name, None):
             return getattr(config, name), pixels
     return (side // (patch * (merge or getattr(config, "scale_factor", 1)))) ** 2, pixels

@@ -41,8 +41,10 @@ class LinkConfig:
         fuser: the fuser's shape.
         rows: rows of slots a picture gets.
         cols: columns of slots a picture gets.
-        images: pictures a row of the batch shows the source, such as a robot's cameras or the
-            frames of a video; the slots of one follow those of the other. For `slots` only.
+        images: most pictures that a row of the batch shows the source, such as a robot's cameras
+            or the frames of a video; the slots of one follow those of the other. A row may show
+            fewer: what is missing are the last ones, whose slots stay the target's own. For
+            `slots` only.
         pooling: what a slot takes of a picture's patches: `window` averages those of the finest
             view that lie where the slot lies; `resampler` learns, for each slot, what to look for
             in all of them, also where a source's queries have no place. For `slots` only.
@@ -138,6 +140,9 @@ def align_slots(
         fuser: of the link.
         source: the source's cache.
         index: `(batch, num_slots)`: where in the target's prompt the slots stand.
+
+    Raises:
+        ShapeError: a row has more pictures than the slots hold.
     """
     if link.kinds:
         source = line_up(source, [PositionKind[kind.upper()] for kind in link.kinds])
@@ -221,14 +226,13 @@ def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
 
 
 def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
-    """A row's slots hold so many pictures, each in any number of views."""
+    """A row's slots hold so many pictures or fewer, each in any number of views."""
     for row, grids in enumerate(source.grids):
         pictures = len({grid.image for grid in grids})
-        # Without a grid there may be one picture, summed up in queries: the aligner's to judge.
-        if max(pictures, 1) != link.images:
+        if pictures > link.images:
             raise ShapeError(
                 f"row {row} of source {link.source!r} has {pictures} pictures, its slots hold "
-                f"{link.images}; show it {link.images}, or build the link with images={pictures}"
+                f"{link.images}; show it no more, or build the link with images={pictures}"
             )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -53,6 +54,7 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLProcessor,
     SiglipImageProcessorPil,
+    T5Tokenizer,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
@@ -805,6 +807,50 @@ def build_blip2() -> TinyVLM:
     return TinyVLM(processor, model)
 
 
+def build_blip2_t5() -> TinyVLM:
+    """BLIP-2 over T5: five queries."""
+    core = Tokenizer(models.Unigram())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    trainer = trainers.UnigramTrainer(
+        vocab_size=80,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    vocab = [tuple(piece) for piece in json.loads(core.to_str())["model"]["vocab"]]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    processor = Blip2Processor(
+        BlipImageProcessorPil(size={"height": 28, "width": 28}), tokenizer, num_query_tokens=5
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config={**sizes, "intermediate_size": 32, "image_size": 28, "patch_size": 7},
+        qformer_config={**sizes, "intermediate_size": 32, "encoder_hidden_size": 16},
+        text_config={
+            "model_type": "t5",
+            "vocab_size": len(tokenizer),
+            "d_model": 24,
+            "d_kv": 10,
+            "d_ff": 32,
+            "num_layers": 3,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "decoder_start_token_id": tokenizer.pad_token_id,
+        },
+        num_query_tokens=5,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = build_frozen(lambda: Blip2ForConditionalGeneration(config), seed=9)
+    # A fresh model's queries are zero, and would all sum up the same.
+    model.query_tokens.normal_(generator=torch.Generator().manual_seed(9))
+    return TinyVLM(processor, model)
+
+
 def build_kosmos2() -> TinyVLM:
     """KOSMOS-2: five queries; sinusoidal positions that begin after the padding's."""
     tokenizer = train_tokenizer(
@@ -928,6 +974,7 @@ TILED = {(32, 48): [(4, 6), (2, 2)], (48, 16): [(6, 2), (2, 2)], (48, 48): [(6, 
 
 FAMILIES = {
     "blip-2": Family(build_blip2, {}),
+    "blip-2_t5": Family(build_blip2_t5, {}),
     # Its convolutions centre each patch on the top left of its cell.
     "florence2": Family(build_florence2, {(64, 64): [(4, 4)]}, brightened=0.25),
     "gemma3": Family(build_gemma3, {(42, 42): [(3, 3)]}),

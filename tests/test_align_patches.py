@@ -180,8 +180,6 @@ def test_a_row_without_image_is_named():
     cache = make_cache([[PatchGrid(2, 2)], []])
     with pytest.raises(AlignmentError, match="row 1 has no image 0"):
         align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4))
-    with pytest.raises(AlignmentError, match="row 1 has no image with a patch grid"):
-        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4), image=None)
     with pytest.raises(AlignmentError, match="row 1 has no image"):
         align_all(cache, 4, slots_of(cache, 4))
 
@@ -209,11 +207,65 @@ def test_target_positions_must_be_as_many_as_the_slots(num_slots):
         align_all(cache, 4, slots_of(cache, num_slots))
 
 
-def test_rows_with_differing_numbers_of_images_are_refused_when_all_are_asked_for():
+def test_more_images_than_there_are_slots_for_are_refused():
     cache = make_cache(TWO_ROWS)
     for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
-        with pytest.raises(AlignmentError, match="row 1 gets 8 slots"):
-            align(cache, size, slots_of(cache, 4), image=None)
+        for num_slots in (4, 10):
+            expected = rf"row \d gets \d slots, .* \(2, {num_slots}\); .* a larger multiple of 4"
+            with pytest.raises(AlignmentError, match=expected):
+                align(cache, size, slots_of(cache, num_slots), image=None)
+        with pytest.raises(AlignmentError, match=r"target_index is \(1, 8\); expected \(2, 4,"):
+            align(cache, size, slots_of(cache, 8)[:1], image=None)
+
+
+def test_slots_of_images_that_a_row_lacks_take_nothing():
+    cache = make_cache([*TWO_ROWS, []])
+    states = torch.randn(3, cache.seq_len, 3)
+    for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
+        found = align(cache, size, slots_of(cache, 12), image=None)
+        assert found.mask.tolist() == [
+            [slot < 4 * count for slot in range(12)] for count in (1, 2, 0)
+        ]
+        assert (found.weights[~found.mask] == 0).all()
+        assert (found.source_index[~found.mask] == 0).all()
+        for row, images in enumerate((1, 2, 0)):
+            expected = torch.zeros(12, 3)
+            for image in range(images):
+                one = replace(
+                    cache, grids=(cache.grids[row],) * 3, patches=cache.patches[[row] * 3]
+                )
+                alone = align(one, size, slots_of(one, 4), image=image)
+                expected[4 * image : 4 * image + 4] = alone.gather(states)[row]
+            torch.testing.assert_close(found.gather(states)[row], expected)
+
+
+def test_a_batch_without_any_image_takes_nothing(resampler):
+    cache = make_cache([[], []])
+    states = torch.randn(2, cache.seq_len, 5)
+    for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
+        found = align(cache, size, slots_of(cache, 8), image=None)
+        for alignment in (found, resampler(states, patch_coordinates(cache), found)):
+            assert not alignment.mask.any()
+            assert (alignment.gather(states) == 0).all()
+
+
+def test_a_resampler_reads_an_image_alike_whatever_other_rows_show(resampler):
+    cache = make_cache([*TWO_ROWS, []])
+    states = torch.randn(3, cache.seq_len, 5, requires_grad=True)
+    alignment = align_all(cache, 4, slots_of(cache, 8), image=None)
+    found = resampler(states, patch_coordinates(cache), alignment).gather(states)
+    for row, images in enumerate((1, 2)):
+        one = make_cache([TWO_ROWS[row]])
+        own = states[row : row + 1, cache.seq_len - one.seq_len :]
+        alone = align_all(one, 4, slots_of(one, 4 * images), image=None)
+        expected = resampler(own, patch_coordinates(one), alone).gather(own)[0]
+        torch.testing.assert_close(found[row, : 4 * images], expected)
+    assert (found[0, 4:] == 0).all()
+    assert (found[2] == 0).all()
+    found.square().sum().backward()
+    assert states.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in resampler.parameters())
+    assert (states.grad[2] == 0).all()
 
 
 def test_the_finest_view_of_an_image_is_pooled_and_all_views_are_read():

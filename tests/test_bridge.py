@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import align_all, patch_coordinates
 from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs
-from mm_c2c.cache import LayerKV, PatchGrid, SourceCache
+from mm_c2c.cache import LayerKV, PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import (
     AlignmentError,
     ConfigError,
@@ -664,6 +665,30 @@ def test_every_way_of_decoding_is_that_of_transformers(rig: Rig, geometry: str, 
     assert any(got)
 
 
+def test_decoding_asks_for_no_logits_but_the_last(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    asked = []
+    forward = rig.target.model.forward
+
+    @functools.wraps(forward)
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["logits_to_keep"])
+        return forward(*args, **kwargs)
+
+    fused = bridge.fuse(perception, QUESTIONS)
+    monkeypatch.setattr(rig.target.model, "forward", spy)
+    bridge._generate(fused, max_new_tokens=3)
+    # A number would be a slice, over which torch's CPU product copies the whole vocabulary.
+    assert asked
+    assert all(torch.equal(index, torch.tensor([-1])) for index in asked)
+    asked.clear()
+    bridge._generate(fused, max_new_tokens=2, num_beams=2)
+    assert set(asked) == {1}
+
+
 def test_beams_of_a_closed_bridge_are_the_targets_own(rig: Rig) -> None:
     bridge = close(rig.bridge([EYES]))
     fused = rig.fuse(bridge)
@@ -796,15 +821,13 @@ def test_sources_must_agree_in_number_of_rows(rig: Rig) -> None:
         bridge.fuse_slots(caches)
 
 
-@pytest.mark.parametrize(("images", "found"), [(1, 2), (2, 1), (3, 2)])
-def test_another_number_of_pictures_than_the_slots_hold_is_refused(
-    rig: Rig, images: int, found: int
-) -> None:
+@pytest.mark.parametrize(("images", "found"), [(1, 2), (2, 3)])
+def test_more_pictures_than_the_slots_hold_are_refused(rig: Rig, images: int, found: int) -> None:
     bridge = rig.bridge([EYES], images=images)
-    shown = [tuple(rig.pictures * 2)[:images], tuple(rig.pictures)[:found]]
+    shown = [tuple(rig.pictures * 2)[:count] for count in (images, found)]
     cache = rig.sources["eyes"].prefill([SourceInput(images=pictures) for pictures in shown])
     message = (
-        f"row 1 of source 'eyes' has {found} pictures, its slots hold {images}; show it {images}, "
+        f"row 1 of source 'eyes' has {found} pictures, its slots hold {images}; show it no more, "
         f"or build the link with images={found}"
     )
     with pytest.raises(ShapeError, match=message):
@@ -814,16 +837,21 @@ def test_another_number_of_pictures_than_the_slots_hold_is_refused(
 def test_queries_without_a_grid_are_one_picture(rig: Rig) -> None:
     cache = two_pictures(rig)
     cache = replace(cache, patches=torch.full_like(cache.patches, -1), grids=((), ()))
-    rig.bridge([ATTENTIVE_EYES]).fuse_slots({"eyes": cache})
-    with pytest.raises(ShapeError, match="row 0 of source 'eyes' has 0 pictures, its slots hold 2"):
-        rig.bridge([ATTENTIVE_EYES], images=2).fuse_slots({"eyes": cache})
+    one = fuser_inputs(rig.bridge([ATTENTIVE_EYES]), cache)
+    two = fuser_inputs(rig.bridge([ATTENTIVE_EYES], images=2), cache)
+    torch.testing.assert_close(two[:, :, :6], one)
+    assert (two[:, :, 6:] == 0).all()
+    with pytest.raises(AlignmentError, match="queries that lie nowhere: use pooling='resampler'"):
+        rig.bridge([EYES], images=2).fuse_slots({"eyes": cache})
 
 
-def test_slots_of_a_row_without_a_picture_are_refused(rig: Rig) -> None:
-    bridge = rig.bridge([("reader", "slots")])
+def test_slots_for_pictures_of_a_source_without_pictures_are_refused(rig: Rig) -> None:
+    with pytest.raises(ConfigError, match=r"source 'reader' reads words only .* 'aligned', or kin"):
+        rig.bridge([("reader", "slots")])
+    link = replace(rig.link("reader", "slots"), kinds=("text",), rows=1)
+    config = BridgeConfig(links=(link,), slot_token=SLOT)
     cache = rig.sources["reader"].prefill([SourceInput(text="words only")])
-    with pytest.raises(AlignmentError, match="row 0 has no image"):
-        bridge.fuse_slots({"reader": cache})
+    Bridge(rig.target, rig.sources, config).fuse_slots({"reader": cache})
 
 
 def test_a_cache_of_another_question_is_refused(rig: Rig) -> None:
@@ -1023,6 +1051,108 @@ def test_rows_of_several_pictures_do_not_feel_each_other(
         asked = bridge.fuse(some, [QUESTIONS[row] for row in rows])
         found = read_on(rig.target.model, asked)[:, -1]
         torch.testing.assert_close(found, both[rows, -1], **CLOSE)
+
+
+def unlike_pictures(rig: Rig) -> SourceCache:
+    """Rows of two pictures, one and none, in words of unlike length."""
+    shown = (rig.pictures, rig.pictures[1:], rig.pictures[:1])
+    cache = rig.sources["eyes"].prefill(
+        [
+            SourceInput(text=text, images=tuple(pictures))
+            for text, pictures in zip(("look", *QUESTIONS), shown, strict=True)
+        ]
+    )
+    kinds, patches = cache.kinds.clone(), cache.patches.clone()
+    kinds[2][kinds[2] == PositionKind.IMAGE] = PositionKind.TEMPLATE
+    patches[2] = -1
+    return replace(cache, kinds=kinds, patches=patches, grids=(*cache.grids[:2], ()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@EACH_POOLING
+def test_slots_of_missing_pictures_stay_the_targets_own(
+    rig: Rig, eyes_link: tuple[str, ...], training: bool
+) -> None:
+    """What is there is fused as by a bridge with slots for so many pictures."""
+    bridge, cache = rig.bridge([eyes_link], images=3).train(training), unlike_pictures(rig)
+    seen = bridge.fuse_slots({"eyes": cache})
+    before = seen.input_ids.shape[1] - 18
+    with torch.no_grad():
+        own = rig.target.model(seen.input_ids[:1]).past_key_values
+    for row, count in enumerate((2, 1, 0)):
+        end = before + 6 * count
+        for got, alone in zip(seen.past_key_values.layers, own.layers, strict=True):
+            torch.testing.assert_close(got.keys[row, :, end:], alone.keys[0, :, end:], **EXACT)
+            torch.testing.assert_close(got.values[row, :, end:], alone.values[0, :, end:], **EXACT)
+        if count:
+            fitting = rig.bridge([eyes_link], images=count).train(training)
+            one = fitting.fuse_slots({"eyes": cache.select(torch.tensor([row]))})
+            for got, expected, alone in zip(
+                seen.past_key_values.layers, one.past_key_values.layers, own.layers, strict=True
+            ):
+                torch.testing.assert_close(got.keys[row, :, :end], expected.keys[0], **CLOSE)
+                torch.testing.assert_close(got.values[row, :, :end], expected.values[0], **CLOSE)
+                change = (got.values[row] - alone.values[0])[:, before:end].abs()
+                assert change.amax((0, 2)).min() > 1e-3
+
+
+@EACH_POOLING
+def test_rows_of_unlike_numbers_of_pictures_do_not_feel_each_other(
+    rig: Rig, eyes_link: tuple[str, ...]
+) -> None:
+    bridge, cache = rig.bridge([eyes_link], images=2), unlike_pictures(rig)
+    questions = (*QUESTIONS, "what is it ?")
+    all_rows = read_on(rig.target.model, bridge.fuse(bridge.fuse_slots({"eyes": cache}), questions))
+    for rows in ([2, 0, 1], [0], [1], [2]):
+        some = bridge.fuse_slots({"eyes": cache.select(torch.tensor(rows))})
+        asked = bridge.fuse(some, [questions[row] for row in rows])
+        found = read_on(rig.target.model, asked)[:, -1]
+        torch.testing.assert_close(found, all_rows[rows, -1], **CLOSE)
+
+
+@torch.no_grad()
+@EACH_POOLING
+def test_pictures_of_unlike_number_are_perceived_and_asked_about(
+    rig: Rig, eyes_link: tuple[str, ...]
+) -> None:
+    bridge = rig.bridge([eyes_link], images=2)
+    looks = [SourceInput(images=tuple(rig.pictures)), SourceInput(images=(rig.pictures[1],))]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    seen = bridge.perceive(looks)
+    answers = bridge.generate(seen, QUESTIONS, **options)
+    for row, look in enumerate(looks):
+        alone = bridge.perceive(look)
+        for got, expected in zip(
+            seen.past_key_values.layers, alone.past_key_values.layers, strict=True
+        ):
+            torch.testing.assert_close(got.keys[row], expected.keys[0], **CLOSE)
+            torch.testing.assert_close(got.values[row], expected.values[0], **CLOSE)
+        assert bridge.generate(alone, [QUESTIONS[row]], **options) == [answers[row]]
+
+
+@EACH_POOLING
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2]])
+def test_a_missing_picture_gives_the_fuser_nothing_to_learn(
+    rig: Rig, eyes_link: tuple[str, ...], rows: list[int]
+) -> None:
+    """Gradients of a batch are the sum of each row's; those of a row without picture are zero."""
+    bridge, cache = rig.bridge([eyes_link], images=2).train(), unlike_pictures(rig)
+
+    def gradients(chosen: list[int]) -> dict[str, Tensor]:
+        bridge.zero_grad()
+        seen = bridge.fuse_slots({"eyes": cache.select(torch.tensor(chosen))})
+        sum(
+            (layer.keys + layer.values).square().sum() for layer in seen.past_key_values.layers
+        ).backward()
+        return {name: weight.grad.clone() for name, weight in bridge.named_parameters()}
+
+    together = gradients(rows)
+    alone = [gradients([row]) for row in rows]
+    for name, found in together.items():
+        assert found.isfinite().all(), name
+        expected = sum(part[name] for part in alone)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert rows != [2] or not found.any(), name
 
 
 @EACH_POOLING

@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from mm_c2c.bench import kept
 from mm_c2c.cli import main
 from mm_c2c.config import load_config, override
+from mm_c2c.errors import ConfigError
 from mm_c2c.geometry import find
 from mm_c2c.training.config import PhasesConfig, TrainingConfig
 from mm_c2c.training.dry_run import dry_run, estimate, narrow
@@ -64,6 +65,12 @@ def test_costs_grow_with_what_is_done() -> None:
     fuser = 12_818_484
     a_step = 2 * 1088 * source.num_parameters + 4 * 24 * target.num_parameters + 6 * 64 * fuser
     assert estimate(one)["flop"] == 21 * a_step
+
+
+def test_slots_for_pictures_of_a_text_model_are_refused() -> None:
+    config = load_config(TrainingConfig, CONFIGS / "tiny.yaml", ["sources.eyes.model=Qwen2.5-0.5B"])
+    with pytest.raises(ConfigError, match="source 'eyes' reads words only"):
+        dry_run(config)
 
 
 def test_narrow_models_are_of_the_same_family() -> None:

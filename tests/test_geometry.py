@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from transformers import AutoModel, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mm_c2c.align import Alignment
@@ -31,6 +32,7 @@ from mm_c2c.geometry import Geometry, find, pair_costs, table, training_memory
 from mm_c2c.inspection import describe_pair
 from mm_c2c.link import LinkConfig
 from mm_c2c.rope import RopeSpec
+from mm_c2c.sources import source_class
 
 NAMES = list(table())
 # Gemma 3 answers without pictures too.
@@ -264,3 +266,23 @@ def test_inspect_wants_one_thing_or_a_pair(
 ) -> None:
     assert main(["inspect", *argv]) == 1
     assert "inspect takes WHAT, or --pair SOURCE TARGET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "queries"), [("blip-2", 5), ("blip-2_t5", 5), ("florence2", None)]
+)
+def test_models_that_look_through_queries_or_an_encoder_are_described(
+    name: str, queries: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = FAMILIES[name].build()
+    tiny.model.save_pretrained(tmp_path)
+    read = source_class(tiny.model.config.model_type, has_vision=True)
+    shape = read(tiny.model, tiny.processor, name).shape
+    model = find(str(tmp_path))
+    assert (model.layout.shape, model.picture_tokens) == (shape, queries)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert (
+        f"{shape.num_layers} layers, {shape.num_key_value_heads} KV heads"
+        in capsys.readouterr().out
+    )
+    assert main(["inspect", "--pair", str(tmp_path), "SmolLM2-135M"]) == 0

@@ -12,7 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import FetchError, InputError, UnsupportedError
@@ -423,6 +429,13 @@ def test_a_vlm_without_a_picture_names_the_row(
 def test_a_text_source_refuses_an_empty_text(sources: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match="needs a question, got an empty text"):
         sources["text"].prefill([SourceInput(text=text)])
+
+
+def test_a_text_source_refuses_an_encoder_decoder(tiny_text_source_tokenizer: Any) -> None:
+    config = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    with pytest.raises(UnsupportedError, match=r"tiny/t5: .* encoder and decoder \(t5\) cannot"):
+        TextSource(model, tiny_text_source_tokenizer, "tiny/t5")
 
 
 def test_a_text_source_refuses_a_picture(

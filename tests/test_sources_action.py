@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from families import build_frozen, train_tokenizer, vision_config
+from families import FAMILIES, build_frozen, train_tokenizer, vision_config
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -437,6 +437,7 @@ def test_state_and_actions_of_pi0_get_a_slot_each(
 
 @torch.no_grad()
 @pytest.mark.parametrize("pooling", ["window", "resampler"])
+@pytest.mark.parametrize("missing", [0, 1])
 def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
     pi0: PI0Source,
     two_cameras: list[SourceInput],
@@ -444,8 +445,12 @@ def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
     tiny_target_tokenizer: Any,
     tmp_path: Path,
     pooling: str,
+    missing: int,
 ) -> None:
-    """In a padded batch, turned round, alone, and from a saved bridge."""
+    """In a padded batch, turned round, alone, and from a saved bridge; also without a camera."""
+    two_cameras[1] = dataclasses.replace(
+        two_cameras[1], images=two_cameras[1].images[: 2 - missing]
+    )
     bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer, pooling=pooling)
     bridge.save_pretrained(tmp_path)
     loaded = Bridge.from_pretrained(tmp_path, bridge.target, bridge.sources)
@@ -685,6 +690,11 @@ def test_a_policy_of_another_family_is_read_as_that_family(
     assert source.prefill(instructions).kinds[0, -1] == PositionKind.ACTION
     with pytest.raises(UnsupportedError, match="TextSource has no prompt"):
         action.policy_class(source_class("qwen3", has_vision=False))
+    tiny = FAMILIES["blip-2_t5"].build()
+    kind = action.policy_class(source_class("blip-2", has_vision=True))
+    bins = ActionBins(vocab_size=40, low=(-1.0,), high=(1.0,), num_bins=32)
+    with pytest.raises(UnsupportedError, match=r"tiny/t5: .* encoder and decoder \(blip-2\)"):
+        kind(tiny.model, tiny.processor, bins, "tiny/t5")
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,52 @@ def test_sources_may_hear_the_question(
     assert set(heard) == {""}
 
 
+@pytest.mark.parametrize("pooling", ["window", "resampler"])
+def test_examples_of_unlike_numbers_of_pictures_are_learned_from_as_each_alone(
+    config: TrainingConfig, tmp_path: Path, pooling: str
+) -> None:
+    """The loss and its gradients, with and without kept caches, and while parts are dropped."""
+    path = Path(config.data.path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        first = int(row.pop("image").partition(".")[0])
+        row["images"] = [f"{picture}.png" for picture in range(first, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {**config.links["eyes"], "images": 3, "pooling": pooling}
+    config = replace(config, batch_size=3, links={"eyes": shape})
+    sources = {name: load_source(model) for name, model in config.sources.items()}
+    accelerator = build_accelerator(config.out, cpu=True)
+    examples = open_examples(config.data, config.seed)
+    assert {len(examples.at(place).images) for place in range(3)} == {1, 2, 3}
+
+    def gradients(*settings: str) -> list[torch.Tensor]:
+        """Of one step, in pieces of as many examples as there are."""
+        chosen = override(config, list(settings))
+        trainer = Trainer(chosen, accelerator, load_target(config.target), sources, examples)
+        torch.manual_seed(0)
+        for weight in trainer.bridge.fusers.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+        total = sum(
+            trainer.loss(piece, random.Random(0)) / chosen.accumulation
+            for piece in range(chosen.accumulation)
+        )
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        return [total, *(weight.grad for weight in trainer.bridge.fusers.parameters())]
+
+    whole = gradients("drop.sources=0", "drop.slots=0")
+    assert all(part.isfinite().all() for part in whole)
+    kept = f"kept.folder={tmp_path / 'kept'}"
+    for settings in (["accumulation=3"], [kept], [kept], [kept, "accumulation=3"]):
+        found = gradients("drop.sources=0", "drop.slots=0", *settings)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    dropped = gradients("drop.sources=0.5", "drop.slots=0.5")
+    found = gradients("drop.sources=0.5", "drop.slots=0.5", "accumulation=3")
+    torch.testing.assert_close(found, dropped, rtol=1e-4, atol=1e-5)
+    assert not dropped[0].isclose(whole[0])
+    assert all(weight.isfinite().all() for weight in go(config).values())
+
+
 # --- kept caches --------------------------------------------------------------------------
 
 

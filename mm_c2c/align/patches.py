@@ -29,25 +29,25 @@ def align_pooled(
     Rows of the batch may differ in grid size.
 
     Args:
-        cache: the source's cache; every row must have the image.
+        cache: the source's cache; every row must have the image that is named.
         slots: rows and columns of slots an image gets.
         target_index: `(batch, num_slots)` int64, positions of the slots in the target's prompt.
-        image: which of a row's images; None takes all of them, one's slots after the other's.
+        image: which of a row's images; None takes all of them, one's slots after the other's. A
+            row may then have fewer than there are slots for, or none: the last slots get nothing.
 
     Raises:
         AlignmentError: a row lacks the image, or the source's queries have no patch grid.
     """
     if min(slots.rows, slots.cols) < 1:
         raise AlignmentError(f"expected at least one row and column of slots, got {slots}")
-    rows = []
-    for row in range(cache.batch_size):
-        images = _images_of_row(cache, row, image)
-        if not images:
-            raise AlignmentError(
-                f"row {row} has no image with a patch grid{_queries_hint(cache, row)}"
-            )
-        rows.append(_pool_row(cache, row, images, slots))
-    return _stack_rows(rows, target_index)
+    rows = [
+        [_pool(cache, row, each, slots) for each in _images_of_row(cache, row, image)]
+        for row in range(cache.batch_size)
+    ]
+    for row, images in enumerate(rows):
+        if not images and (hint := _queries_hint(cache, row)):
+            raise AlignmentError(f"row {row} has no image with a patch grid{hint}")
+    return _stack_rows(rows, slots.rows * slots.cols, target_index, named=image is not None)
 
 
 def align_all(
@@ -58,10 +58,10 @@ def align_all(
     That is every patch of every view; of a source whose queries have no grid, every query.
 
     Args:
-        cache: the source's cache; every row must have the image.
+        cache: the source's cache; every row must have the image that is named.
         num_slots: slots an image gets.
         target_index: `(batch, num_slots)` int64, positions of the slots in the target's prompt.
-        image: which of a row's images; None takes all of them, one's slots after the other's.
+        image: as for `align_pooled`.
 
     Returns:
         An alignment whose k is the largest number of such positions of an image; the entries
@@ -72,18 +72,14 @@ def align_all(
     """
     if num_slots < 1:
         raise AlignmentError(f"expected at least one slot, got {num_slots}")
-    rows = []
-    for row in range(cache.batch_size):
-        read = _positions_by_image(cache, row, image)
-        k = max(map(len, read))
-        index = torch.stack([_widen(positions, k) for positions in read])
-        weights = torch.stack(
-            [_widen(torch.full_like(p, 1 / len(p), dtype=torch.float32), k) for p in read]
-        )
-        rows.append(
-            (index.repeat_interleave(num_slots, 0), weights.repeat_interleave(num_slots, 0))
-        )
-    return _stack_rows(rows, target_index)
+    rows = [
+        [
+            (positions, torch.full_like(positions, 1 / len(positions), dtype=torch.float32))
+            for positions in _positions_by_image(cache, row, image)
+        ]
+        for row in range(cache.batch_size)
+    ]
+    return _stack_rows(rows, num_slots, target_index, named=image is not None)
 
 
 def line_up(cache: SourceCache, kinds: Sequence[PositionKind]) -> SourceCache:
@@ -282,28 +278,21 @@ def _positions_by_image(cache: SourceCache, row: int, image: int | None) -> list
     """Positions of each image's patches, view by view; without a grid, those of all queries."""
     if not cache.grids[row]:
         positions = (cache.kinds[row] == PositionKind.IMAGE).nonzero().flatten()
-        if not len(positions):
+        if not len(positions) and image is not None:
             raise AlignmentError(f"row {row} has no image")
-        return [positions]
+        return [positions] if len(positions) else []
     return [
         torch.cat([_patch_positions(cache, row, view) for view in _views(cache, row, each)])
         for each in _images_of_row(cache, row, image)
     ]
 
 
-def _pool_row(
-    cache: SourceCache, row: int, images: Sequence[int], slots: PatchGrid
-) -> tuple[Tensor, Tensor]:
-    """Positions and weights of the windows of some of a row's images, `(num_slots, k)` each."""
-    pooled = []
-    for image in images:
-        view = _finest_view(cache, row, image)
-        positions = _patch_positions(cache, row, view)
-        cells, weights = (t.to(positions.device) for t in _windows(cache.grids[row][view], slots))
-        pooled.append((positions[cells].masked_fill(weights == 0, 0), weights))
-    k = max(weights.shape[1] for _, weights in pooled)
-    index, weights = (torch.cat([_widen(t, k) for t in part]) for part in zip(*pooled, strict=True))
-    return index, weights
+def _pool(cache: SourceCache, row: int, image: int, slots: PatchGrid) -> tuple[Tensor, Tensor]:
+    """Positions and weights of the windows of one of a row's images, `(num_slots, k)` each."""
+    view = _finest_view(cache, row, image)
+    positions = _patch_positions(cache, row, view)
+    cells, weights = (t.to(positions.device) for t in _windows(cache.grids[row][view], slots))
+    return positions[cells].masked_fill(weights == 0, 0), weights
 
 
 @lru_cache(maxsize=256)
@@ -325,29 +314,42 @@ def _bins(size: int, num_bins: int) -> list[range]:
     return [range(i * size // num_bins, -(-(i + 1) * size // num_bins)) for i in range(num_bins)]
 
 
-def _stack_rows(rows: Sequence[tuple[Tensor, Tensor]], target_index: Tensor) -> Alignment:
-    """One alignment of the positions and weights of each row, `(num_slots, k)` each."""
-    for row, (index, _) in enumerate(rows):
-        _check_num_slots(len(index), target_index, row)
-    k = max(index.shape[1] for index, _ in rows)
-    weights = torch.stack([_widen(weights, k) for _, weights in rows])
+def _stack_rows(
+    rows: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    num_slots: int,
+    target_index: Tensor,
+    *,
+    named: bool,
+) -> Alignment:
+    """One alignment of what the slots of each image of each row read.
+
+    Args:
+        rows: positions and weights of each image, `(num_slots, k)`, or `(k,)` for all its slots.
+        num_slots: slots an image gets.
+        target_index: `(batch, num_slots)` of all images.
+        named: whether there is one image, rather than as many as have slots, or fewer.
+    """
+    fits = target_index.ndim == 2 and len(target_index) == len(rows)
+    for row, images in enumerate(rows):
+        count = len(images) * num_slots
+        spare = target_index.shape[1] - count if fits else -1
+        if spare < 0 or spare % num_slots or (named and spare):
+            more = "" if named else f", or a larger multiple of {num_slots}"
+            raise AlignmentError(
+                f"row {row} gets {count} slots, but target_index is {tuple(target_index.shape)}; "
+                f"expected ({len(rows)}, {count}{more})"
+            )
+    k = max((index.shape[-1] for images in rows for index, _ in images), default=0)
+    source_index = target_index.new_zeros((*target_index.shape, k))
+    weights = torch.zeros(source_index.shape, device=source_index.device)
+    for row, images in enumerate(rows):
+        for image, (index, shares) in enumerate(images):
+            here = slice(image * num_slots, (image + 1) * num_slots)
+            source_index[row, here, : index.shape[-1]] = index
+            weights[row, here, : shares.shape[-1]] = shares
     return Alignment(
-        source_index=torch.stack([_widen(index, k) for index, _ in rows]),
+        source_index=source_index,
         weights=weights,
         target_index=target_index,
         mask=weights.sum(2) > 0,
     )
-
-
-def _widen(values: Tensor, k: int) -> Tensor:
-    """Zeros appended to the last dimension, up to k entries."""
-    return F.pad(values, (0, k - values.shape[-1]))
-
-
-def _check_num_slots(num_slots: int, target_index: Tensor, row: int) -> None:
-    """Refuse a target that has more or fewer positions than slots."""
-    if target_index.ndim != 2 or target_index.shape[1] != num_slots:
-        raise AlignmentError(
-            f"row {row} gets {num_slots} slots, but target_index is {tuple(target_index.shape)}; "
-            "expected (batch, num_slots)"
-        )

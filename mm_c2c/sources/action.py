@@ -316,6 +316,12 @@ class TokenActionSource(VLMSource):
         name: str,
         revision: str | None = None,
     ) -> None:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{name}: action tokens must follow the prompt in one cache, and a model of "
+                f"encoder and decoder ({model.config.model_type}) keeps two; take one over a "
+                "causal LM"
+            )
         super().__init__(model, processor, name, revision)
         self.bins = bins
 

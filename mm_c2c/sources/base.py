@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from mm_c2c.cache import CacheOrigin, CacheShape, LayerKV, SourceCache, full_layer, read_layers
 from mm_c2c.errors import UnsupportedError
@@ -82,6 +82,9 @@ class Source(Protocol):
 class FrozenReader:
     """Runs a frozen model over a prompt and keeps what its cache holds.
 
+    Of an encoder-decoder, that is what its decoder looks at: K and V of the encoder's positions,
+    without rotation.
+
     Args:
         model: any transformers model with a text decoder; put in evaluation mode and without
             gradients, and from then on only read.
@@ -118,12 +121,9 @@ class FrozenReader:
     @cached_property
     def _layout(self) -> tuple[CacheShape, tuple[int, ...]]:
         embed = self.model.get_input_embeddings()
-        cache = full_cache(self.model)
         token = torch.zeros(1, 1, dtype=torch.long, device=embed.weight.device)
         with torch.no_grad():
-            self.model.get_decoder()(
-                inputs_embeds=embed(token), past_key_values=cache, use_cache=True
-            )
+            cache = self._fill(self.model.get_decoder(), 1, inputs_embeds=embed(token))
         layers, indices = self._kept(cache)
         if len(indices) < len(cache):
             logger.info(
@@ -136,6 +136,18 @@ class FrozenReader:
         _, heads, _, head_dim = layers[0].keys.shape
         shape = CacheShape(num_layers=len(layers), num_key_value_heads=heads, head_dim=head_dim)
         return shape, indices
+
+    def _fill(self, model: Any, batch_size: int, **inputs: Any) -> Cache:
+        """What a prompt leaves in an empty cache."""
+        if not self.model.config.is_encoder_decoder:
+            cache = full_cache(self.model)
+            model(**inputs, past_key_values=cache, use_cache=True)
+            return cache
+        both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        # Any one token makes the decoder project the encoder's states, in every layer.
+        start = torch.zeros(batch_size, 1, dtype=torch.long, device=self.model.device)
+        model(**inputs, decoder_input_ids=start, past_key_values=both, use_cache=True)
+        return both.cross_attention_cache
 
     def _kept(self, cache: Cache) -> tuple[tuple[LayerKV, ...], tuple[int, ...]]:
         """What `select_layers` hands on; layers that cannot be fused are refused by name."""
@@ -176,14 +188,9 @@ class FrozenReader:
             position_ids: `(batch, seq_len)` or `(3, batch, seq_len)`.
         """
         known = {key: value for key, value in inputs.items() if key in self._known_arguments}
-        cache = full_cache(self.model)
-        self.model(
-            **known,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            **self.spared,
-        )
+        if not self.model.config.is_encoder_decoder:  # their positions are the model's own
+            known["position_ids"] = position_ids
+        cache = self._fill(self.model, position_ids.shape[-2], **known, **self.spared)
         layers, indices = self._kept(cache)
         specs = self.rope(int(position_ids.max()) + 1)
         return layers, indices, tuple(specs[index] for index in indices)
@@ -196,6 +203,8 @@ class FrozenReader:
 
     def rope(self, seq_len: int) -> tuple[RopeSpec | None, ...]:
         """How each decoder layer rotates its keys in a prompt of `seq_len` positions."""
+        if self.model.config.is_encoder_decoder:
+            return (None,) * (self.layer_indices[-1] + 1)
         parameters = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", {})
         depends = any(kind in str(parameters) for kind in _LENGTH_DEPENDENT)
         key = seq_len if depends else 0

@@ -24,10 +24,8 @@ from mm_c2c.cache import (
     PositionKind,
     SourceCache,
     empty_spans,
-    read_layers,
 )
 from mm_c2c.errors import InputError
-from mm_c2c.rope import RopeSpec
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.views import View, by_row, place, tiled_view, whole_view
 from mm_c2c.sources.vlm import VLMSource
@@ -117,8 +115,6 @@ class Florence2Source(VLMSource):
     """
 
     one_picture = True
-    # BART counts padding too: a row must begin at position 0.
-    padding_side = "right"
 
     def __init__(
         self,
@@ -129,25 +125,6 @@ class Florence2Source(VLMSource):
     ) -> None:
         super().__init__(model, processor, name, revision)
         self.prompt_end = processor.tokenizer.eos_token
-
-    @property
-    def shape(self) -> CacheShape:
-        """Geometry of the decoder's cross-attention."""
-        text = self.model.config.text_config
-        return CacheShape(
-            num_layers=text.decoder_layers,
-            num_key_value_heads=text.decoder_attention_heads,
-            head_dim=text.d_model // text.decoder_attention_heads,
-        )
-
-    @torch.no_grad()
-    def read(
-        self, inputs: Mapping[str, Tensor], position_ids: Tensor
-    ) -> tuple[tuple[LayerKV, ...], tuple[int, ...], tuple[RopeSpec | None, ...]]:
-        """K and V over the encoder's positions, which the decoder's first step leaves."""
-        cache = self.model(**self._known(inputs), use_cache=True).past_key_values
-        layers, indices = read_layers(cache.cross_attention_cache)
-        return layers, indices, (None,) * len(layers)
 
     def render(self, item: SourceInput) -> str:
         """The question; the processor puts the picture before it.

@@ -11,12 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mm_c2c.align.tokens import locate_text, token_spans
 from mm_c2c.cache import PositionKind, SourceCache
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 
 
 class TextSource(FrozenReader):
     """Reads a question in the model's own chat template; without a template, as it stands."""
+
+    # Slots of its pictures would stay empty without a word.
+    has_pictures = False
 
     def __init__(
         self,
@@ -25,6 +28,11 @@ class TextSource(FrozenReader):
         name: str,
         revision: str | None = None,
     ) -> None:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{name}: a text model of encoder and decoder ({model.config.model_type}) cannot "
+                "be read; take a causal LM"
+            )
         super().__init__(model, name, revision)
         self.tokenizer = tokenizer
 

@@ -20,7 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from mm_c2c.align.tokens import locate_text
 from mm_c2c.cache import LayerKV, PositionKind, SourceCache
-from mm_c2c.errors import InputError, UnsupportedError
+from mm_c2c.errors import InputError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 from mm_c2c.sources.views import (
     View,
@@ -44,8 +44,6 @@ class VLMSource(FrozenReader):
     first_position = 0
     # What the processor appends to the rendered prompt.
     prompt_end = ""
-    # Generating reads on at the end of a prompt, which must not be padding.
-    padding_side = "left"
     # Whether a prompt can show one picture only.
     one_picture = False
 
@@ -58,6 +56,9 @@ class VLMSource(FrozenReader):
     ) -> None:
         super().__init__(model, name, revision)
         self.processor: Any = processor  # each family's has attributes of its own
+        # A decoder reads on at the end of a prompt, which must not be padding; an encoder counts
+        # padding that stands before a position.
+        self.padding_side = "right" if model.config.is_encoder_decoder else "left"
 
     def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
         """Read a batch of pictures, each with a question or without.
@@ -347,23 +348,12 @@ class Lfm2VLSource(VLMSource):
 
 
 class Blip2Source(VLMSource):
-    """BLIP-2 over a decoder: the picture summed up by queries, then the question."""
+    """BLIP-2 over OPT or T5: the picture summed up by queries, then the question.
+
+    Of T5, what its encoder made of them, as the decoder sees it.
+    """
 
     one_picture = True
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: ProcessorMixin,
-        name: str,
-        revision: str | None = None,
-    ) -> None:
-        if model.config.is_encoder_decoder:
-            raise UnsupportedError(
-                f"{name}: a BLIP-2 over an encoder-decoder language model (T5) cannot be read; "
-                "take one over OPT"
-            )
-        super().__init__(model, processor, name, revision)
 
     def render(self, item: SourceInput) -> str:
         """The words BLIP-2 was trained with; the processor puts the queries before them."""

@@ -182,6 +182,7 @@ class BlankSource:
         self.links = links
         tokens = geometry.picture_tokens or 0
         self.side = math.isqrt(tokens if true_width else min(tokens, _PICTURE))
+        self.has_pictures = bool(self.side)
         self.origin = CacheOrigin(geometry.name, None, geometry.model_type)
 
     @property
