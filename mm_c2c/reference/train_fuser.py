@@ -42,6 +42,7 @@ from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.rope import RopeSpec, derotate
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.vlm import VLMSource
+from mm_c2c.target import Target
 from mm_c2c.training.loop import cosine_rate
 from mm_c2c.training.optimizers import build_optimizers
 
@@ -184,7 +185,9 @@ class WordCache:
         names = [*SPLITS["train"].names, _NOTHING]
         self.rows = {pair: i for i, pair in enumerate((n, p) for n in names for p in places)}
         texts = [f"In the {place}: {name}" for name, place in self.rows]
-        states = torch.cat([self._read(texts[i : i + 64]) for i in range(0, len(texts), 64)])
+        states = torch.cat(
+            [read_phrases(bridge.target, texts[i : i + 64]) for i in range(0, len(texts), 64)]
+        )
         # A layer's own scale, so that all layers weigh alike.
         self.mean = states.mean(0)
         self.scale = (states - self.mean).pow(2).mean((0, 3)).sqrt().unsqueeze(-1)
@@ -201,15 +204,20 @@ class WordCache:
         covered = [[name is not None for name, _ in row] for row in contents]
         return self.states[torch.tensor(rows)], torch.tensor(covered)
 
-    @torch.no_grad()
-    def _read(self, texts: list[str]) -> Tensor:
-        target = self.bridge.target
-        encoded = target.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
-        )
-        positions = count_positions(encoded["attention_mask"])
-        layers, _, rope = target.read(encoded, positions)
-        return last_states(layers, positions, rope).float()
+
+@torch.no_grad()
+def read_phrases(target: Target, texts: list[str]) -> Tensor:
+    """The target's own K (without rotation) and V at the last token of each phrase.
+
+    Returns:
+        `(texts, layers, 2, width)`.
+    """
+    encoded = target.tokenizer(
+        texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+    )
+    positions = count_positions(encoded["attention_mask"])
+    layers, _, rope = target.read(encoded, positions)
+    return last_states(layers, positions, rope).float()
 
 
 def last_states(
