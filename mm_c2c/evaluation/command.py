@@ -23,14 +23,9 @@ def run_measurement(
     about: str | None,
     argv: Sequence[str] | None,
 ) -> None:
-    """`key=value ... [--out FILE]`: measure something of a bridge, and print it.
+    """`key=value ... [--out FILE]`: measure something of a bridge and print it.
 
-    Args:
-        kind: the settings; with `bridge`, `source_model` and `target_model`.
-        measure: what is done.
-        table: its result in Markdown.
-        about: what `--help` says.
-        argv: arguments; None takes the process's own.
+    `kind` has `bridge`, `source_model` and `target_model`; `about` is what `--help` says.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("overrides", nargs="+", metavar="key=value")
@@ -53,14 +48,7 @@ def load_pair(config: Any) -> Bridge:
 def run_section(
     report: Callable[[Path], str], program: str, about: str | None, argv: Sequence[str] | None
 ) -> None:
-    """`RUN --readme FILE --section NAME`: write a section of a README about a run.
-
-    Args:
-        report: what is said of a run's folder, in Markdown.
-        program: what writes such folders.
-        about: what `--help` says.
-        argv: arguments; None takes the process's own.
-    """
+    """`RUN --readme FILE --section NAME`: write what a report says of a folder of `program`."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("run", type=Path, help=f"folder of a run of {program}")
     parser.add_argument("--readme", type=Path, required=True, help="the file to write into")

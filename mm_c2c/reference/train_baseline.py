@@ -58,7 +58,6 @@ class BaselineTrainingConfig(TrainerConfig):
         scenes: pictures a step.
         questions: questions a picture; a request to describe it comes on top.
         optimizer: `adamw`, or `muon` for the weights, as the fuser has it.
-        learning_rate: after the warm-up; falls to zero along a cosine.
         easy_steps: steps in which only scenes of one and two stickers are shown.
         dtype: of the frozen target while training; see `FuserTrainingConfig`.
     """
@@ -108,13 +107,8 @@ def train(config: BaselineTrainingConfig) -> None:
         features, scenes = pool.draw(rng, config.scenes, easily=step < config.easy_steps)
         return baseline.loss(features, draw_questions(scenes, rng, config.questions))
 
-    config.loop().run(
-        baseline.module,
-        build_optimizers(baseline.module, config.learning_rate, config.optimizer),
-        config.rate,
-        loss,
-        lambda _: baseline.save(),
-    )
+    optimizers = build_optimizers(baseline.module, config.learning_rate, config.optimizer)
+    config.loop().run(baseline.module, optimizers, config.rate, loss, lambda _: baseline.save())
 
 
 def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:

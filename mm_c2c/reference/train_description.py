@@ -46,7 +46,6 @@ class DescriptionTrainingConfig(TrainerConfig):
         parameters: about so many are trained; None takes as many as the reader's fusers have.
         examples: descriptions a step.
         questions: questions about each, or as many as it has.
-        learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
     """
 
     items: Path
@@ -94,14 +93,12 @@ def train(config: DescriptionTrainingConfig) -> None:
         costs = [cost(rng.sample(g, min(config.questions, len(g)))) for g in picked]
         return torch.stack(costs).mean()
 
-    config.loop().run(
-        wrapped,
-        build_optimizers(wrapped, config.learning_rate, "adamw"),
-        config.rate,
-        loss,
+    def save(_: object) -> None:
         # "auto" would ask the Hub whether the vocabulary has grown.
-        lambda _: wrapped.save_pretrained(config.out / "adapter", save_embedding_layers=False),
-    )
+        wrapped.save_pretrained(config.out / "adapter", save_embedding_layers=False)
+
+    optimizers = build_optimizers(wrapped, config.learning_rate, "adamw")
+    config.loop().run(wrapped, optimizers, config.rate, loss, save)
 
 
 def shared_loss(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> Tensor:

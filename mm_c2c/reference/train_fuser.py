@@ -319,13 +319,11 @@ def train(config: FuserTrainingConfig) -> None:
             return reconstruct_loss(bridge, words(), perception, scenes, config.rows)
         return answer_loss(bridge, perception, draw_questions(scenes, rng, config.questions))
 
-    config.loop().run(
-        bridge.fusers,
-        build_optimizers(bridge.fusers, config.learning_rate),
-        config.rate,
-        loss,
-        lambda _: bridge.save_pretrained(config.out / "bridge", dtype=torch.float16),
-    )
+    def save(_: object) -> None:
+        bridge.save_pretrained(config.out / "bridge", dtype=torch.float16)
+
+    optimizers = build_optimizers(bridge.fusers, config.learning_rate)
+    config.loop().run(bridge.fusers, optimizers, config.rate, loss, save)
 
 
 def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:

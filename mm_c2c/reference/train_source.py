@@ -251,13 +251,9 @@ def train(config: SourceTrainingConfig) -> None:
         model.train()
 
     model.train()
-    config.loop(build_accelerator(config.out, precision=config.precision, cpu=True)).run(
-        model,
-        build_optimizers(model, config.learning_rate, is_matrix=mixes_channels),
-        config.rate,
-        loss,
-        save,
-    )
+    accelerator = build_accelerator(config.out, precision=config.precision, cpu=True)
+    optimizers = build_optimizers(model, config.learning_rate, is_matrix=mixes_channels)
+    config.loop(accelerator).run(model, optimizers, config.rate, loss, save)
 
 
 def _build(

@@ -82,31 +82,27 @@ def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner)
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "config.json", settings)
-    Loop(
+    optimizer = config.optimizer
+    optimizers = build_optimizers(
+        learner.fusers,
+        optimizer.learning_rate,
+        optimizer.name,
+        optimizer.weight_decay,
+        dtype=DTYPES[optimizer.dtype],
+    )
+    loop = Loop(
         out=config.out,
         steps=config.phases.steps,
         save_every=config.save_every,
         log_every=config.log_every,
         seed=config.seed,
         accumulation=config.accumulation,
-        clip=config.optimizer.clip,
+        clip=optimizer.clip,
         on_nan=config.on_nan,
         accelerator=accelerator,
         settings=flatten(settings),
-    ).run(
-        learner.fusers,
-        build_optimizers(
-            learner.fusers,
-            config.optimizer.learning_rate,
-            config.optimizer.name,
-            config.optimizer.weight_decay,
-            dtype=DTYPES[config.optimizer.dtype],
-        ),
-        learner.rate,
-        learner.loss,
-        learner.save,
-        learner.gauges,
     )
+    loop.run(learner.fusers, optimizers, learner.rate, learner.loss, learner.save, learner.gauges)
 
 
 class Trainer:

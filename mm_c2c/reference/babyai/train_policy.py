@@ -233,13 +233,8 @@ def train(config: PolicyTrainingConfig) -> None:
         build_processor(tokenizer).save_pretrained(folder)
 
     model.train()
-    config.loop().run(
-        model,
-        build_optimizers(model, config.learning_rate, is_matrix=mixes_channels),
-        config.rate,
-        loss,
-        save,
-    )
+    optimizers = build_optimizers(model, config.learning_rate, is_matrix=mixes_channels)
+    config.loop().run(model, optimizers, config.rate, loss, save)
 
 
 if __name__ == "__main__":

@@ -237,14 +237,8 @@ def train(config: PolicyTrainingConfig) -> None:
         copy.deepcopy(model).half().save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    config.loop().run(
-        module,
-        build_optimizers(module, config.learning_rate, is_matrix=_is_matrix),
-        config.rate,
-        loss,
-        save,
-        gauges,
-    )
+    optimizers = build_optimizers(module, config.learning_rate, is_matrix=_is_matrix)
+    config.loop().run(module, optimizers, config.rate, loss, save, gauges)
 
 
 def _is_matrix(name: str, param: nn.Parameter) -> bool:
