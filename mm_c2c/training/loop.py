@@ -87,7 +87,7 @@ class Loop:
     accumulation: int = 1
     clip: float = 1.0
     on_nan: str = "stop"
-    accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=True))
+    accelerator: Accelerator
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(
