@@ -393,12 +393,12 @@ def _decoding(summary: dict[str, Any]) -> str:
     """How the answers were decoded."""
     if (choice := summary.get("choice")) is None:
         return "Decoding: free."
-    line = (
-        f"Decoding among options: {choice['n']:,} of {summary['n']:,} questions could only be "
-        "answered with one of their options"
-    )
-    if derived := choice["n"] - choice["listed"]:
-        line += f", which are all answers of their kind in the file for {derived:,} of them"
+    asked, total = choice["n"], summary["n"]
+    some = "all" if asked == total else f"{asked:,} of {total:,}"
+    line = f"Decoding among options: {some} questions could only be answered with one of theirs"
+    if derived := asked - choice["listed"]:
+        where = "" if derived == asked else f" for {derived:,} of them"
+        line += f", which are all answers of the same kind in the file{where}"
     if choice["guess"] is not None:
         line += f"; a guess is right in {_percent(choice['guess'])} %"
     return f"{line}."
