@@ -21,16 +21,17 @@ HERE = rollouts.POLICY.parent
 POLICY_ID = "mm_c2c/reference/babyai/policy"
 READER_FOLDER = HERE / "reader"
 EPISODES_FOLDER = HERE / "episodes"
+# As the reader's training words them.
 QUESTIONS = (
     "What will the robot do next?",
-    "Which object is the robot going for?",
-    "What does the robot hold?",
-    "Which task is the robot doing?",
-    "How far along is the robot?",
-    "Will the robot succeed?",
+    "Which object is it going for?",
+    "What does it hold?",
+    "Which task is this?",
+    "How far along is it?",
+    "Will it succeed?",
 )
-NARRATE = "Say in one sentence what the robot is doing."
-WATCH = MonitorConfig(question="Will the robot succeed?", reason="What is the robot doing?")
+NARRATE = "What is the robot up to?"
+WATCH = MonitorConfig(question="Will it succeed?", reason=NARRATE)
 
 
 def load_policy() -> SourcePolicy:
