@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,13 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Cache, TextIteratorStreamer
+from transformers import Cache
 
 from mm_c2c.align import Alignment
-from mm_c2c.align.tokens import align_tokens, locate_text, token_spans
+from mm_c2c.align.tokens import align_tokens
 from mm_c2c.cache import SourceCache, fork, join_rows, repeat_rows, select_rows
 from mm_c2c.config import from_dict
-from mm_c2c.errors import ConfigError, InputError, MismatchError, ShapeError, UnsupportedError
+from mm_c2c.errors import ConfigError, InputError, MismatchError, ShapeError
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.hub import fetch_folder, push_folder
 from mm_c2c.link import (
@@ -43,14 +42,9 @@ from mm_c2c.pretrained import (
     read_header,
     read_weights,
 )
+from mm_c2c.prompt import Prompt
 from mm_c2c.sources.base import Source, SourceInput, count_positions, full_cache
-from mm_c2c.sources.text import adds_its_own, render_chat
 from mm_c2c.target import Target
-
-# Stands for the slots while the chat template is rendered; no tokenizer ever sees it.
-_SLOTS_MARK = "\ufffc"
-# Known to give wrong output over a prefilled cache in transformers 5.23, without an error.
-_REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +102,15 @@ class Reading(NamedTuple):
     spans: Tensor
     questions: tuple[str, ...]
 
+    @property
+    def inputs(self) -> FusedInputs:
+        """What `target.generate` takes; nothing more is fused."""
+        return FusedInputs(
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            past_key_values=self.past_key_values,
+        )
+
 
 class FusedInputs(TypedDict):
     """Everything that `target.generate` takes; the cache covers all but the last few tokens."""
@@ -148,13 +151,7 @@ class Bridge(nn.Module):
         if target.minds_padding:
             target.check_continues()
         self.fusers = nn.ModuleDict({link.name: build_fuser(link) for link in config.links})
-        ids = target.tokenizer(config.slot_token, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise ConfigError(
-                f"slot_token {config.slot_token!r} is {len(ids)} tokens of the target; choose one "
-                "that is a single token"
-            )
-        self._slot_id = ids[0]
+        self.prompt = Prompt(target.tokenizer, config.system, config.slot_token)
         self._prefix_memo: dict[tuple[int, ...], Cache] = {}
 
     # --- what the sources saw -------------------------------------------------------------
@@ -206,12 +203,11 @@ class Bridge(nn.Module):
         if len(sizes) > 1:
             raise ShapeError(f"the sources' caches differ in batch size: {sorted(sizes)}")
         batch = sizes.pop()
-        before, _ = self._template()
-        ids = list(before)
+        ids = list(self.prompt.before)
         places = {}
         for link in links:
             places[link.name] = range(len(ids), len(ids) + link.num_slots)
-            ids += [self._slot_id] * link.num_slots
+            ids += [self.prompt.slot_id] * link.num_slots
         cache = repeat_rows(self._prefill_prefix(tuple(ids)), batch)
         # Without slots and without a system prompt there are none.
         input_ids = torch.tensor(ids, dtype=torch.long, device=self.device).expand(batch, -1)
@@ -232,8 +228,8 @@ class Bridge(nn.Module):
             link: one of the bridge's own.
             source: the source's cache.
         """
-        before, _ = self._template()
-        ids = (*before, *[self._slot_id] * link.num_slots)
+        before = self.prompt.before
+        ids = (*before, *[self.prompt.slot_id] * link.num_slots)
         positions = torch.arange(len(ids), device=self.device).expand(source.batch_size, -1)
         cache = repeat_rows(self._prefill_prefix(ids), source.batch_size)
         index = positions[:, len(before) :]
@@ -268,11 +264,7 @@ class Bridge(nn.Module):
         reading = self._ask(perception, questions)
         if any(link.source in caches for link in self._aligned_links()):
             return self.fuse_words(self._read_on(reading), caches)
-        return FusedInputs(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            past_key_values=reading.past_key_values,
-        )
+        return reading.inputs
 
     def read_questions(
         self, questions: Sequence[str], perception: Perception | None = None
@@ -309,11 +301,7 @@ class Bridge(nn.Module):
                 _answer_start(reading.attention_mask[:, :-1] != 0),
             )
             cache = self._write(link, source, alignment, cache, positions)
-        return FusedInputs(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            past_key_values=cache,
-        )
+        return reading._replace(past_key_values=cache).inputs
 
     @torch.no_grad()
     def generate(
@@ -325,7 +313,7 @@ class Bridge(nn.Module):
     ) -> list[str]:
         """Answer by `target.generate(**kwargs)`; several sequences a question follow each other."""
         fused = self.fuse(perception, questions, caches)
-        out = self._generate(fused, **kwargs)
+        out = self.target.generate(fused, **kwargs)
         return self.target.tokenizer.batch_decode(
             out[:, fused["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -340,25 +328,7 @@ class Bridge(nn.Module):
         """Answer one question, piece by piece as it is decoded."""
         with torch.no_grad():
             fused = self.fuse(perception, [question], caches)
-        streamer = TextIteratorStreamer(
-            self.target.tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
-        failure: list[Exception] = []
-
-        def run() -> None:
-            try:
-                with torch.no_grad():
-                    self._generate(fused, streamer=streamer, **kwargs)
-            except Exception as error:  # noqa: BLE001, raised again in the caller's thread
-                failure.append(error)
-                streamer.end()
-
-        worker = threading.Thread(target=run, daemon=True)
-        worker.start()
-        yield from streamer
-        worker.join()
-        if failure:
-            raise failure[0]
+        yield from self.target.stream(fused, **kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -474,15 +444,7 @@ class Bridge(nn.Module):
 
     def _ask(self, perception: Perception | None, questions: Sequence[str]) -> Reading:
         """Questions behind what was perceived, which is all that the cache holds, padding apart."""
-        if isinstance(questions, str) or not questions:
-            raise InputError(
-                f"expected a list of questions, got the text {questions!r}"
-                if questions
-                else "expected at least one question, got none"
-            )
-        for question in questions:
-            if not question.strip():
-                raise InputError("the question is empty; ask something")
+        ids, mask, spans = (part.to(self.device) for part in self.prompt.read(questions))
         perception = perception or self.fuse_slots({})
         if len(questions) % perception.batch_size:
             raise ShapeError(
@@ -491,7 +453,6 @@ class Bridge(nn.Module):
             )
         repeats = len(questions) // perception.batch_size
         cache = repeat_rows(perception.past_key_values, repeats)
-        ids, mask, spans = self._question_ids(questions)
         prefix = perception.input_ids[:1].expand(len(questions), -1)
         input_ids = torch.cat([prefix, ids], dim=1)
         attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
@@ -521,42 +482,9 @@ class Bridge(nn.Module):
                 f"no source named {unknown}; known: {', '.join(sorted(self.sources))}"
             )
 
-    def _template(self) -> tuple[list[int], str]:
-        """Tokens before the slots, and the text after the question."""
-        rendered = render_chat(self.target.tokenizer, f"{_SLOTS_MARK}?", self.config.system)
-        before, _, after = rendered.partition(_SLOTS_MARK)
-        tokenizer = self.target.tokenizer
-        ids = tokenizer(before, add_special_tokens=adds_its_own(tokenizer))["input_ids"]
-        return ids, after[1:]
-
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """What follows the slots: each question, and what the chat template puts behind it."""
-        return [self._tokens(text) for text in self._question_texts(questions)]
-
-    def _question_texts(self, questions: Sequence[str]) -> list[str]:
-        _, tail = self._template()
-        return [f"\n{question.strip()}{tail}" for question in questions]
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.target.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _question_ids(self, questions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Left-padded `input_ids` and mask after the slots, and spans in each question."""
-        tokenizer = self.target.tokenizer
-        asked = [question.strip() for question in questions]
-        texts = self._question_texts(questions)
-        rows = [self._tokens(text) for text in texts]
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        spans = torch.full((len(rows), width, 2), -1)
-        for row, (tokens, text, question) in enumerate(zip(rows, texts, asked, strict=True)):
-            ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask[row, width - len(tokens) :] = 1
-            spans[row, width - len(tokens) :] = locate_text(
-                token_spans(tokenizer, text), text, question, start=1
-            )
-        return ids.to(self.device), mask.to(self.device), spans.to(self.device)
+        return [self.prompt.tokens(question) for question in questions]
 
     def _prefill_prefix(self, ids: tuple[int, ...]) -> Cache:
         """The target's own cache of a fixed prefix: a pure function of the ids, kept."""
@@ -611,38 +539,6 @@ class Bridge(nn.Module):
     ) -> Cache:
         rope = self.target.rope(positions.shape[1])
         return write_link(link, self._fuser(link), source, alignment, cache, positions, rope)
-
-    def _generate(self, fused: FusedInputs, **kwargs: Any) -> Tensor:
-        def setting(name: str) -> Any:
-            if name in kwargs:
-                return kwargs[name]
-            # What a config leaves open, transformers takes from the model's own.
-            given = getattr(kwargs.get("generation_config"), name, None)
-            own = getattr(self.target.model.generation_config, name, None)
-            return own if given is None else given
-
-        if setting("return_dict_in_generate"):
-            raise UnsupportedError(
-                "return_dict_in_generate: a bridge answers with texts only; for scores and the "
-                "like, call bridge.target.model.generate(**bridge.fuse(...), "
-                "return_dict_in_generate=True)"
-            )
-        for name in _REFUSED:
-            if setting(name) is not None:
-                raise UnsupportedError(
-                    f"{name}: assisted decoding over a prefilled cache gives wrong output in "
-                    "transformers 5.23; leave it out"
-                )
-        rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        cache = repeat_rows(fused["past_key_values"], rows)
-        # For several sequences a row, generate would repeat the index too.
-        spared = self.target.spared if rows == 1 else {}
-        return self.target.model.generate(
-            input_ids=fused["input_ids"],
-            attention_mask=fused["attention_mask"],
-            past_key_values=cache,
-            **{**spared, **kwargs},
-        )
 
 
 def _check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:

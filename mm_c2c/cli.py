@@ -136,15 +136,15 @@ def _load_bridge(
     dtype: str = "float32",
 ) -> Bridge:
     """The reference bridge or another, without transformers' bars for loads that take a second."""
-    import torch
     from transformers.utils import logging as transformers_logging
 
+    from mm_c2c.config import DTYPES
     from mm_c2c.reference import models
 
     transformers_logging.disable_progress_bar()
     if folder is None:
-        return models.load_bridge(dtype=getattr(torch, dtype))
-    return models.load_saved_bridge(folder, source_model, target_model, getattr(torch, dtype))
+        return models.load_bridge(dtype=DTYPES[dtype])
+    return models.load_saved_bridge(folder, source_model, target_model, DTYPES[dtype])
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -234,7 +234,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override
-    from mm_c2c.evaluation.report import new_figure, text_table, write_report
+    from mm_c2c.evaluation.render import new_figure
+    from mm_c2c.evaluation.report import text_table, write_report
     from mm_c2c.evaluation.run import EvaluationConfig, evaluate
     from mm_c2c.reference.models import HERE
 
@@ -271,7 +272,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     from mm_c2c.config import override
     from mm_c2c.evaluation.diagnosis_report import look, write_report
     from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, text_table
-    from mm_c2c.evaluation.report import new_figure
+    from mm_c2c.evaluation.render import new_figure
     from mm_c2c.reference.models import HERE
 
     if args.out:

@@ -7,15 +7,22 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 
 from mm_c2c.errors import ConfigError
 
 T = TypeVar("T")
+# A model's dtypes by their names in configs.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Those in which nothing that float32 holds overflows.
+WIDE_DTYPES = ("float32", "bfloat16")
+# A training's mixed precision, to accelerate's name for it: YAML would read its `no` as false.
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 # YAML 1.1 reads 1e-3 as a word: it wants 1.0e-3.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -79,6 +86,12 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"{where or kind.__name__}: {error}") from error
+
+
+def check_one_of(name: str, value: str, known: Collection[str]) -> None:
+    """Refuse a value of the setting `name` that is not among those known."""
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

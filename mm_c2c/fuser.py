@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mm_c2c.align.layers import KINDS, LayerMap, layer_map, mix_init
 from mm_c2c.align.patches import PatchResampler
 from mm_c2c.cache import CacheShape
+from mm_c2c.config import check_one_of
 from mm_c2c.errors import ConfigError, ShapeError
 
 PRESETS = ("small", "c2c")
@@ -61,10 +62,7 @@ class FuserConfig:
 
     def __post_init__(self) -> None:
         for name, known in (("preset", PRESETS), ("layers", (*KINDS, "mix")), ("gate", GATES)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+            check_one_of(name, getattr(self, name), known)
         if (self.pairs is not None) != (self.layers == "explicit"):
             raise ConfigError(
                 "pairs and layers='explicit' belong together, got "

@@ -204,8 +204,8 @@ def _aliases(known: str) -> set[str]:
 
 def _picture(config: Any) -> tuple[int | None, str | None]:
     """Positions that one picture takes, and its size, as far as a config tells."""
-    vision = getattr(config, "vision_config", None)
-    merge = getattr(vision, "spatial_merge_size", None)
+    vision: Any = getattr(config, "vision_config", None)
+    merge: Any = getattr(vision, "spatial_merge_size", None)
     side = _PIXELS if merge else getattr(vision, "image_size", None)
     if side is None:
         return None, None

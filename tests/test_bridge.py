@@ -209,7 +209,7 @@ def target_alone(model: Any, fused: FusedInputs, prefix_len: int) -> FusedInputs
 
 
 def prefix_len(bridge: Bridge, fused: FusedInputs) -> int:
-    question_len = bridge._question_ids(QUESTIONS)[0].shape[1]
+    question_len = bridge.prompt.read(QUESTIONS).input_ids.shape[1]
     return fused["input_ids"].shape[1] - question_len
 
 
@@ -680,12 +680,12 @@ def test_decoding_asks_for_no_logits_but_the_last(
 
     fused = bridge.fuse(perception, QUESTIONS)
     monkeypatch.setattr(rig.target.model, "forward", spy)
-    bridge._generate(fused, max_new_tokens=3)
+    bridge.target.generate(fused, max_new_tokens=3)
     # A number would be a slice, over which torch's CPU product copies the whole vocabulary.
     assert asked
     assert all(torch.equal(index, torch.tensor([-1])) for index in asked)
     asked.clear()
-    bridge._generate(fused, max_new_tokens=2, num_beams=2)
+    bridge.target.generate(fused, max_new_tokens=2, num_beams=2)
     assert set(asked) == {1}
 
 
@@ -1002,7 +1002,7 @@ def test_a_closed_bridge_of_several_pictures_leaves_the_target_untouched(
     caches = {"eyes": two_pictures(rig)}
     opened = bridge.fuse(bridge.fuse_slots(caches), QUESTIONS)
     closed = close(bridge).fuse(bridge.fuse_slots(caches), QUESTIONS)
-    assert ((closed["input_ids"] == bridge._slot_id).sum(1) >= 12).all()
+    assert ((closed["input_ids"] == bridge.prompt.slot_id).sum(1) >= 12).all()
     own = target_alone(rig.target.model, closed, prefix_len(bridge, closed))
     assert_same_cache(closed["past_key_values"], own["past_key_values"], **EXACT)
     logits = read_on(rig.target.model, closed)

@@ -224,9 +224,8 @@ def test_a_run_says_how_many_were_asked_among_options(
     gap = summary["arms"]["shuffled"]["accuracy"][0] - summary["arms"]["blind"]["accuracy"][0]
     assert math.isclose(counted["shuffled_over_blind"]["difference"][0], gap)
     line = (
-        "Decoding among options: 5 of 6 questions could only be answered with one of their "
-        "options, which are all answers of their kind in the file for 4 of them; a guess is right "
-        "in 45.0 %."
+        "Decoding among options: 5 of 6 questions could only be answered with one of theirs, which "
+        "are all answers of the same kind in the file for 4 of them; a guess is right in 45.0 %."
     )
     for shown in (text_table(summary), page(summary, "x"), markdown(summary)):
         assert shown.count(line) == 1

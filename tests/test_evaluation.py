@@ -17,13 +17,12 @@ from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Reply, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
+from mm_c2c.evaluation.render import new_figure, write_readme
 from mm_c2c.evaluation.report import (
     brief,
     markdown,
-    new_figure,
     page,
     text_table,
-    write_readme,
     write_report,
 )
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, split_rows
@@ -325,7 +324,7 @@ def test_a_report_stands_beside_its_run_and_in_the_readme(
     assert page(summary, "again") == page(summary, "again")
     assert page(summary, "again").count("<tr>") == 2 * (1 + len(ITEM_ARMS))
     with pytest.raises(InputError, match="no lines"):
-        write_readme(out / "report.md", "x")
+        write_readme(out / "report.md", "x", "mm-c2c evaluate")
     with pytest.raises(InputError, match="no finished run"):
         write_report(tmp_path)
 

@@ -419,7 +419,7 @@ def test_state_and_actions_of_pi0_get_a_slot_each(
         lambda _module, args: taken.append(args[0])
     )
     seen = bridge.fuse_slots({"robot": cache})
-    assert (seen.input_ids[0] == bridge._slot_id).sum() >= 2 * 4 + 1 + CHUNK
+    assert (seen.input_ids[0] == bridge.prompt.slot_id).sum() >= 2 * 4 + 1 + CHUNK
     for layer, (keys, values) in enumerate(cache.layers):
         bare = derotate(keys, cache.position_ids, cache.rope[layer])
         for row in range(2):

@@ -201,7 +201,7 @@ def test_a_closed_bridge_gives_each_row_what_the_target_alone_gives(
 ) -> None:
     bridge = rig.bridge(geometry)
     fused = rig.fuse(bridge)
-    answers = bridge._generate(fused, max_new_tokens=6, do_sample=False, pad_token_id=2)
+    answers = rig.target.generate(fused, max_new_tokens=6, do_sample=False, pad_token_id=2)
     answers = answers[:, fused["input_ids"].shape[1] :]
     got = rig.logits(rig.fuse(bridge))
     for row in range(2):
@@ -217,7 +217,7 @@ def test_a_closed_bridge_gives_each_row_what_the_target_alone_gives(
 def test_a_closed_bridge_leaves_the_targets_cache_untouched(rig: Rig, geometry: str) -> None:
     bridge = rig.bridge(geometry)
     fused = rig.fuse(bridge)
-    before = bridge._template()[0] + [bridge._slot_id] * (6 if geometry == "slots" else 0)
+    before = bridge.prompt.before + [bridge.prompt.slot_id] * (6 if geometry == "slots" else 0)
     ids, mask = fused["input_ids"], fused["attention_mask"]
     own = full_cache(rig.target.model)
     done = fused["past_key_values"].get_seq_length()
@@ -324,7 +324,7 @@ def test_beams_of_a_closed_bridge_are_the_targets_own(words_source: TextSource, 
     bridge = rig.bridge("slots")
     settings = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 2}
     fused = rig.fuse(bridge)
-    got = bridge._generate(fused, **settings)[:, fused["input_ids"].shape[1] :]
+    got = rig.target.generate(fused, **settings)[:, fused["input_ids"].shape[1] :]
     for row in range(2):
         ids = real_ids(fused, row)
         own = rig.target.model.generate(ids, **settings)[0, ids.shape[1] :].tolist()

@@ -44,7 +44,7 @@ from mm_c2c.demo.pair import (
     reference_setting,
     suggestions,
 )
-from mm_c2c.errors import ConfigError, UnsupportedError
+from mm_c2c.errors import ConfigError, MMC2CError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.reference.models import load_bridge
 
@@ -54,6 +54,10 @@ _MEMORY_S = 1.0
 _START_S = 600.0
 # A first word, not the sign that none is there yet.
 _FUSED_WORD = re.compile(r'<section class="card fused">.*?<p class="answer">(?!…)[^<]')
+
+
+class PageError(MMC2CError, RuntimeError):
+    """The page did not start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +131,11 @@ def bench(config: VisitorsConfig) -> dict[str, Any]:
     Returns:
         Plain values. `first_token`: `ms` of the page, from asking to the first fused word there,
         and of the library; `ratio`, page against library, as [median, low, high] of the rounds.
-        `crowd`: the counts of `Tally`; `captions` that differ; `latency_s` at percentiles; `memory_mb`, resident, of
-        the page at the start, in the middle, at the end and at most; `cpus`.
+        `crowd`: the counts of `Tally`; `latency_s` at percentiles; `memory_mb`, resident, of the
+        page at the start, in the middle, at the end and at most.
 
     Raises:
-        UnsupportedError: the page did not start.
+        PageError: the page did not start.
     """
     setting = reference_setting(load_tiny_bridge() if config.tiny else load_bridge())
     visits = [_visit(setting, path) for path in _pictures()[: config.visitors]]
@@ -142,7 +146,9 @@ def bench(config: VisitorsConfig) -> dict[str, Any]:
     return {
         "first_token": first_token,
         "crowd": crowd,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         **vars(config),
     }
 
@@ -159,9 +165,7 @@ def _visit(setting: Setting, path: Path) -> Visit:
 
 
 def _library_says(look: Look, question: str) -> dict[str, Any]:
-    columns = {}
-    for columns in compare(look, question, known().options.get(question, ())):
-        pass
+    *_, columns = compare(look, question, known().options.get(question, ()))
     return _said(facts(columns))
 
 
@@ -184,7 +188,7 @@ def _page(folder: Path, *, tiny: bool) -> Iterator[tuple[str, psutil.Process]]:
         deadline = time.monotonic() + _START_S
         while True:
             if server.poll() is not None or time.monotonic() > deadline:
-                raise UnsupportedError(f"the page did not start: {' '.join(command)}")
+                raise PageError(f"the page did not start: {' '.join(command)}")
             with socket.socket() as trial:
                 if trial.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -250,10 +254,8 @@ def _crowd(url: str, page: psutil.Process, visits: list[Visit], seconds: float) 
         over.set()
         watcher.join()
     memory.append(_resident_mb(page))
-    captions = {str(said["caption_relay"]) for v in visits for said in v.expected.values()}
     return {
         **{key: value for key, value in vars(tally).items() if key != "seconds"},
-        "captions": len(captions),
         "latency_s": _percentiles(tally.seconds),
         "memory_mb": {
             "start": memory[0],

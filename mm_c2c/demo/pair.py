@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.errors import InputError
@@ -23,12 +22,11 @@ from mm_c2c.images import load_image
 from mm_c2c.link import LinkConfig
 from mm_c2c.reference.models import (
     HERE,
-    SOURCE_FOLDER,
     SOURCE_NAME,
     load_source,
+    tiny_target,
 )
 from mm_c2c.reference.scenes import CAPTION_REQUEST
-from mm_c2c.target import Target
 
 PROMPTS = HERE / "prompts.json"
 ITEMS = HERE / "unseen_style" / "items.jsonl"
@@ -41,7 +39,6 @@ GENERIC = (
     "Which is the odd one out?",
 )
 NUM_SCENES = 8
-_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
 
 
 class ShippedScene(NamedTuple):
@@ -88,23 +85,8 @@ def load_tiny_bridge() -> Bridge:
     For trying the page itself; what this target says means nothing.
     """
     source = load_source()
-    tokenizer = AutoTokenizer.from_pretrained(SOURCE_FOLDER)
-    tokenizer.chat_template = _CHAT
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    ).eval()
-    target = Target(model.requires_grad_(requires_grad=False), tokenizer, "tiny")
+    target = tiny_target()
     fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=32, rank=8)
     link = LinkConfig(source=SOURCE_NAME, geometry="slots", rows=9, cols=9, fuser=fuser)
     return Bridge(target, {SOURCE_NAME: source}, BridgeConfig(links=(link,), slot_token="a")).eval()

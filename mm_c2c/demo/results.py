@@ -10,6 +10,13 @@ from mm_c2c.errors import UnsupportedError
 from mm_c2c.evaluation.report import report_body
 from mm_c2c.reference.models import BRIDGE_FOLDER
 
+_TITLES = {
+    "": "Scenes in a style that no training showed",
+    "choice": "The same, answered among options",
+    "crowded": "Five and six stickers, where training had one to four",
+    "soft_prompt": "Beside a soft-prompt connector",
+}
+
 
 @functools.cache
 def runs() -> dict[str, Path]:
@@ -34,5 +41,5 @@ def run_html(title: str) -> str:
 
 
 def _title(folder: str) -> str:
-    of = folder.removeprefix("evaluation").strip("_").replace("_", " ")
-    return of.capitalize() or "Scenes in a style that no training showed"
+    of = folder.removeprefix("evaluation").strip("_")
+    return _TITLES.get(of, of.replace("_", " ").capitalize())

@@ -15,7 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import load_file
 
 from mm_c2c.errors import InputError, MismatchError
-from mm_c2c.evaluation.report import brief, pipe_table
+from mm_c2c.evaluation.render import pipe_table
+from mm_c2c.evaluation.report import brief
+from mm_c2c.evaluation.results import read_summary
 from mm_c2c.hub import CARD_NAME, is_repo_id
 from mm_c2c.pretrained import WEIGHTS_NAME, fingerprint, read_header
 from mm_c2c.sources import SOURCES
@@ -58,7 +60,7 @@ def write_card(
     """
     header = read_header(folder)
     weights = load_file(_weights_file(folder))
-    summary = None if evaluation is None else _read_summary(evaluation, fingerprint(weights))
+    summary = None if evaluation is None else _own_summary(evaluation, fingerprint(weights))
     name = name or folder.resolve().name
     data = ModelCardData(
         base_model=_hub_names(header) or None,
@@ -104,15 +106,9 @@ def _weights_file(folder: Path) -> Path:
     return path
 
 
-def _read_summary(run: Path, fuser: str) -> dict[str, Any]:
+def _own_summary(run: Path, fuser: str) -> dict[str, Any]:
     """A run's summary, which must be of these weights."""
-    try:
-        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{run} holds no finished run ({error.strerror}: summary.json); "
-            "make one with mm-c2c evaluate --out"
-        ) from error
+    summary = read_summary(run)
     if "fused" not in summary["arms"]:
         raise InputError(f"{run} has no arm 'fused'; a card is about that one")
     if summary["config"]["fuser"] != fuser:

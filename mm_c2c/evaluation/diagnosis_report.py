@@ -16,7 +16,7 @@ from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attribute, overlay
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, spread_items
-from mm_c2c.evaluation.report import (
+from mm_c2c.evaluation.render import (
     AXIS_POINTS,
     html_page,
     html_table,

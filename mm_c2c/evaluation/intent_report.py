@@ -8,14 +8,14 @@ RUN is the folder of a finished `mm-c2c evaluate`; of what else lies in it, as f
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_c2c.errors import InputError
 from mm_c2c.evaluation import monitor, probe
-from mm_c2c.evaluation.report import lie_table, markdown, write_readme
+from mm_c2c.evaluation.command import run_section
+from mm_c2c.evaluation.report import lie_table, markdown
+from mm_c2c.evaluation.results import read_summary
 
 
 def intent_report(run: Path) -> str:
@@ -24,13 +24,7 @@ def intent_report(run: Path) -> str:
     Raises:
         InputError: the run is not finished.
     """
-    try:
-        parts = [markdown(json.loads((run / "summary.json").read_text(encoding="utf-8")))]
-    except OSError as error:
-        raise InputError(
-            f"{run} holds no finished run ({error.strerror}: summary.json); "
-            "make one with mm-c2c evaluate --out"
-        ) from error
+    parts = [markdown(read_summary(run))]
     for path, table in (
         (run / "lies" / "summary.json", lie_table),
         (run / "probe.json", probe.table),
@@ -43,12 +37,7 @@ def intent_report(run: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run of mm-c2c evaluate")
-    parser.add_argument("--readme", type=Path, required=True, help="the file to write into")
-    parser.add_argument("--section", required=True, help="which of its sections")
-    args = parser.parse_args(argv)
-    write_readme(args.readme, intent_report(args.run), args.section)
+    run_section(intent_report, "mm-c2c evaluate", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ where there are steps to fit it on; and the number of steps that have passed, wh
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,27 +23,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge, FusedInputs
-from mm_c2c.cache import fork
-from mm_c2c.config import parse_overrides
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import TunedDescription
+from mm_c2c.evaluation.command import run_measurement
 from mm_c2c.evaluation.probe import (
     COMPONENTS,
     fit_best,
     fit_projection,
     hold_out,
-    load_pair,
     read_features,
 )
-from mm_c2c.evaluation.report import pipe_table
-from mm_c2c.evaluation.results import write_json
+from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, mean
 from mm_c2c.evaluation.tasks import Item, load_items
-from mm_c2c.sources.base import Source, SourceInput, count_positions
+from mm_c2c.sources.base import Source, SourceInput
 from mm_c2c.sources.text import encode_chats
 
 Scores = NDArray[np.float64]
@@ -215,16 +211,7 @@ def no_over_yes(bridge: Bridge, model: Any, inputs: FusedInputs | dict[str, Any]
         model: the target's, or one in its place.
         inputs: a prompt, with a cache of its first tokens or without.
     """
-    cache = inputs.get("past_key_values")
-    done = 0 if cache is None else cache.get_seq_length()
-    mask = inputs["attention_mask"]
-    logits = model(
-        input_ids=inputs["input_ids"][:, done:],
-        attention_mask=mask,
-        position_ids=count_positions(mask)[:, done:],
-        past_key_values=None if cache is None else fork(cache),
-        **bridge.target.spared,
-    ).logits[:, -1]
+    logits = bridge.target.next_logits(inputs, model)
     no, yes = (
         logits[:, _first_tokens(bridge, word)].float().logsumexp(1) for word in ("no", "yes")
     )
@@ -407,15 +394,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and score."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("overrides", nargs="+", metavar="key=value")
-    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
-    args = parser.parse_args(argv)
-    config = parse_overrides(MonitorConfig, args.overrides)
-    result = monitor(load_pair(config), config)
-    if args.out:
-        write_json(args.out, result)
-    print(table(result))  # noqa: T201
+    run_measurement(MonitorConfig, monitor, table, __doc__, argv)
 
 
 if __name__ == "__main__":

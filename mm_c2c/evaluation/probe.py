@@ -9,7 +9,6 @@ position of state and actions. Answers that training does not know are misses.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +25,12 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache
-from mm_c2c.config import parse_overrides
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.report import pipe_table
-from mm_c2c.evaluation.results import write_json
+from mm_c2c.evaluation.command import run_measurement
+from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.run import portable, source_name
 from mm_c2c.evaluation.statistics import Interval, accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
-from mm_c2c.reference.models import load_bridge, load_saved_bridge
 from mm_c2c.rope import derotate
 from mm_c2c.sources.base import Source
 
@@ -388,24 +385,9 @@ def table(result: dict[str, Any]) -> str:
     return pipe_table(rows)
 
 
-def load_pair(config: Any) -> Bridge:
-    """The bridge that a config with `bridge`, `source_model` and `target_model` names."""
-    if config.bridge is None:
-        return load_bridge()
-    return load_saved_bridge(config.bridge, config.source_model, config.target_model)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, fit and score."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("overrides", nargs="+", metavar="key=value")
-    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
-    args = parser.parse_args(argv)
-    config = parse_overrides(ProbeConfig, args.overrides)
-    result = probe(load_pair(config), config)
-    if args.out:
-        write_json(args.out, result)
-    print(table(result))  # noqa: T201
+    run_measurement(ProbeConfig, probe, table, __doc__, argv)
 
 
 if __name__ == "__main__":

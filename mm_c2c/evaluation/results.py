@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, InputError
 
 
 class JsonLines:
@@ -89,6 +89,25 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} holds a run with other settings ({', '.join(changed)} differ); give another "
             "folder, or delete this one to start anew"
         )
+
+
+def read_summary(run: Path, command: str = "mm-c2c evaluate --out") -> dict[str, Any]:
+    """What a finished run came to.
+
+    Args:
+        run: its folder.
+        command: what writes such folders.
+
+    Raises:
+        InputError: it is not finished.
+    """
+    try:
+        found: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{run} holds no finished run ({error.strerror}: summary.json); make one with {command}"
+        ) from error
+    return found
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import to_dict
+from mm_c2c.config import WIDE_DTYPES, check_one_of, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import ARMS, FILES, SOURCE_WORDS, Arm, Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import reads_actions
@@ -25,8 +25,6 @@ from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.pretrained import fingerprint
-
-DTYPES = ("float32", "bfloat16")
 
 _WARM_UP = 2
 DECODINGS = ("free", "choice")
@@ -87,12 +85,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ConfigError(f"batch_size must be at least 2 to shuffle, got {self.batch_size}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.decoding not in DECODINGS:
-            raise ConfigError(
-                f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}"
-            )
+        check_one_of("dtype", self.dtype, WIDE_DTYPES)
+        check_one_of("decoding", self.decoding, DECODINGS)
         if self.bridge is None and (self.source_model or self.target_model):
             raise ConfigError(
                 "source_model and target_model say where the models of a bridge lie; give "

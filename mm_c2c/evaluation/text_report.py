@@ -7,14 +7,13 @@ RUN is the folder of a finished `mm_c2c.evaluation.text_to_text`.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_c2c.errors import InputError
-from mm_c2c.evaluation.report import pipe_table, write_readme
+from mm_c2c.evaluation.command import run_section
+from mm_c2c.evaluation.render import pipe_table
+from mm_c2c.evaluation.results import read_summary
 from mm_c2c.evaluation.text_to_text import SEARCHED, SHUFFLED, ZEROED
 
 _NAMES = {
@@ -34,13 +33,7 @@ def text_report(run: Path) -> str:
     Raises:
         InputError: the run is not finished.
     """
-    try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{run} holds no finished run ({error.strerror}: summary.json); "
-            "make one with python -m mm_c2c.evaluation.text_to_text"
-        ) from error
+    summary = read_summary(run, "python -m mm_c2c.evaluation.text_to_text")
     # All arms are compared with the first fuser, which is not compared with itself.
     (first,) = summary["accuracy"].keys() - summary["against"].keys()
     letters = list(summary["gold"])
@@ -99,12 +92,7 @@ def _shares(counts: Mapping[str, int], letters: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run of mm_c2c.evaluation.text_to_text")
-    parser.add_argument("--readme", type=Path, required=True, help="the file to write into")
-    parser.add_argument("--section", required=True, help="which of its sections")
-    args = parser.parse_args(argv)
-    write_readme(args.readme, text_report(args.run), args.section)
+    run_section(text_report, "mm_c2c.evaluation.text_to_text", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge, FusedInputs
-from mm_c2c.cache import LayerKV, PositionKind, SourceCache, fork
+from mm_c2c.cache import LayerKV, PositionKind, SourceCache
 from mm_c2c.errors import InputError, MMC2CError
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.run import split_rows
@@ -87,12 +87,7 @@ class Arms:
         """
         texts = [choice.listed() for choice in choices]
         reading = self.fused.read_questions(texts)
-        own = FusedInputs(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            past_key_values=reading.past_key_values,
-        )
-        answers = {"target": self._choose(own, choices)}
+        answers = {"target": self._choose(reading.inputs, choices)}
         answers["source"] = source_answers(self.source, choices)
         answers["text_to_text"] = self.relayed(choices, answers["source"], self.wording)
         read: dict[str, SourceCache] = {}
@@ -112,22 +107,11 @@ class Arms:
         reading = self.fused.read_questions(
             [tell(choice, answer, wording) for choice, answer in zip(choices, answers, strict=True)]
         )
-        fused = FusedInputs(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            past_key_values=reading.past_key_values,
-        )
-        return self._choose(fused, choices)
+        return self._choose(reading.inputs, choices)
 
     def _choose(self, fused: FusedInputs, choices: Sequence[Choice]) -> list[int]:
-        target, mask = self.fused.target, fused["attention_mask"]
-        logits = target.model(
-            fused["input_ids"][:, -1:],
-            attention_mask=mask,
-            position_ids=count_positions(mask)[:, -1:],
-            past_key_values=fork(fused["past_key_values"]),
-        ).logits
-        return choose(logits[:, -1], letter_ids(target.tokenizer, ""), choices)
+        target = self.fused.target
+        return choose(target.next_logits(fused), letter_ids(target.tokenizer, ""), choices)
 
 
 @torch.no_grad()

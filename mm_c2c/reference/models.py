@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mm_c2c import sources
 from mm_c2c.bridge import Bridge
@@ -26,6 +26,7 @@ SYSTEM = "Answer the question about the picture in one or two words."
 HERE = Path(__file__).parent
 SOURCE_FOLDER = HERE / "source"
 BRIDGE_FOLDER = HERE / "bridge"
+_TINY_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
 
 
 def load_target(*, progress: bool = True, dtype: torch.dtype = torch.float32) -> Target:
@@ -41,6 +42,24 @@ def load_source(folder: Path = SOURCE_FOLDER) -> VLMSource:
     """The small VLM that sees sticker scenes."""
     model, processor = load_model(folder)
     return VLMSource(model, processor, SOURCE_ID)
+
+
+def tiny_target() -> Target:
+    """A tiny LLM of random weights in the reference target's place: no download, no sense."""
+    tokenizer = AutoTokenizer.from_pretrained(SOURCE_FOLDER)
+    tokenizer.chat_template = _TINY_CHAT
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Target(LlamaForCausalLM(config), tokenizer, "tiny")
 
 
 def load_bridge(*, progress: bool = True, dtype: torch.dtype = torch.float32) -> Bridge:

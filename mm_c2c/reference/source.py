@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -121,19 +122,36 @@ def build_model(
         num_attention_heads=hidden_size // 32,
         initializer_range=_INITIALIZER_RANGE,
     )
+    image_token, num_patches = tokenizer.vocab[IMAGE_TOKEN], (SCENE_PIXELS // STRIDE) ** 2
+    return build_llava(tower, text, image_token, num_patches)
+
+
+def build_llava(
+    vision: Any, text: dict[str, Any], image_token: int, num_patches: int, **extra: Any
+) -> LlavaForConditionalGeneration:
+    """An untrained model that reads all patches of a tower's last layer.
+
+    Args:
+        vision: config of the tower.
+        text: of the decoder.
+        image_token: stands for a patch in the prompt.
+        num_patches: of a picture.
+        **extra: what else the config says.
+    """
     config = LlavaConfig(
-        vision_config=tower,
+        vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.vocab[IMAGE_TOKEN],
+        image_token_index=image_token,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        image_seq_length=(SCENE_PIXELS // STRIDE) ** 2,
+        image_seq_length=num_patches,
         tie_word_embeddings=True,
+        **extra,
     )
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
-            # Attention then starts by likeness: a word finds the patches that show it.
+            # Attention then starts by likeness: a word finds the patch that shows it.
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     return model
 

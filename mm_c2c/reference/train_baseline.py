@@ -5,9 +5,7 @@ python -m mm_c2c.reference.train_baseline configs/baseline_tuned_relay.yaml [key
 
 from __future__ import annotations
 
-import logging
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,7 @@ from transformers import DynamicCache
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import load_config
-from mm_c2c.errors import ConfigError
+from mm_c2c.config import DTYPES, WIDE_DTYPES, check_one_of
 from mm_c2c.evaluation.arms.own_source import OWN_NAME, build_own_bridge
 from mm_c2c.evaluation.arms.prompts import RelayPrompt
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig
@@ -30,25 +27,24 @@ from mm_c2c.reference.models import BRIDGE_FOLDER, SOURCE_NAME, load_source, loa
 from mm_c2c.reference.scene_data import ScenePool
 from mm_c2c.reference.scenes import CAPTION_REQUEST, Question
 from mm_c2c.reference.train_fuser import (
-    DTYPES,
     FeatureReader,
     answer_loss,
     answer_turns,
     draw_questions,
     turns_loss,
 )
+from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.text import render_chat
 from mm_c2c.sources.vlm import VLMSource
-from mm_c2c.training.loop import Loop, cosine_rate
 from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
 
 KINDS = ("tuned_relay", "soft_prompt", "own_source")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineTrainingConfig:
-    """Settings of one training.
+class BaselineTrainingConfig(TrainerConfig):
+    """Settings of one training, beside those that each has.
 
     Attributes:
         kind: `tuned_relay` puts a LoRA into the target, which reads the source's captions;
@@ -59,23 +55,16 @@ class BaselineTrainingConfig:
         out: where checkpoints, the log and the result (in `out/KIND`) go.
         bridge: folder of the fuser it is compared with: its prompt is taken.
         parameters: about so many are trained; the reference fuser has 3,419,432.
-        steps: optimiser steps.
         scenes: pictures a step.
         questions: questions a picture; a request to describe it comes on top.
         optimizer: `adamw`, or `muon` for the weights, as the fuser has it.
-        learning_rate: after the warm-up; falls to zero along a cosine.
-        warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of the log.
         dtype: of the frozen target while training; see `FuserTrainingConfig`.
-        seed: of weights, data order and questions.
     """
 
     kind: str
     data: Path
     source: Path
-    out: Path
     bridge: Path = BRIDGE_FOLDER
     parameters: int = 3_419_432
     steps: int = 400
@@ -88,19 +77,12 @@ class BaselineTrainingConfig:
     save_every: int = 25
     log_every: int = 5
     dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(
-                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
-            )
-        if self.steps <= self.warmup:
-            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        super().__post_init__()
+        check_one_of("kind", self.kind, KINDS)
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
 
 class _Baseline(NamedTuple):
@@ -125,19 +107,8 @@ def train(config: BaselineTrainingConfig) -> None:
         features, scenes = pool.draw(rng, config.scenes, easily=step < config.easy_steps)
         return baseline.loss(features, draw_questions(scenes, rng, config.questions))
 
-    Loop(
-        out=config.out,
-        steps=config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        seed=config.seed,
-    ).run(
-        baseline.module,
-        build_optimizers(baseline.module, config.learning_rate, config.optimizer),
-        lambda step: cosine_rate(step, config.warmup, config.steps),
-        loss,
-        lambda _: baseline.save(),
-    )
+    optimizers = build_optimizers(baseline.module, config.learning_rate, config.optimizer)
+    config.loop().run(baseline.module, optimizers, config.rate, loss, lambda _: baseline.save())
 
 
 def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
@@ -223,11 +194,5 @@ def aligned_loss(
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-def main() -> None:
-    """Read the config named on the command line and train."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    train(load_config(BaselineTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
-
-
 if __name__ == "__main__":
-    main()
+    run(BaselineTrainingConfig, train)

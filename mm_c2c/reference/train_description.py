@@ -9,9 +9,7 @@ the items that the policy's reader was trained on. Saves as it goes, and resumes
 from __future__ import annotations
 
 import itertools
-import logging
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +18,23 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import add_adapter
-from mm_c2c.evaluation.probe import load_pair
+from mm_c2c.evaluation.command import load_pair
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.reference.packing import Turn
 from mm_c2c.reference.train_fuser import turns_loss
+from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import render_chat
-from mm_c2c.training.loop import Loop, cosine_rate
 from mm_c2c.training.optimizers import build_optimizers
 
 
 @dataclass(frozen=True, kw_only=True)
-class DescriptionTrainingConfig:
-    """Settings of one training.
+class DescriptionTrainingConfig(TrainerConfig):
+    """Settings of one training, beside those that each has.
 
     Attributes:
         items: JSONL with `caption` and `text`, lines of one step after each other; pictures are
@@ -47,19 +44,12 @@ class DescriptionTrainingConfig:
         source_model: as in `EvaluationConfig`.
         target_model: likewise.
         parameters: about so many are trained; None takes as many as the reader's fusers have.
-        steps: optimiser steps.
         examples: descriptions a step.
         questions: questions about each, or as many as it has.
-        learning_rate: of AdamW, after the warm-up; falls to zero along a cosine.
-        warmup: steps of the warm-up.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of the log.
-        seed: of weights and data order.
     """
 
     items: Path
     bridge: str
-    out: Path
     source_model: str | None = None
     target_model: str | None = None
     parameters: int | None = None
@@ -70,11 +60,9 @@ class DescriptionTrainingConfig:
     warmup: int = 20
     save_every: int = 10
     log_every: int = 5
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps <= self.warmup:
-            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+        super().__post_init__()
         if min(self.examples, self.questions) < 1:
             raise ConfigError("examples and questions must be at least 1")
 
@@ -105,20 +93,12 @@ def train(config: DescriptionTrainingConfig) -> None:
         costs = [cost(rng.sample(g, min(config.questions, len(g)))) for g in picked]
         return torch.stack(costs).mean()
 
-    Loop(
-        out=config.out,
-        steps=config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        seed=config.seed,
-    ).run(
-        wrapped,
-        build_optimizers(wrapped, config.learning_rate, "adamw"),
-        lambda step: cosine_rate(step, config.warmup, config.steps),
-        loss,
+    def save(_: object) -> None:
         # "auto" would ask the Hub whether the vocabulary has grown.
-        lambda _: wrapped.save_pretrained(config.out / "adapter", save_embedding_layers=False),
-    )
+        wrapped.save_pretrained(config.out / "adapter", save_embedding_layers=False)
+
+    optimizers = build_optimizers(wrapped, config.learning_rate, "adamw")
+    config.loop().run(wrapped, optimizers, config.rate, loss, save)
 
 
 def shared_loss(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> Tensor:
@@ -153,11 +133,5 @@ def group_steps(items: list[Item]) -> list[list[Item]]:
     ]
 
 
-def main() -> None:
-    """Read the config named on the command line and train."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    train(load_config(DescriptionTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
-
-
 if __name__ == "__main__":
-    main()
+    run(DescriptionTrainingConfig, train)

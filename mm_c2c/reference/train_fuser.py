@@ -6,9 +6,7 @@ python -m mm_c2c.reference.train_fuser configs/reference_fuser.yaml [key=value .
 from __future__ import annotations
 
 import functools
-import logging
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from mm_c2c.bridge import Bridge, BridgeConfig, Perception
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, zeroed
-from mm_c2c.config import load_config
+from mm_c2c.config import DTYPES, WIDE_DTYPES, check_one_of
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import CAPTION_TOKENS
 from mm_c2c.fuser import FuserConfig
@@ -40,19 +38,20 @@ from mm_c2c.reference.scenes import (
     patch_contents,
     questions,
 )
+from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.rope import RopeSpec, derotate
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.vlm import VLMSource
-from mm_c2c.training.loop import Loop, cosine_rate
+from mm_c2c.target import Target
+from mm_c2c.training.loop import cosine_rate
 from mm_c2c.training.optimizers import build_optimizers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NOTHING = "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuserTrainingConfig:
-    """Settings of one training.
+class FuserTrainingConfig(TrainerConfig):
+    """Settings of one training, beside those that each has.
 
     Attributes:
         data: folder of shards written by `scene_data`.
@@ -74,22 +73,17 @@ class FuserTrainingConfig:
         questions: questions a picture; a request to describe it comes on top.
         learning_rate: after the warm-up; falls to zero along a cosine. Matrices follow Muon, the
             rest AdamW.
-        warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of the log.
         drop: share of answer steps with an empty source cache: the fuser then learns what can be
             said without looking, and the zeroed control is a blind target that knows the form.
         shuffled: each picture's questions are learned over the next picture's cache: a control,
             which can learn how answers look and nothing about pictures.
         dtype: of the frozen target while training; the fuser stays in float32. bfloat16 is faster
             only on CPUs with AVX-512 bf16 or AMX; on AVX2 it was measured 36 times slower.
-        seed: of weights, data order and questions.
     """
 
     data: Path
     source: Path
-    out: Path
     start: Path | None = None
     preset: str = "small"
     layers: str = "mix"
@@ -111,15 +105,24 @@ class FuserTrainingConfig:
     drop: float = 0.1
     shuffled: bool = False
     dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps <= self.warmup:
-            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+        super().__post_init__()
         if self.shuffled and min(self.scenes, self.reconstruct_scenes) < 2:
             raise ConfigError("shuffled needs at least 2 scenes and 2 reconstruct_scenes a step")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_one_of("dtype", self.dtype, WIDE_DTYPES)
+
+    @property
+    def all_steps(self) -> int:
+        """Of both phases."""
+        return self.reconstruct_steps + self.steps
+
+    def rate(self, step: int) -> float:
+        """A warm-up and a cosine to zero in each phase."""
+        length = self.reconstruct_steps
+        if step >= length:
+            step, length = step - length, self.steps
+        return cosine_rate(step, self.warmup, length)
 
 
 class FeatureReader:
@@ -182,7 +185,9 @@ class WordCache:
         names = [*SPLITS["train"].names, _NOTHING]
         self.rows = {pair: i for i, pair in enumerate((n, p) for n in names for p in places)}
         texts = [f"In the {place}: {name}" for name, place in self.rows]
-        states = torch.cat([self._read(texts[i : i + 64]) for i in range(0, len(texts), 64)])
+        states = torch.cat(
+            [read_phrases(bridge.target, texts[i : i + 64]) for i in range(0, len(texts), 64)]
+        )
         # A layer's own scale, so that all layers weigh alike.
         self.mean = states.mean(0)
         self.scale = (states - self.mean).pow(2).mean((0, 3)).sqrt().unsqueeze(-1)
@@ -199,15 +204,20 @@ class WordCache:
         covered = [[name is not None for name, _ in row] for row in contents]
         return self.states[torch.tensor(rows)], torch.tensor(covered)
 
-    @torch.no_grad()
-    def _read(self, texts: list[str]) -> Tensor:
-        target = self.bridge.target
-        encoded = target.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
-        )
-        positions = count_positions(encoded["attention_mask"])
-        layers, _, rope = target.read(encoded, positions)
-        return last_states(layers, positions, rope).float()
+
+@torch.no_grad()
+def read_phrases(target: Target, texts: list[str]) -> Tensor:
+    """The target's own K (without rotation) and V at the last token of each phrase.
+
+    Returns:
+        `(texts, layers, 2, width)`.
+    """
+    encoded = target.tokenizer(
+        texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+    )
+    positions = count_positions(encoded["attention_mask"])
+    layers, _, rope = target.read(encoded, positions)
+    return last_states(layers, positions, rope).float()
 
 
 def last_states(
@@ -309,19 +319,11 @@ def train(config: FuserTrainingConfig) -> None:
             return reconstruct_loss(bridge, words(), perception, scenes, config.rows)
         return answer_loss(bridge, perception, draw_questions(scenes, rng, config.questions))
 
-    Loop(
-        out=config.out,
-        steps=config.reconstruct_steps + config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        seed=config.seed,
-    ).run(
-        bridge.fusers,
-        build_optimizers(bridge.fusers, config.learning_rate),
-        lambda step: _rate(step, config),
-        loss,
-        lambda _: bridge.save_pretrained(config.out / "bridge", dtype=torch.float16),
-    )
+    def save(_: object) -> None:
+        bridge.save_pretrained(config.out / "bridge", dtype=torch.float16)
+
+    optimizers = build_optimizers(bridge.fusers, config.learning_rate)
+    config.loop().run(bridge.fusers, optimizers, config.rate, loss, save)
 
 
 def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
@@ -363,19 +365,5 @@ def draw_questions(scenes: list[Scene], rng: random.Random, count: int) -> list[
     ]
 
 
-def _rate(step: int, config: FuserTrainingConfig) -> float:
-    """A warm-up and a cosine to zero in each phase."""
-    length = config.reconstruct_steps
-    if step >= length:
-        step, length = step - length, config.steps
-    return cosine_rate(step, config.warmup, length)
-
-
-def main() -> None:
-    """Read the config named on the command line and train."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    train(load_config(FuserTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
-
-
 if __name__ == "__main__":
-    main()
+    run(FuserTrainingConfig, train)

@@ -9,7 +9,6 @@ import functools
 import logging
 import math
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from mm_c2c.config import load_config
-from mm_c2c.errors import ConfigError
+from mm_c2c.config import PRECISIONS, check_one_of
 from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, ScenePool, read_shard
 from mm_c2c.reference.scenes import (
@@ -42,7 +40,8 @@ from mm_c2c.reference.source import (
     build_tokenizer,
     load_model,
 )
-from mm_c2c.training.loop import PRECISIONS, Loop, build_accelerator, cosine_rate
+from mm_c2c.reference.trainer import TrainerConfig, run
+from mm_c2c.training.loop import build_accelerator
 from mm_c2c.training.optimizers import build_optimizers, mixes_channels
 
 logger = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ _LEARNED_LATE = ("where", "relation", "odd")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceTrainingConfig:
-    """Settings of one training.
+class SourceTrainingConfig(TrainerConfig):
+    """Settings of one training, beside those that each has.
 
     Attributes:
         data: folder of shards written by `scene_data`.
@@ -62,24 +61,18 @@ class SourceTrainingConfig:
         hidden_size: width of the attention layers and of the decoder.
         num_layers: decoder layers.
         tower_layers: attention layers over the grid.
-        steps: optimiser steps.
         batch_size: pictures a step.
         learning_rate: on AdamW's scale, after the warm-up; falls to zero along a cosine. Matrices
             follow Muon, the rest AdamW.
         precision: `fp32`, or `bf16` for bfloat16 products over float32 weights.
-        warmup: steps of the warm-up.
         easy_steps: steps in which only scenes of one and two stickers are shown.
         patch_loss: weight of `patch_words`, a training aid.
         questions: questions a picture a step.
         caption_rate: share of pictures whose caption is asked for too.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of the log.
-        seed: of weights, data order and questions.
     """
 
     data: Path
     tower: Path
-    out: Path
     start: Path | None = None
     hidden_size: int = 192
     num_layers: int = 4
@@ -95,15 +88,10 @@ class SourceTrainingConfig:
     caption_rate: float = 0.4
     save_every: int = 100
     log_every: int = 20
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps <= self.warmup:
-            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
+        super().__post_init__()
+        check_one_of("precision", self.precision, PRECISIONS)
 
 
 def pack_questions(
@@ -263,20 +251,9 @@ def train(config: SourceTrainingConfig) -> None:
         model.train()
 
     model.train()
-    Loop(
-        out=config.out,
-        steps=config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        seed=config.seed,
-        accelerator=build_accelerator(config.out, precision=config.precision, cpu=True),
-    ).run(
-        model,
-        build_optimizers(model, config.learning_rate, is_matrix=mixes_channels),
-        lambda step: cosine_rate(step, config.warmup, config.steps),
-        loss,
-        save,
-    )
+    accelerator = build_accelerator(config.out, precision=config.precision, cpu=True)
+    optimizers = build_optimizers(model, config.learning_rate, is_matrix=mixes_channels)
+    config.loop(accelerator).run(model, optimizers, config.rate, loss, save)
 
 
 def _build(
@@ -299,11 +276,5 @@ def _build(
     return model, tokenizer
 
 
-def main() -> None:
-    """Read the config named on the command line and train."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    train(load_config(SourceTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
-
-
 if __name__ == "__main__":
-    main()
+    run(SourceTrainingConfig, train)

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import from_dict, load_config, to_dict
+from mm_c2c.config import DTYPES, from_dict, load_config
 from mm_c2c.errors import ConfigError, MMC2CError
 from mm_c2c.evaluation.arms.own_source import own_source
-from mm_c2c.evaluation.results import hold, write_json
+from mm_c2c.evaluation.results import hold
 from mm_c2c.reference import gemma
 from mm_c2c.reference.fetch import HUB_ID
 from mm_c2c.reference.models import load_target
@@ -35,10 +35,9 @@ from mm_c2c.sources.text import TextSource
 from mm_c2c.target import Target
 from mm_c2c.training.config import ModelConfig, TrainingConfig
 from mm_c2c.training.data import open_examples
-from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
+from mm_c2c.training.loop import build_accelerator, cosine_rate
 from mm_c2c.training.objective import Objective, draw_questions
-from mm_c2c.training.optimizers import build_optimizers
-from mm_c2c.training.run import flatten
+from mm_c2c.training.run import run_loop
 
 PROGRAM = "python -m mm_c2c.reference.train_text"
 
@@ -50,7 +49,7 @@ def load_text_source(config: ModelConfig, target: Target) -> TextSource:
         ConfigError: neither Gemma 3 270M nor the target, or the target in another dtype.
         FetchError: Gemma is not there; the message says how to fetch it.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = DTYPES[config.dtype]
     if config.model == HUB_ID:
         if dtype != target.model.dtype:
             raise ConfigError(
@@ -176,35 +175,9 @@ def train(config: TrainingConfig) -> None:
         raise ConfigError(f"expected target {HUB_ID}, got {config.target.model!r}")
     accelerator = build_accelerator(config.out, cpu=True)
     with hold(config.out):
-        target = load_target(dtype=getattr(torch, config.target.dtype))
+        target = load_target(dtype=DTYPES[config.target.dtype])
         sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
-        together = Together(config, target, sources)
-        settings = to_dict(config)
-        write_json(config.out / "config.json", settings)
-        Loop(
-            out=config.out,
-            steps=config.phases.generate.steps,
-            save_every=config.save_every,
-            log_every=config.log_every,
-            seed=config.seed,
-            clip=config.optimizer.clip,
-            on_nan=config.on_nan,
-            accelerator=accelerator,
-            settings=flatten(settings),
-        ).run(
-            together.fusers,
-            build_optimizers(
-                together.fusers,
-                config.optimizer.learning_rate,
-                config.optimizer.name,
-                config.optimizer.weight_decay,
-                dtype=getattr(torch, config.optimizer.dtype),
-            ),
-            together.rate,
-            together.loss,
-            together.save,
-            together.gauges,
-        )
+        run_loop(config, accelerator, Together(config, target, sources))
 
 
 def load_bridges(folder: Path) -> dict[str, Bridge]:
@@ -217,7 +190,7 @@ def load_bridges(folder: Path) -> dict[str, Bridge]:
     if not path.exists():
         raise ConfigError(f"{folder} holds no training of {PROGRAM}: it has no config.json")
     config = from_dict(TrainingConfig, json.loads(path.read_text(encoding="utf-8")))
-    target = load_target(dtype=getattr(torch, config.target.dtype))
+    target = load_target(dtype=DTYPES[config.target.dtype])
     sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
     links = {name: link.get("source", name) for name, link in config.links.items()}
     return {

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from mm_c2c.bridge import Bridge, Perception
-from mm_c2c.cache import fork
 from mm_c2c.errors import ConfigError
 from mm_c2c.robot.events import Monitor
 
@@ -83,12 +82,5 @@ def yes_probability(bridge: Bridge, seen: Perception, question: str) -> float:
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
     if yes == no:
         raise ConfigError("the target's tokenizer begins `yes` and `no` with the same token")
-    fused = bridge.fuse(seen, [question])
-    cache = fork(fused["past_key_values"])
-    done = cache.get_seq_length()
-    logits = bridge.target.model(
-        fused["input_ids"][:, done:],
-        attention_mask=fused["attention_mask"],
-        past_key_values=cache,
-    ).logits[0, -1]
+    (logits,) = bridge.target.next_logits(bridge.fuse(seen, [question]))
     return float(logits[[yes, no]].softmax(0)[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.errors import UnsupportedError
@@ -17,23 +16,22 @@ from mm_c2c.robot.monitor import MonitorConfig
 from mm_c2c.robot.observation import ObservationSpec
 from mm_c2c.robot.policy import SourcePolicy, discrete_actions
 from mm_c2c.robot.reader import CacheReader
-from mm_c2c.target import Target
 
 HERE = rollouts.POLICY.parent
 POLICY_ID = "mm_c2c/reference/babyai/policy"
 READER_FOLDER = HERE / "reader"
 EPISODES_FOLDER = HERE / "episodes"
+# As the reader's training words them.
 QUESTIONS = (
     "What will the robot do next?",
-    "Which object is the robot going for?",
-    "What does the robot hold?",
-    "Which task is the robot doing?",
-    "How far along is the robot?",
-    "Will the robot succeed?",
+    "Which object is it going for?",
+    "What does it hold?",
+    "Which task is this?",
+    "How far along is it?",
+    "Will it succeed?",
 )
-NARRATE = "Say in one sentence what the robot is doing."
-WATCH = MonitorConfig(question="Will the robot succeed?", reason="What is the robot doing?")
-_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
+NARRATE = "What is the robot up to?"
+WATCH = MonitorConfig(question="Will it succeed?", reason=NARRATE)
 
 
 def load_policy() -> SourcePolicy:
@@ -79,25 +77,11 @@ def load_tiny_reader() -> CacheReader:
 
 def tiny_reader(policy: SourcePolicy) -> CacheReader:
     """Any policy with patches and action tokens before that target."""
-    from mm_c2c.reference.models import SOURCE_FOLDER
+    from mm_c2c.reference.models import tiny_target
 
-    tokenizer = AutoTokenizer.from_pretrained(SOURCE_FOLDER)
-    tokenizer.chat_template = _CHAT
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
-    target = Target(model.requires_grad_(requires_grad=False), tokenizer, "tiny")
+        target = tiny_target()
     fuser = FuserConfig(source=policy.source.shape, target=target.shape, hidden_size=32, rank=8)
     link = partial(LinkConfig, source="robot", geometry="slots", fuser=fuser)
     links = (

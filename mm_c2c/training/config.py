@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mm_c2c.cache import CacheShape
-from mm_c2c.config import from_dict
+from mm_c2c.config import DTYPES, PRECISIONS, WIDE_DTYPES, check_one_of, from_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.link import LinkConfig
-from mm_c2c.training.loop import ON_NAN, PRECISIONS, TRACKERS
+from mm_c2c.training.loop import ON_NAN, TRACKERS
 from mm_c2c.training.optimizers import OPTIMIZERS
 
-DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("jsonl", "webdataset", "datasets")
 ON_CORRUPT = ("stop", "skip")
 
@@ -34,7 +33,7 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
+        check_one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +66,8 @@ class DataConfig:
     on_corrupt: str = "stop"
 
     def __post_init__(self) -> None:
-        _one_of("data.format", self.format, FORMATS)
-        _one_of("data.on_corrupt", self.on_corrupt, ON_CORRUPT)
+        check_one_of("data.format", self.format, FORMATS)
+        check_one_of("data.on_corrupt", self.on_corrupt, ON_CORRUPT)
         _at_least_one(self, "data.", "questions", "window")
 
 
@@ -172,8 +171,8 @@ class OptimizerConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, OPTIMIZERS)
-        _one_of("optimizer.dtype", self.dtype, ("float32", "bfloat16"))
+        check_one_of("optimizer.name", self.name, OPTIMIZERS)
+        check_one_of("optimizer.dtype", self.dtype, WIDE_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,10 +244,10 @@ class TrainingConfig:
     tracking: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, tuple(PRECISIONS))
-        _one_of("on_nan", self.on_nan, ON_NAN)
+        check_one_of("precision", self.precision, PRECISIONS)
+        check_one_of("on_nan", self.on_nan, ON_NAN)
         for name in self.tracking:
-            _one_of("tracking", name, tuple(TRACKERS))
+            check_one_of("tracking", name, TRACKERS)
         _at_least_one(self, "", "batch_size", "accumulation", "save_every", "log_every")
         blank = CacheShape(num_layers=1, num_key_value_heads=1, head_dim=2)
         for link in self.build_links(dict.fromkeys(self.sources, blank), blank):
@@ -294,11 +293,6 @@ class TrainingConfig:
                 f"{self.accumulation} pieces; take a multiple of {processes * self.accumulation}"
             )
         return count
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _share(name: str, value: float) -> None:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mm_c2c.cache import CacheOrigin, CacheShape, PatchGrid, PositionKind, SourceCache, read_layers
+from mm_c2c.config import DTYPES
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.geometry import Geometry, find, training_memory
 from mm_c2c.link import LinkConfig
@@ -290,7 +291,7 @@ def _blank_target(geometry: Geometry, config: TrainingConfig, *, true_width: boo
 
 def _build(kind: Any, text: Any, dtype: str) -> Any:
     torch.manual_seed(0)
-    model = kind.from_config(text, dtype=getattr(torch, dtype))
+    model = kind.from_config(text, dtype=DTYPES[dtype])
     return model.eval().requires_grad_(requires_grad=False)
 
 

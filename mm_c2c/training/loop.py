@@ -24,14 +24,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mm_c2c.config import PRECISIONS
 from mm_c2c.errors import ConfigError, TrainingError, UnsupportedError
 from mm_c2c.training.log import append_log, cut_log
 
 logger = logging.getLogger(__name__)
 
 ON_NAN = ("stop", "skip")
-# Ours to accelerate's: YAML reads its `no` as false.
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -88,7 +87,7 @@ class Loop:
     accumulation: int = 1
     clip: float = 1.0
     on_nan: str = "stop"
-    accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=True))
+    accelerator: Accelerator
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(

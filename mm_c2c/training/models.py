@@ -8,6 +8,7 @@ import torch
 
 from mm_c2c import sources
 from mm_c2c.bridge import Bridge, BridgeConfig
+from mm_c2c.config import DTYPES
 from mm_c2c.reference import models as reference
 from mm_c2c.reference.fetch import HUB_ID
 from mm_c2c.reference.tower import register
@@ -19,14 +20,14 @@ from mm_c2c.training.config import ModelConfig, TrainingConfig
 def load_target(config: ModelConfig) -> Target:
     """The LLM that answers; the reference target as this library fetches it."""
     if (config.model, config.revision) == (HUB_ID, None):
-        return reference.load_target(dtype=getattr(torch, config.dtype))
-    return Target.from_pretrained(config.model, config.revision, dtype=getattr(torch, config.dtype))
+        return reference.load_target(dtype=DTYPES[config.dtype])
+    return Target.from_pretrained(config.model, config.revision, dtype=DTYPES[config.dtype])
 
 
 def load_source(config: ModelConfig) -> Source:
     """A model that is read; the reference source's tower is known too."""
     register()
-    return sources.load_source(config.model, config.revision, dtype=getattr(torch, config.dtype))
+    return sources.load_source(config.model, config.revision, dtype=DTYPES[config.dtype])
 
 
 def build_bridge(config: TrainingConfig, target: Target, named: dict[str, Any]) -> Bridge:

@@ -12,16 +12,16 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import to_dict
+from mm_c2c.config import DTYPES, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
@@ -55,36 +55,54 @@ def run_training(
 ) -> None:
     """As `train`, with frozen models that are loaded already."""
     examples = open_examples(config.data, config.seed)
-    trainer = Trainer(config, accelerator, target, sources, examples)
+    run_loop(config, accelerator, Trainer(config, accelerator, target, sources, examples))
+
+
+class Learner(Protocol):
+    """What a loop asks of those it trains; each as `Loop.run` has it."""
+
+    fusers: nn.ModuleDict
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates."""
+
+    def loss(self, number: int, rng: random.Random) -> Tensor:
+        """Of a piece of a step."""
+
+    def save(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the result so far."""
+
+    def gauges(self, seconds: float) -> dict[str, float]:
+        """Columns of the log."""
+
+
+def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner) -> None:
+    """Train fusers, with their settings beside what comes of it."""
     settings = to_dict(config)
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "config.json", settings)
-    Loop(
+    optimizer = config.optimizer
+    optimizers = build_optimizers(
+        learner.fusers,
+        optimizer.learning_rate,
+        optimizer.name,
+        optimizer.weight_decay,
+        dtype=DTYPES[optimizer.dtype],
+    )
+    loop = Loop(
         out=config.out,
         steps=config.phases.steps,
         save_every=config.save_every,
         log_every=config.log_every,
         seed=config.seed,
         accumulation=config.accumulation,
-        clip=config.optimizer.clip,
+        clip=optimizer.clip,
         on_nan=config.on_nan,
         accelerator=accelerator,
         settings=flatten(settings),
-    ).run(
-        trainer.bridge.fusers,
-        build_optimizers(
-            trainer.bridge.fusers,
-            config.optimizer.learning_rate,
-            config.optimizer.name,
-            config.optimizer.weight_decay,
-            dtype=getattr(torch, config.optimizer.dtype),
-        ),
-        trainer.rate,
-        trainer.loss,
-        lambda weights: trainer.bridge.save_pretrained(config.out / "bridge", weights=weights),
-        trainer.gauges,
     )
+    loop.run(learner.fusers, optimizers, learner.rate, learner.loss, learner.save, learner.gauges)
 
 
 class Trainer:
@@ -110,7 +128,7 @@ class Trainer:
         for reader in (target, *sources.values()):
             reader.model.to(accelerator.device)
         self.bridge: Bridge = build_bridge(config, target, sources)
-        self.bridge.fusers.to(accelerator.device)
+        self.fusers = self.bridge.fusers.to(accelerator.device)
         self.share = config.share(accelerator.num_processes)
         self.objective = Objective(self.bridge, self.prefill, config.drop)
         self.kept: KeptCaches | None = None
@@ -194,12 +212,16 @@ class Trainer:
             return cosine_rate(step, first.warmup, first.steps)
         return cosine_rate(step - first.steps, second.warmup, second.steps)
 
+    def save(self, weights: Mapping[str, Tensor]) -> None:
+        """The bridge so far."""
+        self.bridge.save_pretrained(self.config.out / "bridge", weights=weights)
+
     def gauges(self, seconds: float) -> dict[str, float]:
         """Columns of the log: the share of open gates, and prompt tokens a second in all."""
         tokens, self._tokens = self._tokens, 0
         columns = {"tokens_per_s": tokens * self.accelerator.num_processes / seconds}
         if self.accelerator.distributed_type != DistributedType.FSDP:  # no process has them whole
-            fusers: Any = self.bridge.fusers.values()
+            fusers: Any = self.fusers.values()
             gates = [fuser.gates().flatten() for fuser in fusers]
             columns["open_gates"] = float((torch.cat(gates) > 0.5).float().mean())
         return columns

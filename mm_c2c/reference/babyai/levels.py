@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mm_c2c.config import check_one_of
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
@@ -156,8 +157,7 @@ def seeds(split: str, first: int, count: int) -> range:
     Raises:
         ConfigError: an unknown split, or more seeds than it has.
     """
-    if split not in SEEDS:
-        raise ConfigError(f"split must be one of {', '.join(SEEDS)}, got {split!r}")
+    check_one_of("split", split, SEEDS)
     picked = SEEDS[split][first : first + count]
     if len(picked) < count:
         raise ConfigError(f"{split} has no seeds {first} to {first + count}")

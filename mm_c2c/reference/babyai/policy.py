@@ -7,12 +7,9 @@ executes the first, looks again, and plans again. Of itself the policy remembers
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -20,7 +17,13 @@ from transformers import (
 )
 
 from mm_c2c.reference.babyai.levels import ACTIONS, CELL_PIXELS, VIEW_CELLS, VIEW_PIXELS
-from mm_c2c.reference.source import CHAT_TEMPLATE, IMAGE_TOKEN, SPECIAL_TOKENS, wrap_tokenizer
+from mm_c2c.reference.source import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    SPECIAL_TOKENS,
+    build_llava,
+    wrap_tokenizer,
+)
 
 CHUNK = 4
 """Actions of a chunk."""
@@ -101,23 +104,11 @@ def build_model(
         "q99": [len(ACTIONS) - 0.5] * CHUNK,
         "mask": [True] * CHUNK,
     }
-    extra: dict[str, Any] = {
-        "n_action_bins": NUM_BINS,
-        "norm_stats": {"babyai": {"action": action}},
-    }
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.vocab[IMAGE_TOKEN],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_seq_length=VIEW_CELLS**2,
-        tie_word_embeddings=True,
-        **extra,
+    return build_llava(
+        vision,
+        text,
+        tokenizer.vocab[IMAGE_TOKEN],
+        VIEW_CELLS**2,
+        n_action_bins=NUM_BINS,
+        norm_stats={"babyai": {"action": action}},
     )
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            # Attention then starts by likeness: a word finds the cell that shows it.
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-    return model

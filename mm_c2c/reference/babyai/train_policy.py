@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from mm_c2c.config import load_config
-from mm_c2c.errors import ConfigError, InputError
+from mm_c2c.errors import InputError
 from mm_c2c.reference.babyai.demonstrations import Demonstrations
 from mm_c2c.reference.babyai.levels import ACTIONS, VIEW_CELLS, Camera, instruction_text
 from mm_c2c.reference.babyai.policy import build_model, build_processor, build_tokenizer
 from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
 from mm_c2c.reference.source import ASSISTANT_TOKEN, USER_TOKEN
-from mm_c2c.training.loop import Loop, cosine_rate
+from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.training.optimizers import build_optimizers, mixes_channels
 
 logger = logging.getLogger(__name__)
@@ -39,8 +37,8 @@ _BUCKETS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyTrainingConfig:
-    """Settings of one training.
+class PolicyTrainingConfig(TrainerConfig):
+    """Settings of one training, beside those that each has.
 
     Attributes:
         data: folder of `easy.npz` and `full.npz`, written by `demonstrations`.
@@ -49,19 +47,12 @@ class PolicyTrainingConfig:
         num_layers: decoder layers.
         tower_size: width of the vision tower.
         tower_layers: its layers.
-        steps: optimiser steps.
         batch_size: demonstrated steps in one.
-        learning_rate: on AdamW's scale, after the warm-up; falls to zero along a cosine.
-        warmup: steps of the warm-up.
         easy_steps: steps in which only levels with few objects are shown.
         patch_loss: weight of `patch_words`, a training aid.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of the log.
-        seed: of weights and data order.
     """
 
     data: Path
-    out: Path
     hidden_size: int = 96
     num_layers: int = 4
     tower_size: int = 64
@@ -74,11 +65,6 @@ class PolicyTrainingConfig:
     patch_loss: float = 0.3
     save_every: int = 200
     log_every: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps <= self.warmup:
-            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
 
 
 class Batch(NamedTuple):
@@ -247,26 +233,9 @@ def train(config: PolicyTrainingConfig) -> None:
         build_processor(tokenizer).save_pretrained(folder)
 
     model.train()
-    Loop(
-        out=config.out,
-        steps=config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        seed=config.seed,
-    ).run(
-        model,
-        build_optimizers(model, config.learning_rate, is_matrix=mixes_channels),
-        lambda step: cosine_rate(step, config.warmup, config.steps),
-        loss,
-        save,
-    )
-
-
-def main() -> None:
-    """Read the config named on the command line and train."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    train(load_config(PolicyTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
+    optimizers = build_optimizers(model, config.learning_rate, is_matrix=mixes_channels)
+    config.loop().run(model, optimizers, config.rate, loss, save)
 
 
 if __name__ == "__main__":
-    main()
+    run(PolicyTrainingConfig, train)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +31,9 @@ from mm_c2c.link import align_slots
 from mm_c2c.reference.babyai.levels import ACTIONS, AGENT_CELL, Camera
 from mm_c2c.reference.babyai.questions import MOTIONS, in_view
 from mm_c2c.reference.babyai.rollouts import Step, load_episodes
-from mm_c2c.reference.train_fuser import last_states
-from mm_c2c.sources.base import SourceInput, count_positions
+from mm_c2c.reference.train_fuser import last_states, read_phrases
+from mm_c2c.reference.trainer import run
+from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.models import build_bridge, load_source, load_target
 
@@ -141,21 +141,11 @@ class Phrases:
         missing = sorted({p for row in rows for p in row if p} - self._states.keys())
         for first in range(0, len(missing), 32):
             batch = missing[first : first + 32]
-            self._states |= dict(zip(batch, self._read(batch), strict=True))
+            self._states |= dict(zip(batch, read_phrases(self.bridge.target, batch), strict=True))
         blank = torch.zeros_like(next(iter(self._states.values())))
         return torch.stack(
             [torch.stack([self._states[p] if p else blank for p in row]) for row in rows]
         )
-
-    @torch.no_grad()
-    def _read(self, texts: list[str]) -> Tensor:
-        target = self.bridge.target
-        encoded = target.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
-        )
-        positions = count_positions(encoded["attention_mask"])
-        layers, _, rope = target.read(encoded, positions)
-        return last_states(layers, positions, rope).float()
 
 
 class SlotStates(NamedTuple):
@@ -329,11 +319,5 @@ def batched(steps: Sequence[Step], size: int) -> Iterator[Sequence[Step]]:
         yield steps[first : first + size]
 
 
-def main() -> None:
-    """Read the config named on the command line and fit."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    warm_up(load_config(WarmUpConfig, Path(sys.argv[1]), sys.argv[2:]))
-
-
 if __name__ == "__main__":
-    main()
+    run(WarmUpConfig, warm_up)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import logging
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PI0ForConditionalGeneration
 
-from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.reference.metaworld.demonstrations import read_shard, shards_of
 from mm_c2c.reference.metaworld.policy import (
@@ -30,7 +28,7 @@ from mm_c2c.reference.metaworld.policy import (
     build_tokenizer,
 )
 from mm_c2c.reference.metaworld.tasks import STATE_DIM, TASKS, read_truth
-from mm_c2c.training.loop import Loop, cosine_rate
+from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.training.optimizers import build_optimizers, mixes_channels
 
 logger = logging.getLogger(__name__)
@@ -40,8 +38,8 @@ _HELD = 20  # frames of each task of the dev split that the log's gauges look at
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyTrainingConfig:
-    """Settings of one training.
+class PolicyTrainingConfig(TrainerConfig):
+    """Settings of one training, beside those that each has.
 
     Attributes:
         data: folder of shards written by `demonstrations`.
@@ -50,20 +48,13 @@ class PolicyTrainingConfig:
         expert_size: width of the action expert.
         num_layers: of both decoders.
         tower_layers: of the vision tower.
-        steps: optimiser steps.
         batch_size: frames in one, the same number of each task.
         draws: noises and timesteps at which each frame's chunk is learned.
-        learning_rate: on AdamW's scale, after the warm-up; falls to zero along a cosine.
-        warmup: steps of the warm-up.
         place_loss: weight of a training aid: where hand, object and goal are, read off the patches
             by a linear map that is thrown away.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of the log.
-        seed: of weights, data order, noise and timesteps.
     """
 
     data: Path
-    out: Path
     hidden_size: int = 128
     expert_size: int = 96
     num_layers: int = 4
@@ -76,11 +67,9 @@ class PolicyTrainingConfig:
     place_loss: float = 1.0
     save_every: int = 100
     log_every: int = 25
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps <= self.warmup:
-            raise ConfigError(f"steps ({self.steps}) must exceed warmup ({self.warmup})")
+        super().__post_init__()
         if self.batch_size % len(TASKS):
             raise ConfigError(
                 f"batch_size must be a multiple of {len(TASKS)} tasks, got {self.batch_size}"
@@ -248,20 +237,8 @@ def train(config: PolicyTrainingConfig) -> None:
         copy.deepcopy(model).half().save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    Loop(
-        out=config.out,
-        steps=config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        seed=config.seed,
-    ).run(
-        module,
-        build_optimizers(module, config.learning_rate, is_matrix=_is_matrix),
-        lambda step: cosine_rate(step, config.warmup, config.steps),
-        loss,
-        save,
-        gauges,
-    )
+    optimizers = build_optimizers(module, config.learning_rate, is_matrix=_is_matrix)
+    config.loop().run(module, optimizers, config.rate, loss, save, gauges)
 
 
 def _is_matrix(name: str, param: nn.Parameter) -> bool:
@@ -269,11 +246,5 @@ def _is_matrix(name: str, param: nn.Parameter) -> bool:
     return mixes_channels(name, param) and not name.startswith("where")
 
 
-def main() -> None:
-    """Read the config named on the command line and train."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    train(load_config(PolicyTrainingConfig, Path(sys.argv[1]), sys.argv[2:]))
-
-
 if __name__ == "__main__":
-    main()
+    run(PolicyTrainingConfig, train)
