@@ -45,7 +45,7 @@ def inside_tab(shared: Shared) -> None:
             label="The other picture shows",
             scale=2,
         )
-        gate = gr.Slider(0, 1, 1, step=0.05, label="Gates open by, of what they were")
+        gate = gr.Slider(0, 1, 1, step=0.05, label="Gates, as a share of what they were")
     again = gr.Button("Ask with that")
     changed = gr.HTML()
 
