@@ -202,7 +202,7 @@ def test_a_connector_answers_from_a_folder_row_by_row(
 @pytest.fixture
 def adapter(bridge: Bridge, tmp_path: Path) -> Path:
     """A LoRA with weights that make a difference."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
     wrapped, _ = add_adapter(bridge.target, 3000)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     open_up(torch.nn.ParameterList(trained), std=0.5)
@@ -211,7 +211,7 @@ def adapter(bridge: Bridge, tmp_path: Path) -> Path:
 
 
 def test_an_adapter_has_about_the_parameters_it_was_allowed(bridge: Bridge) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
     before = [name for name, _ in bridge.target.model.named_modules()]
     wrapped, model = add_adapter(bridge.target, 5000)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)

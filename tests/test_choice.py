@@ -182,7 +182,7 @@ def test_an_arm_with_a_file_answers_with_an_option(
     elif name == "own_source":
         build_own_bridge(bridge, 9000).save_pretrained(tmp_path)
     else:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
         wrapped, _ = add_adapter(bridge.target, 3000)
         wrapped.save_pretrained(tmp_path, save_embedding_layers=False)
     setting = dataclasses.replace(setting, **{FILES[name]: tmp_path})

@@ -460,7 +460,7 @@ def test_prompts_that_share_a_beginning_cost_what_each_costs_alone(reader: Bridg
 def test_a_target_is_tuned_on_descriptions_and_serves_its_arm(
     reader: Bridge, items: Path, asked: list[Asked], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
     monkeypatch.setattr(train_description, "load_pair", lambda _: reader)
     config = train_description.DescriptionTrainingConfig(
         items=items, bridge="reader", out=tmp_path / "out", parameters=3000, steps=2, warmup=1,

@@ -256,7 +256,7 @@ def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
     tmp_path: Path,
 ) -> None:
     if kind == "tuned_relay":
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
     train_fuser.train(replace(fuser_config, reconstruct_steps=0))
     config = BaselineTrainingConfig(
         kind=kind,
