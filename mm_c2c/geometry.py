@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    DynamicCache,
+    MllamaTextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.mllama import MllamaTextConfig
 
 from mm_c2c.cache import CacheShape, layers_to_hold
 from mm_c2c.errors import InputError, UnsupportedError
@@ -71,8 +79,13 @@ class Geometry:
     @cached_property
     def num_parameters(self) -> int:
         """Weights of the text decoder with its output layer, counted without making them."""
+        # The one decoder here that AutoModel does not know by its own config.
+        if isinstance(self.text, MllamaTextConfig):
+            build: Callable[[Any], PreTrainedModel] = MllamaTextModel
+        else:
+            build = AutoModel.from_config
         with torch.device("meta"):
-            decoder = AutoModel.from_config(self.text)
+            decoder = build(self.text)
         head = 0 if self.text.tie_word_embeddings else self.text.vocab_size * self.text.hidden_size
         return int(decoder.num_parameters()) + head
 
@@ -96,7 +109,8 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
             f"{text.model_type} keeps a latent (MLA), not keys and values that could be fused"
         )
     cache = DynamicCache(config=text)
-    indices = layers_to_hold(cache)
+    # Where the decoder looks at the picture by cross-attention, those layers are what is read.
+    indices = tuple(getattr(text, "cross_attention_layers", ())) or layers_to_hold(cache)
     if not indices:
         raise UnsupportedError(f"{text.model_type} keeps no keys and values in any layer")
     layers = text.per_layer_config
@@ -216,7 +230,9 @@ def _picture(config: Any) -> tuple[int | None, str | None]:
     for name in ("num_query_tokens", "latent_query_num", "mm_tokens_per_image", "image_seq_length"):
         if getattr(config, name, None):
             return getattr(config, name), pixels
-    return (side // (patch * (merge or getattr(config, "scale_factor", 1)))) ** 2, pixels
+    tokens = (side // (patch * (merge or getattr(config, "scale_factor", 1)))) ** 2
+    # A summary stands before the patches of each tile.
+    return tokens + (config.model_type == "mllama"), pixels
 
 
 class TrainingMemory(NamedTuple):

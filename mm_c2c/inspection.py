@@ -61,7 +61,7 @@ def describe_pair(report: dict[str, Any]) -> str:
         ("", "source", "target"),
         ("model", *(model["name"] for model in models)),
         ("type", *(model["model_type"] for model in models)),
-        ("layers with K and V", *map(_held_layers, models)),
+        ("layers fused", *map(_held_layers, models)),
         ("sliding layers", *map(_sliding, models)),
         ("KV heads", *(f"{m['num_key_value_heads']} of {m['head_dim']}" for m in models)),
         ("attention heads", *(str(model["num_attention_heads"]) for model in models)),
@@ -229,7 +229,7 @@ def _layers(layout: CacheLayout) -> str:
     if held == total:
         return f"{held} layers"
     which = ", ".join(map(str, layout.layer_indices))
-    return f"{held} of {total} layers ({which}; the others hold no keys and values)"
+    return f"{held} of {total} layers ({which}; nothing of the others is fused)"
 
 
 def _parameters(config: PreTrainedConfig) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from PIL import Image
 from transformers import AutoModel, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mm_c2c.align import Alignment
@@ -33,6 +34,7 @@ from mm_c2c.inspection import describe_pair
 from mm_c2c.link import LinkConfig
 from mm_c2c.rope import RopeSpec
 from mm_c2c.sources import source_class
+from mm_c2c.sources.base import SourceInput
 
 NAMES = list(table())
 # Gemma 3 answers without pictures too.
@@ -269,20 +271,21 @@ def test_inspect_wants_one_thing_or_a_pair(
 
 
 @pytest.mark.parametrize(
-    ("name", "queries"), [("blip-2", 5), ("blip-2_t5", 5), ("florence2", None)]
+    ("name", "positions"),
+    [("blip-2", 5), ("blip-2_t5", 5), ("florence2", None), ("mllama", 4 * 4 + 1)],
 )
-def test_models_that_look_through_queries_or_an_encoder_are_described(
-    name: str, queries: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_models_that_look_through_queries_or_cross_attention_are_described(
+    name: str, positions: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = FAMILIES[name].build()
     tiny.model.save_pretrained(tmp_path)
     read = source_class(tiny.model.config.model_type, has_vision=True)
-    shape = read(tiny.model, tiny.processor, name).shape
+    source = read(tiny.model, tiny.processor, name)
+    cache = source.prefill([SourceInput(text="What?", images=(Image.new("RGB", (28, 28)),))])
     model = find(str(tmp_path))
-    assert (model.layout.shape, model.picture_tokens) == (shape, queries)
+    assert (model.layout.shape, model.picture_tokens) == (source.shape, positions)
+    assert model.layout.layer_indices == cache.layer_indices
     assert main(["inspect", str(tmp_path)]) == 0
-    assert (
-        f"{shape.num_layers} layers, {shape.num_key_value_heads} KV heads"
-        in capsys.readouterr().out
-    )
+    heads = f"{source.shape.num_key_value_heads} KV heads of {source.shape.head_dim}"
+    assert heads in capsys.readouterr().out
     assert main(["inspect", "--pair", str(tmp_path), "SmolLM2-135M"]) == 0

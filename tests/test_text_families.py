@@ -392,10 +392,10 @@ def test_layers_left_out_are_reported(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lfm2", "2 of 4 layers (1, 3; the others hold no keys and values), 2 KV heads of 8"),
+        ("lfm2", "2 of 4 layers (1, 3; nothing of the others is fused), 2 KV heads of 8"),
         (
             "gemma3n_text",
-            "2 of 4 layers (0, 1; the others hold no keys and values), 2 KV heads of 8",
+            "2 of 4 layers (0, 1; nothing of the others is fused), 2 KV heads of 8",
         ),
         ("falcon_h1", "3 layers, 2 KV heads of 8"),
     ],

@@ -26,6 +26,7 @@ from mm_c2c.cache import (
     empty_spans,
 )
 from mm_c2c.errors import InputError
+from mm_c2c.geometry import cache_layout
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.views import View, by_row, place, tiled_view, whole_view
 from mm_c2c.sources.vlm import VLMSource
@@ -41,12 +42,7 @@ class MllamaSource(VLMSource):
     @property
     def shape(self) -> CacheShape:
         """Geometry of the cross-attention layers, which a prefill without picture leaves empty."""
-        text = self.model.config.text_config
-        return CacheShape(
-            num_layers=len(text.cross_attention_layers),
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=text.hidden_size // text.num_attention_heads,
-        )
+        return cache_layout(self.model.config).shape
 
     def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
         """Read a batch of pictures; the questions leave no trace.

@@ -98,12 +98,23 @@ def moments(
 
 
 def swap(
-    found: Sequence[Moment], policy: TokenActionSource, camera: Camera, rng: random.Random
+    found: Sequence[Moment],
+    policy: TokenActionSource,
+    camera: Camera,
+    rng: random.Random,
+    most: int = 1,
 ) -> list[Moment]:
     """The moments whose instruction can be swapped for one that asks for another action.
 
     The other object is in view, and not called as the one the policy goes for; and the policy,
     reading about it, would begin otherwise.
+
+    Args:
+        found: moments with their own instruction.
+        policy: who reads the swapped ones.
+        camera: what it sees them with.
+        rng: picks the other objects.
+        most: other objects that are tried a moment.
     """
     tried = []
     for moment in found:
@@ -112,25 +123,26 @@ def swap(
         others = [thing for thing in in_view(step) if thing[0] != truth.get("object")]
         names = Counter(name for name, _, _ in in_view(step))
         others = [thing for thing in others if names[thing[0]] == 1]
-        if "object" not in truth or not others:
+        if "object" not in truth:
             continue
-        name, forward, right = rng.choice(others)
-        mission = swapped_mission(episode, moment.number, name)
-        if mission is None or name in episode.mission:
-            continue
-        side = "straight ahead" if not right and forward > 0 else "left" if right < 0 else "right"
-        told = {"object": name, "colour": name.split()[0], "side": side}
-        text = mission + moment.text[len(moment.mission) :]
-        tried.append(
-            Moment(
-                episode=episode,
-                number=moment.number,
-                mission=mission,
-                text=text,
-                tokens=moment.tokens,
-                told=told,
+        for name, forward, right in rng.sample(others, min(most, len(others))):
+            mission = swapped_mission(episode, moment.number, name)
+            if mission is None or name in episode.mission:
+                continue
+            ahead = not right and forward > 0
+            side = "straight ahead" if ahead else "left" if right < 0 else "right"
+            told = {"object": name, "colour": name.split()[0], "side": side}
+            text = mission + moment.text[len(moment.mission) :]
+            tried.append(
+                Moment(
+                    episode=episode,
+                    number=moment.number,
+                    mission=mission,
+                    text=text,
+                    tokens=moment.tokens,
+                    told=told,
+                )
             )
-        )
     kept = []
     for first in range(0, len(tried), _BATCH):
         batch = tried[first : first + _BATCH]
@@ -265,12 +277,15 @@ def main() -> None:
     parser.add_argument("--per-episode", type=int, default=12, help="steps of an episode, at most")
     parser.add_argument("--per-kind", type=int, default=106, help="unseen questions of a kind")
     parser.add_argument("--lies", type=float, default=0.25, help="swapped steps a step of `train`")
+    parser.add_argument(
+        "--swaps", type=int, default=1, help="other objects tried a step of `train`"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, camera, policy = random.Random(args.seed), Camera(), load_policy(args.policy)
     episodes = load_episodes(args.rollouts)
     found = moments(episodes, policy, rng, args.per_episode)
-    lies = swap(found, policy, camera, rng)
+    lies = swap(found, policy, camera, rng, args.swaps if args.split == "train" else 1)
     if args.split == "train":
         lies = rng.sample(lies, min(len(lies), int(args.lies * len(found))))
         rows = [Row(m, question) for m in (*found, *lies) for question in questions_of(m, rng)]
