@@ -535,6 +535,10 @@ def test_items_are_made_of_rollouts(
         assert lie.told["next"] == questions.MOTIONS[ACTIONS[int(chunk[0].round())]]
         assert lie.told["next"] != said.get("next")
 
+    several = swap(moments(found, policy, rng, 12), policy, Camera(), rng, most=6)
+    assert len(several) > len({lie.name for lie in several})
+    assert len(several) == len({(lie.name, lie.mission) for lie in several})
+
 
 # --- a reader whose slots begin as words ------------------------------------------------------
 

@@ -287,5 +287,7 @@ def test_models_that_look_through_queries_or_cross_attention_are_described(
     assert model.layout.layer_indices == cache.layer_indices
     assert main(["inspect", str(tmp_path)]) == 0
     heads = f"{source.shape.num_key_value_heads} KV heads of {source.shape.head_dim}"
-    assert heads in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"  cache      {source.shape.num_layers} " in printed
+    assert heads in printed
     assert main(["inspect", "--pair", str(tmp_path), "SmolLM2-135M"]) == 0

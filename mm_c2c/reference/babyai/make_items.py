@@ -277,15 +277,13 @@ def main() -> None:
     parser.add_argument("--per-episode", type=int, default=12, help="steps of an episode, at most")
     parser.add_argument("--per-kind", type=int, default=106, help="unseen questions of a kind")
     parser.add_argument("--lies", type=float, default=0.25, help="swapped steps a step of `train`")
-    parser.add_argument(
-        "--swaps", type=int, default=1, help="other objects tried a step of `train`"
-    )
+    parser.add_argument("--swaps", type=int, default=1, help="other objects tried a step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, camera, policy = random.Random(args.seed), Camera(), load_policy(args.policy)
     episodes = load_episodes(args.rollouts)
     found = moments(episodes, policy, rng, args.per_episode)
-    lies = swap(found, policy, camera, rng, args.swaps if args.split == "train" else 1)
+    lies = swap(found, policy, camera, rng, args.swaps)
     if args.split == "train":
         lies = rng.sample(lies, min(len(lies), int(args.lies * len(found))))
         rows = [Row(m, question) for m in (*found, *lies) for question in questions_of(m, rng)]
