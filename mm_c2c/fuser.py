@@ -26,7 +26,7 @@ from mm_c2c.config import check_one_of
 from mm_c2c.errors import ConfigError, ShapeError
 
 PRESETS = ("small", "c2c")
-GATES = ("sigmoid", "straight_through")
+GATES = ("sigmoid", "straight_through", "open")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ class FuserConfig:
         hidden_size: width of the projection; the paper's is 1024.
         rank: inner width of `small`'s heads.
         gate: `sigmoid` is open by degrees, `straight_through` open or closed. Either is one
-            function in training and in inference.
+            function in training and in inference. `open` is not learned: an ablation.
+        weighting: whether each head of a token has a weight of its own; False hands over whole
+            differences, an ablation.
         raw_keys: fuse keys with their rotation on, as the paper does; an ablation.
     """
 
@@ -58,6 +60,7 @@ class FuserConfig:
     hidden_size: int = 256
     rank: int = 96
     gate: str = "sigmoid"
+    weighting: bool = True
     raw_keys: bool = False
 
     def __post_init__(self) -> None:
@@ -138,7 +141,9 @@ class CacheFuser(nn.Module):
         self.projection = (
             SharedProjection(config) if config.preset == "small" else LayerwiseProjection(config)
         )
-        self.gate_logits = nn.Parameter(torch.full((config.target.num_layers, 2), 2.0))
+        self.gate_logits = nn.Parameter(
+            torch.full((config.target.num_layers, 2), 2.0), requires_grad=config.gate != "open"
+        )
         fed = torch.ones(config.target.num_layers, dtype=torch.bool)
         if config.layers != "mix":
             fed = _layer_map(config).mask
@@ -156,6 +161,8 @@ class CacheFuser(nn.Module):
         if self.config.gate == "straight_through":
             # The difference first: it is exactly 0, and the gate exactly 0 or 1.
             soft = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+        elif self.config.gate == "open":
+            soft = (soft > 0).to(soft.dtype)  # `close` shuts it all the same
         return soft * self.fed.unsqueeze(1)
 
     @torch.no_grad()
@@ -190,12 +197,13 @@ class CacheFuser(nn.Module):
         self._check(target, "target", self.config.target)
         shape = self.config.target
         difference, logits = self.projection(source.flatten(1, 2), target.flatten(1, 2))
+        weights = torch.sigmoid(logits) if self.config.weighting else torch.ones_like(logits)
         rows = target.shape[1:3]
         return Parts(
             difference.unflatten(-1, (shape.num_key_value_heads, shape.head_dim)).unflatten(
                 1, rows
             ),
-            torch.sigmoid(logits).unflatten(1, rows),
+            weights.unflatten(1, rows),
         )
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mm_c2c.cache import CacheShape
 from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
-from mm_c2c.fuser import CacheFuser, FuserConfig
+from mm_c2c.fuser import GATES, CacheFuser, FuserConfig
 
 SHALLOW = CacheShape(num_layers=3, num_key_value_heads=3, head_dim=5)
 TARGET = CacheShape(num_layers=4, num_key_value_heads=2, head_dim=6)
@@ -127,9 +127,13 @@ def slow_forward(fuser: CacheFuser, source: Tensor, target: Tensor) -> Tensor:
                     gate = 1 / (1 + (-logit).exp())
                     if fuser.config.gate == "straight_through":
                         gate = (logit > 0).float()
+                    if fuser.config.gate == "open":
+                        gate = torch.ones(())
                     for head in range(shape.num_key_value_heads):
                         channels = slice(head * shape.head_dim, (head + 1) * shape.head_dim)
                         weight = 1 / (1 + (-logits[head]).exp())
+                        if not fuser.config.weighting:
+                            weight = torch.ones(())
                         out[layer, row, position, part, channels] = (
                             gate * weight * differences[part][channels]
                         )
@@ -173,7 +177,7 @@ def test_a_fresh_fuser_changes_nothing(preset: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("gate", ["sigmoid", "straight_through"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_closed_gates_change_nothing_whatever_the_weights(
     preset: str, gate: str, training: bool
@@ -186,7 +190,7 @@ def test_closed_gates_change_nothing_whatever_the_weights(
     assert_zero(fuser.gates())
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "straight_through"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_training_and_inference_are_one_function(preset: str, gate: str) -> None:
     fuser = randomise(make_fuser(preset, gate=gate))
@@ -217,6 +221,18 @@ def test_explicit_pairs_leave_the_other_target_layers_alone(preset: str) -> None
 
 
 # --- gates and gradients ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("changes", [{"gate": "open"}, {"weighting": False}], ids=str)
+def test_ablated_gates_and_weights_equal_the_plain_reference(
+    preset: str, changes: dict[str, Any]
+) -> None:
+    fuser = randomise(make_fuser(preset, **changes))
+    inputs = states(SHALLOW), states(TARGET, seed=1)
+    torch.testing.assert_close(fuser(*inputs), slow_forward(fuser, *inputs), rtol=1e-5, atol=1e-5)
+    fuser(*inputs).sum().backward()
+    assert (fuser.gate_logits.grad is None) == (fuser.config.gate == "open")
 
 
 def test_a_straight_through_gate_is_exactly_open_or_closed() -> None:
@@ -303,7 +319,7 @@ def test_another_geometry_is_refused_by_name(which: str, wrong: str) -> None:
         ({"pairs": PAIRS}, "belong together, got layers='mix' and pairs="),
         ({"layers": "terminal", "pairs": ()}, r"got layers='terminal' and pairs=\(\)"),
         ({"preset": "c2c"}, "cannot mix them; set layers to proportional, terminal .*or explicit"),
-        ({"gate": "hard"}, "gate must be one of sigmoid, straight_through, got 'hard'"),
+        ({"gate": "hard"}, "gate must be one of sigmoid, straight_through, open, got 'hard'"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"rank": -1}, "rank must be at least 1, got -1"),
     ],

@@ -62,8 +62,12 @@ class FuserTrainingConfig(TrainerConfig):
         layers: which source layers feed a target layer.
         hidden_size: width of the fuser's projection.
         rank: inner width of its heads.
+        gate: as in `FuserConfig`.
+        weighting: likewise.
+        raw_keys: likewise.
         rows: rows of slots.
         cols: columns of slots.
+        pooling: as in `LinkConfig`.
         slot_token: one token of the target, as in `BridgeConfig`.
         reconstruct_steps: steps of the first phase: each slot learns to hold what the target's
             cache holds after reading what lies there; no pass through the target.
@@ -89,8 +93,12 @@ class FuserTrainingConfig(TrainerConfig):
     layers: str = "mix"
     hidden_size: int = 256
     rank: int = 96
+    gate: str = "sigmoid"
+    weighting: bool = True
+    raw_keys: bool = False
     rows: int = 9
     cols: int = 9
+    pooling: str = "window"
     slot_token: str = " image"
     reconstruct_steps: int = 300
     reconstruct_scenes: int = 16
@@ -337,6 +345,7 @@ def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
         geometry="slots",
         rows=config.rows,
         cols=config.cols,
+        pooling=config.pooling,
         fuser=FuserConfig(
             source=source.shape,
             target=target.shape,
@@ -344,6 +353,9 @@ def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
             layers=config.layers,
             hidden_size=config.hidden_size,
             rank=config.rank,
+            gate=config.gate,
+            weighting=config.weighting,
+            raw_keys=config.raw_keys,
         ),
     )
     prompt = BridgeConfig(links=(link,), system=SYSTEM, slot_token=config.slot_token)

@@ -1,0 +1,116 @@
+"""Ablations: each variant is trained and judged once, and compared with the first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from mm_c2c.config import load_config
+from mm_c2c.errors import ConfigError, InputError
+from mm_c2c.reference import ablate
+from mm_c2c.reference.ablate import AblationConfig
+from mm_c2c.reference.ablate_report import ablation_report
+from mm_c2c.reference.train_fuser import FuserTrainingConfig
+
+GOLD = ["cat", "dog", "2", "left"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AblationConfig:
+    base = {"data": "scenes", "source": "source", "out": "nowhere", "steps": 50}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    settings = {
+        "base": str(tmp_path / "base.yaml"),
+        "shared": {"steps": 30},
+        "variants": {"whole": {}, "raw keys": {"raw_keys": True}},
+        "items": str(tmp_path / "items.jsonl"),
+        "out": str(tmp_path / "runs"),
+    }
+    (tmp_path / "ablations.yaml").write_text(
+        yaml.safe_dump(settings, sort_keys=False), encoding="utf-8"
+    )
+    return load_config(AblationConfig, tmp_path / "ablations.yaml", [])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[FuserTrainingConfig]:
+    """What was trained; a variant with raw keys gets one question right, others two and then all."""
+    done: list[FuserTrainingConfig] = []
+
+    def judge(training: FuserTrainingConfig, items: Path) -> None:
+        right = 1 if training.raw_keys else 2 + 2 * training.seed
+        folder = training.out / "evaluation"
+        folder.mkdir(parents=True)
+        rows: list[dict[str, Any]] = [
+            {"gold": gold, "answers": {"fused": gold if i < right else "?", "zeroed": "?"}}
+            for i, gold in enumerate(GOLD)
+        ]
+        lines = [json.dumps(row) for row in rows]
+        (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "summary.json").write_text("{}", encoding="utf-8")
+        (training.out / "bridge").mkdir()
+        save_file(
+            {"a": torch.zeros(2, 3), "b": torch.zeros(4)}, training.out / "bridge/model.safetensors"
+        )
+
+    monkeypatch.setattr(ablate.train_fuser, "train", done.append)
+    monkeypatch.setattr(ablate, "judge", judge)
+    return done
+
+
+def test_variants_differ_from_the_base_in_what_they_name(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    ablate.ablate(config)
+    assert [(t.raw_keys, t.seed, t.steps) for t in trained] == [
+        (False, 0, 30),
+        (True, 0, 30),
+        (False, 1, 30),
+        (True, 1, 30),
+    ]
+    assert len({t.out for t in trained}) == 4
+    ablate.ablate(config)
+    assert len(trained) == 4  # nothing twice
+
+
+def test_a_variant_is_compared_with_the_first_over_the_seeds_that_both_have(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    ablate.ablate(load_config(AblationConfig, config.base.parent / "ablations.yaml", ["seeds=[0]"]))
+    ablate.ablate(
+        load_config(
+            AblationConfig,
+            config.base.parent / "ablations.yaml",
+            ["seeds=[1]", "only=['whole']"],
+        )
+    )
+    result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))
+    whole, raw = result["variants"]["whole"], result["variants"]["raw keys"]
+    assert (whole["seeds"], whole["each"], whole["accuracy"][0]) == ([0, 1], [0.5, 1.0], 0.75)
+    assert (raw["seeds"], raw["each"], raw["parameters"]) == ([0], [0.25], 10)
+    assert raw["over_first"][0] == pytest.approx(-0.25)  # seed 1 of the first does not count
+    assert "over_first" not in whole
+    table = ablation_report(config.out)
+    assert "n = 4 a seed" in table
+    assert "| raw keys | `raw_keys=True` | 0.00 M | 0 | 25.0 | 25.0 (" in table
+    assert "| -25.0 (" in table
+
+
+def test_unknown_variants_and_settings_are_refused(config: AblationConfig) -> None:
+    with pytest.raises(ConfigError, match="no variant is named hole; known: whole"):
+        AblationConfig(**{**vars(config), "only": ("hole",)})
+    with pytest.raises(ConfigError, match="raw_kees"):
+        AblationConfig(**{**vars(config), "variants": {"typo": {"raw_kees": True}}})
+    with pytest.raises(ConfigError, match="at least one name"):
+        AblationConfig(**{**vars(config), "variants": {}})
+
+
+def test_a_report_wants_results(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no evaluated variant"):
+        ablation_report(tmp_path)
