@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
@@ -58,6 +59,40 @@ def test_a_column_says_what_was_handed_over(bridge: Bridge, look: Look) -> None:
     assert columns["caption_relay"].num_bytes == len(relayed.encode())
     assert columns["caption_relay"].positions > 0
     assert (columns["blind"].positions, columns["blind"].num_bytes) == (0, 0)
+
+
+def test_an_answer_that_the_limit_cut_says_so(
+    bridge: Bridge, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, columns = compare(look, "Where is it?")
+    blind = columns["blind"]  # random weights never end by themselves
+    assert blind.is_cut
+    assert "(cut after 12 tokens)" in columns_html({"blind": blind}, look)
+    model = bridge.target.model
+    last = bridge.target.tokenizer.eos_token_id
+    monkeypatch.setattr(model, "lm_head", _Always(last, model.config.vocab_size))
+    *_, columns = compare(look, "Where is it?")
+    assert not columns["blind"].is_cut
+    assert "cut after" not in columns_html({"blind": columns["blind"]}, look)
+
+
+def test_tokens_of_a_caption_are_counted_where_it_was_written(look: Look) -> None:
+    *_, columns = compare(look, "Where is it?", ["left", "right"])
+    generic, again = columns["caption_relay"].answer, columns["caption_relay_options"].answer
+    tokenizer = look.setting.bridge.target.tokenizer
+    assert again.tokens == len(tokenizer(again.answer)["input_ids"])
+    assert generic.tokens > len(tokenizer(generic.answer)["input_ids"])
+
+
+class _Always(torch.nn.Module):
+    """A head that thinks of one token only."""
+
+    def __init__(self, token: int, vocabulary: int) -> None:
+        super().__init__()
+        self.logits = torch.zeros(vocabulary).index_fill(0, torch.tensor([token]), 9.0)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*states.shape[:-1], -1)
 
 
 def test_closing_a_comparison_stops_the_arm(bridge: Bridge, look: Look) -> None:

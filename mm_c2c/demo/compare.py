@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mm_c2c.bridge import Perception
 from mm_c2c.cache import CacheOrigin, CacheShape, SourceCache
 from mm_c2c.errors import InputError
-from mm_c2c.evaluation.arms import Asked, Setting, build_arm
+from mm_c2c.evaluation.arms import MAX_NEW_TOKENS, Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.arms.relay import CaptionRelay
 from mm_c2c.evaluation.clock import Answer, Stopwatch, timed
@@ -80,6 +80,11 @@ class Look:
         return self._cache
 
     @property
+    def is_captioned(self) -> bool:
+        """Whether a caption is kept that a relay would read again."""
+        return self._caption is not None
+
+    @property
     def slots(self) -> Perception:
         """What the fuser writes into the target's cache, made at the first call."""
         if self._slots is None:
@@ -135,12 +140,14 @@ class Column(NamedTuple):
         answer: with its times, once it is whole.
         positions: what the target's cache holds beyond the question, in positions.
         num_bytes: what was handed to the target beside the question, in bytes.
+        is_cut: whether the answer stopped only at the limit of its tokens.
     """
 
     text: str = ""
     answer: Answer | None = None
     positions: int = 0
     num_bytes: int = 0
+    is_cut: bool = False
 
 
 class _StoppedError(Exception):
@@ -156,6 +163,12 @@ class _Live(Stopwatch):
         self.stopped = threading.Event()
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last token was the last that was allowed, and ends nothing."""
+        last = self._ids[-1] if len(self._ids) >= MAX_NEW_TOKENS else None
+        return last is not None and last not in self._tokenizer.all_special_ids
 
     def put(self, value: Tensor) -> None:
         """See `Stopwatch`."""
@@ -230,6 +243,7 @@ def _stream(name: str, setting: LookSetting, asked: Asked) -> Iterator[Column]:
     live = _Live(own)
     done: list[Answer] = []
     failure: list[Exception] = []
+    reads_again = setting.look.is_captioned
 
     def run() -> None:
         try:
@@ -254,7 +268,12 @@ def _stream(name: str, setting: LookSetting, asked: Asked) -> Iterator[Column]:
         worker.join()
     if failure:
         raise failure[0]
-    yield _whole(name, arm, setting, asked, done[0])
+    answer = done[0]
+    if reads_again and answer.relayed is not None:
+        # Its time is not counted either: the caption was written for an earlier answer.
+        written = setting.bridge.target.tokenizer(answer.answer)["input_ids"]
+        answer = answer._replace(tokens=len(written))
+    yield _whole(name, arm, setting, asked, answer)._replace(is_cut=live.is_cut)
 
 
 def _whole(name: str, arm: Any, setting: LookSetting, asked: Asked, answer: Answer) -> Column:
@@ -280,6 +299,7 @@ def facts(columns: Mapping[str, Column]) -> dict[str, dict[str, Any]]:
             **column.answer._asdict(),
             "cache_positions": column.positions,
             "num_bytes": column.num_bytes,
+            "is_cut": column.is_cut,
         }
         for name, column in columns.items()
         if column.answer is not None
@@ -317,6 +337,8 @@ def _card(name: str, column: Column) -> str:
         if answer.relayed is not None:
             caption = f'<p class="caption">It reads: “{html.escape(answer.relayed)}”</p>'
     text = html.escape(column.text) or ("(nothing)" if column.answer else "…")
+    if column.is_cut:
+        text += f' … <small class="cut">(cut after {MAX_NEW_TOKENS} tokens)</small>'
     return (
         f'<section class="card {name}"><h3>{title}</h3><p class="what">{what}</p>'
         f'<p class="answer">{text}</p>{caption}{numbers}</section>'
