@@ -245,6 +245,26 @@ def test_a_phone_shows_all_without_scrolling_sideways(open_page, scheme: str) ->
         assert wide <= PHONE["width"], name
 
 
+def test_the_chosen_tab_can_be_read_in_the_dark(open_page) -> None:
+    page = open_page(DESK, "dark")
+    chosen = page.get_by_role("tab", name="Ask", exact=True)
+    red, green, blue = map(
+        int, re.findall(r"\d+", chosen.evaluate("tab => getComputedStyle(tab).color"))
+    )
+    # Relative luminance of WCAG 2; 4.5 to 1 on black.
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (v / 255 for v in (red, green, blue))
+    ]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    assert (luminance + 0.05) / 0.05 >= 4.5
+
+
+def test_bundled_scenes_are_shown_alike(open_page) -> None:
+    boxes = [b.bounding_box() for b in open_page().locator(".scenes button").all()]
+    assert len({(box["width"], box["height"], box["y"]) for box in boxes}) == 1
+
+
 def test_axe_finds_nothing_serious(open_page) -> None:
     script = os.environ.get("AXE")
     if not script:
