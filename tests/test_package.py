@@ -10,6 +10,7 @@ import pytest
 
 import mm_c2c
 from mm_c2c.config import load_config
+from mm_c2c.reference.ablate import AblationConfig
 from mm_c2c.reference.babyai.train_policy import PolicyTrainingConfig
 from mm_c2c.reference.babyai.warm_up_reader import WarmUpConfig
 from mm_c2c.reference.metaworld.train_policy import (
@@ -24,6 +25,7 @@ from mm_c2c.training.config import TrainingConfig
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # By the command in its first comment, the dataclass that reads a file.
 CONFIG_KINDS = {
+    "python -m mm_c2c.reference.ablate": AblationConfig,
     "python -m mm_c2c.reference.train_source": SourceTrainingConfig,
     "python -m mm_c2c.reference.train_fuser": FuserTrainingConfig,
     "python -m mm_c2c.reference.train_baseline": BaselineTrainingConfig,
