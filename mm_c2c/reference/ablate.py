@@ -96,14 +96,14 @@ def ablate(config: AblationConfig) -> None:
             write_json(config.out / "ablations.json", tabulate(config))
 
 
-def judge(training: FuserTrainingConfig, items: Path) -> dict[str, Any]:
+def judge(training: FuserTrainingConfig, items: Path) -> None:
     """Ask a trained variant all questions, over its picture's cache and over an empty one."""
     target = load_target(dtype=DTYPES[training.dtype])
     sources = {SOURCE_NAME: load_source(training.source)}
     bridge = Bridge.from_pretrained(training.out / "bridge", target, sources)
     settings = EvaluationConfig(items=items, arms=("fused", "zeroed"), timed=0)
     with torch.inference_mode():
-        return evaluate(bridge, settings, training.out / "evaluation")
+        evaluate(bridge, settings, training.out / "evaluation")
 
 
 def tabulate(config: AblationConfig) -> dict[str, Any]:
