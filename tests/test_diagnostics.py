@@ -13,8 +13,8 @@ from PIL import Image
 from mm_c2c import Bridge
 from mm_c2c.bridge import BridgeConfig
 from mm_c2c.cache import read_layers
-from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation import diagnostics
+from mm_c2c.errors import ConfigError, InputError
+from mm_c2c.evaluation import diagnosis_report, diagnostics
 from mm_c2c.evaluation.arms import Reply
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs
@@ -171,6 +171,18 @@ def test_a_diagnosis_has_a_row_for_every_variant(
     html = (tmp_path / "out" / "report.html").read_text()
     assert html.count("<svg") == html.count("aria-label=") == 5
     assert html.count("<img") == len(names)
+
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results: parts -->\nstale\n<!-- end of results -->\n", "utf-8")
+    diagnosis_report.main([str(tmp_path / "out"), "--readme", str(readme), "--section", "parts"])
+    section = readme.read_text(encoding="utf-8")
+    assert "stale" not in section
+    assert all(f"| {label} |" in section for label in result["variants"])
+    keys = [row[0] for row in ranks["after"]]
+    assert f" and {sum(keys) / len(keys):.1f} after fusing, " in section
+    assert section.count(f" and {sum(cosine['after']) / len(cosine['after']):.2f}.") == 1
+    with pytest.raises(InputError, match="no diagnosis"):
+        diagnosis_report.diagnosis_section(tmp_path)
 
 
 def test_cosines_compare_with_the_target_that_reads_a_description(

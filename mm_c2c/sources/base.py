@@ -14,9 +14,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from mm_c2c.cache import CacheOrigin, CacheShape, LayerKV, SourceCache, full_layer, read_layers
+from mm_c2c.cache import (
+    CacheOrigin,
+    CacheShape,
+    LayerKV,
+    SourceCache,
+    full_layer,
+    read_layers,
+    select_rows,
+)
 from mm_c2c.errors import UnsupportedError
 from mm_c2c.rope import RopeSpec
 from mm_c2c.rope_probe import rope_specs
@@ -136,6 +145,47 @@ class FrozenReader:
         _, heads, _, head_dim = layers[0].keys.shape
         shape = CacheShape(num_layers=len(layers), num_key_value_heads=heads, head_dim=head_dim)
         return shape, indices
+
+    @torch.no_grad()
+    def score(
+        self, inputs: Mapping[str, Any], rows: Sequence[int], answers: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods of answers, each after one of the prompts.
+
+        Args:
+            inputs: `input_ids`, `attention_mask`, padded on the left, and, where some of it has
+                been read, its `past_key_values`, which are not changed.
+            rows: which prompt each answer follows; a prompt may have several, or none.
+            answers: tokens of each answer.
+
+        Returns:
+            `(answers,)` float32, sums of log-probabilities; and `(answers,)` bool, whether greedy
+            decoding would say the same.
+        """
+        index = torch.tensor(rows, device=inputs["input_ids"].device)
+        prompt, mask = inputs["input_ids"][index], inputs["attention_mask"][index]
+        ids = pad_sequence(
+            [torch.tensor(answer, dtype=torch.long) for answer in answers],
+            batch_first=True,
+            padding_value=-1,
+        ).to(prompt.device)
+        asked = ids >= 0
+        mask = torch.cat([mask, asked.to(mask.dtype)], dim=1)
+        cache = inputs.get("past_key_values")
+        done = 0 if cache is None else cache.get_seq_length()
+        # The last token of the prompt predicts the first of the answer.
+        wanted = torch.arange(-ids.shape[1] - 1, -1, device=prompt.device)
+        logits = self.model(
+            input_ids=torch.cat([prompt, ids.clamp(min=0)], dim=1)[:, done:],
+            attention_mask=mask,
+            position_ids=count_positions(mask)[:, done:],
+            past_key_values=None if cache is None else select_rows(cache, index),
+            **dict.fromkeys(self.spared, wanted),
+        ).logits
+        chances = logits[:, -ids.shape[1] - 1 :][:, : ids.shape[1]].float().log_softmax(-1)
+        found = chances.gather(2, ids.clamp(min=0).unsqueeze(2)).squeeze(2)
+        is_greedy = ((chances.argmax(-1) == ids) | ~asked).all(1)
+        return (found * asked).sum(1), is_greedy
 
     def _fill(self, model: Any, batch_size: int, **inputs: Any) -> Cache:
         """What a prompt leaves in an empty cache."""

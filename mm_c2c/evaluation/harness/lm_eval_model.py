@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.cache import select_rows
 from mm_c2c.errors import ConfigError, UnsupportedError
 from mm_c2c.evaluation.harness import MODEL_NAME, check_batch_size, find_bridge, generate, read
-from mm_c2c.sources.base import SourceInput, count_positions
+from mm_c2c.sources.base import SourceInput
 
 try:
     from lm_eval.api.instance import Instance
@@ -87,35 +85,17 @@ class BridgeLM(LM):
         contexts = list(dict.fromkeys(context for context, _ in pairs))
         seen, caches = read(self.bridge, [SourceInput(text=text) for text in contexts])
         fused = self.bridge.fuse(seen, contexts, caches)
-        rows = torch.tensor([contexts.index(context) for context, _ in pairs])
-        prompt, mask = fused["input_ids"][rows], fused["attention_mask"][rows]
+        rows = [contexts.index(context) for context, _ in pairs]
         answers = [self._answer_ids(text) for _, text in pairs]
-        ids = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)
-        ids = ids.to(prompt.device)
-        mask = torch.cat([mask, (ids >= 0).to(mask.dtype)], dim=1)
-        cached = fused["past_key_values"].get_seq_length()
-        logits = self.bridge.target.model(
-            torch.cat([prompt, ids.clamp(min=0)], dim=1)[:, cached:],
-            attention_mask=mask,
-            position_ids=count_positions(mask)[:, cached:],
-            past_key_values=select_rows(fused["past_key_values"], rows),
-        ).logits
-        # The last token of the prompt predicts the first of the answer.
-        before = prompt.shape[1] - cached - 1
-        chances = logits[:, before:-1].float().log_softmax(-1)
-        scores = chances.gather(2, ids.clamp(min=0).unsqueeze(2)).squeeze(2)
-        asked = ids >= 0
-        greedy = ((chances.argmax(-1) == ids) | ~asked).all(1)
-        sums = (scores * asked).sum(1)
-        return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+        sums, is_greedy = self.bridge.target.score(fused, rows, answers)
+        return list(zip(sums.tolist(), is_greedy.tolist(), strict=True))
 
-    def _answer_ids(self, text: str) -> Tensor:
+    def _answer_ids(self, text: str) -> list[int]:
         tokenizer: Any = self.bridge.target.tokenizer
         if tokenizer.chat_template:
             text = text.lstrip()
-        return torch.tensor(
-            tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long
-        )
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def _split(context: str, continuation: str) -> tuple[str, str]:
