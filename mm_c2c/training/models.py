@@ -10,6 +10,7 @@ from mm_c2c import sources
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.config import DTYPES
 from mm_c2c.reference import models as reference
+from mm_c2c.reference import whisper
 from mm_c2c.reference.fetch import HUB_ID
 from mm_c2c.reference.tower import register
 from mm_c2c.sources import Source
@@ -25,7 +26,12 @@ def load_target(config: ModelConfig) -> Target:
 
 
 def load_source(config: ModelConfig) -> Source:
-    """A model that is read; the reference source's tower is known too."""
+    """A model that is read; the reference source's tower is known too.
+
+    Whisper tiny.en as this library fetches it, in float32.
+    """
+    if (config.model, config.revision, config.dtype) == (whisper.NAME, None, "float32"):
+        return whisper.load_whisper()
     register()
     return sources.load_source(config.model, config.revision, dtype=DTYPES[config.dtype])
 
