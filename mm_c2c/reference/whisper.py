@@ -48,6 +48,7 @@ WHISPER_FILES = (
     _member("config.json", "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5"),
     _member("tokenizer.json", "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df"),
 )
+REVISION = f"sha256:{WHISPER_FILES[0].sha256}"
 # In the order of CTranslate2's type ids; bfloat16 has no numpy type and is not used by Whisper's.
 _DTYPES = ("float32", "int8", "int16", "int32", "float16")
 
@@ -89,7 +90,7 @@ def load_whisper(folder: Path | None = None) -> SpeechSource:
         ),
         WhisperProcessor.from_pretrained(folder, local_files_only=True),
         NAME,
-        f"sha256:{WHISPER_FILES[0].sha256}",
+        REVISION,
     )
 
 
