@@ -107,7 +107,9 @@ class SpeechSource:
     def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
         """The model's transcripts."""
         features, _ = self._encode(inputs)
-        out = self.model.generate(features, **kwargs)
+        # All frames are heard, silence too; without a mask transformers warns that it cannot tell.
+        heard = torch.ones_like(features[:, 0], dtype=torch.long)
+        out = self.model.generate(features, attention_mask=heard, **kwargs)
         return self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)
 
     @property
