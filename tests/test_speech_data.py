@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 
 from mm_c2c.errors import InputError
+from mm_c2c.evaluation.tasks import is_right
+from mm_c2c.pretrained import read_header
 from mm_c2c.recordings import SAMPLING_RATE, read_wav, write_wav
+from mm_c2c.reference import whisper
+from mm_c2c.reference.fetch import HUB_ID
+from mm_c2c.reference.models import SPEECH_FOLDER, load_saved_bridge
 from mm_c2c.reference.speech_data import (
     UNSEEN_SENTENCES,
+    UNSEEN_VOICES,
     Espeak,
     Fact,
     draw_facts,
@@ -141,3 +147,22 @@ def test_espeak_speaks(tmp_path: Path) -> None:
     heard = Espeak(espeak_path(cache_dir=tmp_path)).speak("en-us", "The red ball.")
     assert SAMPLING_RATE / 2 < len(heard) < 3 * SAMPLING_RATE
     assert heard.max() > 0.1
+
+
+def test_the_shipped_fuser_names_the_weights_that_it_reads() -> None:
+    header = read_header(SPEECH_FOLDER)
+    (origin,) = header["sources"].values()
+    assert (origin["model"], origin["revision"]) == (whisper.NAME, whisper.REVISION)
+    assert header["target"]["model"] == HUB_ID
+
+
+@pytest.mark.network
+def test_the_shipped_fuser_answers_about_what_was_said() -> None:
+    """A sentence and a voice that no training had; SmolLM2, Whisper and eSpeak NG are fetched."""
+    bridge = load_saved_bridge(str(SPEECH_FOLDER))
+    fact = draw_facts(0)[1][0]
+    spoken = Espeak(espeak_path()).speak(UNSEEN_VOICES[0], fact.sentence)
+    seen = bridge.perceive(SourceInput(audio=read_wav(write_wav(spoken))))
+    for asked in fact.questions():
+        (answer,) = bridge.generate(seen, [asked["question"]], max_new_tokens=12, do_sample=False)
+        assert is_right(answer, asked["answer"])

@@ -27,6 +27,8 @@ SYSTEM = "Answer the question about the picture in one or two words."
 HERE = Path(__file__).parent
 SOURCE_FOLDER = HERE / "source"
 BRIDGE_FOLDER = HERE / "bridge"
+SPEECH_FOLDER = HERE / "speech"
+"""The fuser from Whisper tiny.en."""
 _TINY_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'answer: ' }}"
 
 
