@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             max_steps=args.max_steps,
             fps=args.fps,
+            linger_s=60.0,
         )
         if args.record:
             episode = record(episode, args.record, {"level": args.level, "seed": args.seed})

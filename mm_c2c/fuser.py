@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_c2c.align.layers import KINDS, LayerMap, layer_map, mix_init
-from mm_c2c.align.patches import PatchResampler
+from mm_c2c.align.resampler import PatchResampler
 from mm_c2c.cache import CacheShape
 from mm_c2c.config import check_one_of
 from mm_c2c.errors import ConfigError, ShapeError

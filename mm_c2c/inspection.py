@@ -197,7 +197,8 @@ def _slots(link: LinkConfig) -> str:
         return "aligned to the words of the question"
     several = f", for each of {link.images} pictures" if link.images > 1 else ""
     drawn = f", of {' and '.join(link.kinds)}" if link.kinds else ""
-    return f"slots   {link.rows} x {link.cols}{several}{drawn}"
+    asked = f", asked by {' and '.join(link.asking)}" if link.asking else ""
+    return f"slots   {link.rows} x {link.cols}{several}{drawn}{asked}"
 
 
 def _describe_model(what: str) -> str:

@@ -11,14 +11,8 @@ from torch import Tensor
 from transformers import Cache
 
 from mm_c2c.align import Alignment
-from mm_c2c.align.patches import (
-    PatchResampler,
-    ResamplerConfig,
-    align_all,
-    align_pooled,
-    line_up,
-    patch_coordinates,
-)
+from mm_c2c.align.patches import align_all, align_pooled, line_up, patch_coordinates
+from mm_c2c.align.resampler import Asking, PatchResampler, ResamplerConfig
 from mm_c2c.cache import LayerKV, PatchGrid, PositionKind, SourceCache, read_layers, with_layers
 from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
 from mm_c2c.fuser import CacheFuser, FuserConfig
@@ -51,6 +45,8 @@ class LinkConfig:
         kinds: what the slots draw on in place of patches: positions of these kinds, such as
             `("state", "action")`, as a picture of one row in the prompt's order. With rows 1 and
             cols their number, a position gets a slot; fewer are pooled. For `slots` only.
+        asking: positions of these kinds say what the slots of a resampler look for: with
+            `("action",)`, a policy's actions say which patches they lead to. For `resampler` only.
     """
 
     source: str
@@ -61,6 +57,7 @@ class LinkConfig:
     images: int = 1
     pooling: str = "window"
     kinds: tuple[str, ...] = ()
+    asking: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
@@ -81,10 +78,16 @@ class LinkConfig:
                 f"images counts pictures that get slots, and geometry 'aligned' has none, got "
                 f"{self.images}; leave images at 1, the source may see any number"
             )
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or len(set(self.kinds)) != len(self.kinds):
+        for name in ("kinds", "asking"):
+            given = getattr(self, name)
+            if set(given) - set(KINDS) or len(set(given)) != len(given):
+                raise ConfigError(
+                    f"{name} must be some of {', '.join(KINDS)}, each once, got {', '.join(given)}"
+                )
+        if self.asking and self.pooling != "resampler":
             raise ConfigError(
-                f"kinds must be some of {', '.join(KINDS)}, each once, got {', '.join(self.kinds)}"
+                f"asking says what the slots of a resampler look for, got pooling "
+                f"{self.pooling!r}; set pooling to 'resampler' or leave asking empty"
             )
         if self.kinds and (self.geometry, self.rows, self.images) != ("slots", 1, 1):
             raise ConfigError(
@@ -96,7 +99,8 @@ class LinkConfig:
     @property
     def name(self) -> str:
         """What the link's weights are saved under."""
-        return "_".join([self.source, self.geometry, *self.kinds])
+        asked = ["by", *self.asking] if self.asking else []
+        return "_".join([self.source, self.geometry, *self.kinds, *asked])
 
     @property
     def num_slots(self) -> int:
@@ -124,10 +128,10 @@ def build_fuser(link: LinkConfig) -> CacheFuser:
         return CacheFuser(link.fuser)
     shape = link.fuser.source
     width = shape.num_layers * 2 * shape.width
-    slots = link.rows * link.cols
-    return CacheFuser(
-        link.fuser, PatchResampler(ResamplerConfig(num_slots=slots, source_width=width))
+    config = ResamplerConfig(
+        num_slots=link.rows * link.cols, source_width=width, asked=bool(link.asking)
     )
+    return CacheFuser(link.fuser, PatchResampler(config))
 
 
 def align_slots(
@@ -142,17 +146,22 @@ def align_slots(
         index: `(batch, num_slots)`: where in the target's prompt the slots stand.
 
     Raises:
+        AlignmentError: a row has no position of a kind that the link names.
         ShapeError: a row has more pictures than the slots hold.
     """
+    asking = None
+    if link.asking:
+        lined = _line_up(source, link.asking)
+        asking = Asking(lined.patches[..., 0] >= 0, patch_coordinates(lined))
     if link.kinds:
-        source = line_up(source, [PositionKind[kind.upper()] for kind in link.kinds])
+        source = _line_up(source, link.kinds)
     _check_pictures(link, source)
     if link.pooling == "window":
         return align_pooled(source, PatchGrid(link.rows, link.cols), index, image=None)
     resampler: Any = fuser.resampler
     states = _source_states(link, source).flatten(2)
     alignment = align_all(source, link.rows * link.cols, index, image=None)
-    return resampler(states, patch_coordinates(source), alignment)
+    return resampler(states, patch_coordinates(source), alignment, asking)
 
 
 def gather_inputs(
@@ -213,6 +222,10 @@ def write_link(
     new_values = own[..., 1, :].scatter_add(3, at, (values * keep).to(own.dtype))
     written = map(LayerKV, new_keys, new_values)
     return with_layers(cache, dict(zip(indices, written, strict=True)))
+
+
+def _line_up(source: SourceCache, kinds: Sequence[str]) -> SourceCache:
+    return line_up(source, [PositionKind[kind.upper()] for kind in kinds])
 
 
 def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:

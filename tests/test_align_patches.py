@@ -1,76 +1,22 @@
-import math
 from dataclasses import replace
 
 import pytest
 import torch
+from grids import TWO_IMAGES, TWO_ROWS, by_position, make_cache, slots_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from mm_c2c.align import Alignment
-from mm_c2c.align.patches import (
-    NUM_FREQUENCIES,
-    PatchResampler,
-    ResamplerConfig,
-    align_all,
-    align_pooled,
-    line_up,
-    patch_coordinates,
-)
-from mm_c2c.cache import (
-    CacheOrigin,
-    LayerKV,
-    PatchGrid,
-    PositionKind,
-    SourceCache,
-    empty_spans,
-)
-from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
+from mm_c2c.align.patches import align_all, align_pooled, line_up, patch_coordinates
+from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
+from mm_c2c.errors import AlignmentError
 
 # The first call of a torch operation may take longer than hypothesis allows an example.
 unhurried = settings(max_examples=60, deadline=None)
 sides = st.integers(1, 7)
 grids = st.builds(PatchGrid, sides, sides)
-TWO_IMAGES = [[PatchGrid(2, 3), PatchGrid(3, 3)], [PatchGrid(4, 5), PatchGrid(2, 2)]]
-TWO_ROWS = [[PatchGrid(2, 3)], [PatchGrid(4, 5), PatchGrid(3, 3)]]
-
-
-def row_patches(images: list[PatchGrid]) -> list[tuple[int, int, int]]:
-    """A prompt: two template tokens before each image, three text tokens at the end."""
-    row = []
-    for image, grid in enumerate(images):
-        row += [(-1, -1, -1)] * 2
-        row += [(image, r, c) for r in range(grid.rows) for c in range(grid.cols)]
-    return row + [(-1, -1, -1)] * 3
-
-
-def make_cache(images: list[list[PatchGrid]]) -> SourceCache:
-    """A left-padded batch; each row has its own images."""
-    rows = [row_patches(row) for row in images]
-    seq_len = max(map(len, rows))
-    patches = torch.tensor([[(-1, -1, -1)] * (seq_len - len(row)) + row for row in rows])
-    batch = len(rows)
-    states = torch.zeros(batch, 1, seq_len, 2)
-    return SourceCache(
-        layers=(LayerKV(states, states),),
-        layer_indices=(0,),
-        position_ids=torch.arange(seq_len).expand(batch, -1),
-        kinds=torch.where(patches[..., 0] >= 0, PositionKind.IMAGE, PositionKind.TEXT),
-        patches=patches,
-        grids=tuple(
-            tuple(PatchGrid(grid.rows, grid.cols, image) for image, grid in enumerate(row))
-            for row in images
-        ),
-        spans=empty_spans(batch, seq_len),
-        texts=("",) * batch,
-        rope=(None,),
-        origin=CacheOrigin("tiny", None, "tiny"),
-    )
-
-
-def slots_of(cache: SourceCache, num_slots: int) -> Tensor:
-    return torch.arange(4, 4 + num_slots).expand(cache.batch_size, -1)
 
 
 def image_states(cache: SourceCache, states: Tensor, row: int, image: int) -> Tensor:
@@ -239,35 +185,6 @@ def test_slots_of_images_that_a_row_lacks_take_nothing():
             torch.testing.assert_close(found.gather(states)[row], expected)
 
 
-def test_a_batch_without_any_image_takes_nothing(resampler):
-    cache = make_cache([[], []])
-    states = torch.randn(2, cache.seq_len, 5)
-    for align, size in ((align_pooled, PatchGrid(2, 2)), (align_all, 4)):
-        found = align(cache, size, slots_of(cache, 8), image=None)
-        for alignment in (found, resampler(states, patch_coordinates(cache), found)):
-            assert not alignment.mask.any()
-            assert (alignment.gather(states) == 0).all()
-
-
-def test_a_resampler_reads_an_image_alike_whatever_other_rows_show(resampler):
-    cache = make_cache([*TWO_ROWS, []])
-    states = torch.randn(3, cache.seq_len, 5, requires_grad=True)
-    alignment = align_all(cache, 4, slots_of(cache, 8), image=None)
-    found = resampler(states, patch_coordinates(cache), alignment).gather(states)
-    for row, images in enumerate((1, 2)):
-        one = make_cache([TWO_ROWS[row]])
-        own = states[row : row + 1, cache.seq_len - one.seq_len :]
-        alone = align_all(one, 4, slots_of(one, 4 * images), image=None)
-        expected = resampler(own, patch_coordinates(one), alone).gather(own)[0]
-        torch.testing.assert_close(found[row, : 4 * images], expected)
-    assert (found[0, 4:] == 0).all()
-    assert (found[2] == 0).all()
-    found.square().sum().backward()
-    assert states.grad.isfinite().all()
-    assert all(parameter.grad.isfinite().all() for parameter in resampler.parameters())
-    assert (states.grad[2] == 0).all()
-
-
 def test_the_finest_view_of_an_image_is_pooled_and_all_views_are_read():
     cache = make_cache([[PatchGrid(2, 2), PatchGrid(3, 4), PatchGrid(2, 3)]])
     overview, fine, other = cache.grids[0]
@@ -343,178 +260,3 @@ def test_coordinates_are_patch_centres_whatever_the_grid():
         [0.75, 0.125],
     ]
     assert (found[~is_patch] == 0).all()
-
-
-# --- the resampler ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def resampler() -> PatchResampler:
-    torch.manual_seed(0)
-    return PatchResampler(ResamplerConfig(num_slots=4, source_width=5, width=12))
-
-
-def rms(x: Tensor) -> Tensor:
-    return x / (x.pow(2).mean() + torch.finfo(x.dtype).eps).sqrt()
-
-
-def weigh_slowly(
-    resampler: PatchResampler, states: Tensor, coordinates: Tensor, alignment: Alignment, row: int
-) -> Tensor:
-    """`(num_slots, source_len)` of one row, slot by slot, over its readable positions only."""
-    weights = torch.zeros(resampler.config.num_slots, states.shape[1])
-    for slot in range(resampler.config.num_slots):
-        readable = alignment.source_index[row, slot][alignment.weights[row, slot] > 0].tolist()
-        scores = []
-        for position in readable:
-            y, x = coordinates[row, position].tolist()
-            waves = [[axis * math.pi * 2**i for i in range(NUM_FREQUENCIES)] for axis in (y, x)]
-            angles = torch.tensor(waves[0] + waves[1])
-            place = resampler.place_in(torch.cat([angles.sin(), angles.cos()]))
-            key = rms(resampler.source_in(rms(states[row, position])) + place)
-            scores.append(float(resampler.queries[slot] @ key) / math.sqrt(12))
-        total = sum(math.exp(score) for score in scores)
-        for position, score in zip(readable, scores, strict=True):
-            weights[slot, position] = math.exp(score) / total
-    return weights
-
-
-def by_position(alignment: Alignment, source_len: int) -> Tensor:
-    """The weights of an alignment as `(batch, target_len, source_len)`."""
-    weights = torch.zeros(*alignment.mask.shape, source_len)
-    return weights.scatter_add(2, alignment.source_index, alignment.weights)
-
-
-@torch.no_grad()
-def test_the_resampler_equals_a_plain_loop(resampler):
-    cache = make_cache(TWO_ROWS)
-    states, coordinates = torch.randn(2, cache.seq_len, 5), patch_coordinates(cache)
-    for readable in (
-        align_all(cache, 4, slots_of(cache, 4)),
-        align_pooled(cache, PatchGrid(2, 2), slots_of(cache, 4)),
-    ):
-        found = resampler(states, coordinates, readable)
-        for row in range(2):
-            expected = weigh_slowly(resampler, states, coordinates, readable, row)
-            torch.testing.assert_close(by_position(found, cache.seq_len)[row], expected)
-
-
-@torch.no_grad()
-def test_the_resampler_weighs_every_patch_and_nothing_else(resampler):
-    cache = make_cache(TWO_ROWS)
-    readable = align_all(cache, 4, slots_of(cache, 4))
-    found = resampler(torch.randn(2, cache.seq_len, 5), patch_coordinates(cache), readable)
-    assert found.weights.shape == (2, 4, 20)
-    assert found.weights.dtype == torch.float32
-    torch.testing.assert_close(found.weights.sum(2), torch.ones(2, 4))
-    is_patch = (cache.patches[..., 0] == 0).unsqueeze(1).expand(-1, 4, -1)
-    assert ((by_position(found, cache.seq_len) > 0) == is_patch).all()
-    for name in ("source_index", "target_index", "mask"):
-        assert torch.equal(getattr(found, name), getattr(readable, name))
-
-
-@torch.no_grad()
-def test_the_resampler_asks_the_same_of_each_image(resampler):
-    cache = make_cache(TWO_IMAGES)
-    states, coordinates = torch.randn(2, cache.seq_len, 5), patch_coordinates(cache)
-    both = resampler(states, coordinates, align_all(cache, 4, slots_of(cache, 8), image=None))
-    for image in range(2):
-        alone = align_all(cache, 4, slots_of(cache, 4), image=image)
-        expected = by_position(resampler(states, coordinates, alone), cache.seq_len)
-        found = by_position(both, cache.seq_len)[:, 4 * image : 4 * image + 4]
-        torch.testing.assert_close(found, expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("row", [0, 1])
-def test_the_resampler_reads_a_padded_row_as_the_row_alone(resampler, row):
-    together, alone = make_cache(TWO_ROWS), make_cache([TWO_ROWS[row]])
-    states = torch.randn(2, together.seq_len, 5)
-    own = states[row : row + 1, together.seq_len - alone.seq_len :]
-    found, expected = (
-        resampler(s, patch_coordinates(c), align_all(c, 4, slots_of(c, 4))).gather(s)
-        for s, c in ((states, together), (own, alone))
-    )
-    torch.testing.assert_close(found[row], expected[0])
-
-
-@torch.no_grad()
-def test_the_resampler_reads_a_patch_at_position_0_beside_unused_entries(resampler):
-    padded = Alignment(
-        source_index=torch.tensor([0, 1, 0]).expand(1, 4, -1),
-        weights=torch.tensor([0.5, 0.5, 0.0]).expand(1, 4, -1),
-        target_index=torch.arange(4).unsqueeze(0),
-        mask=torch.ones(1, 4, dtype=torch.bool),
-    )
-    states, coordinates = torch.randn(1, 3, 5), torch.rand(1, 3, 2)
-    found = resampler(states, coordinates, padded)
-    assert (found.weights[..., 2] == 0).all()
-    expected = weigh_slowly(resampler, states, coordinates, padded, 0)
-    torch.testing.assert_close(by_position(found, 3)[0], expected)
-
-
-def test_the_resamplers_weights_pass_gradients_to_all_it_is_made_of(resampler):
-    cache = make_cache(TWO_ROWS)
-    states = torch.randn(2, cache.seq_len, 5, requires_grad=True)
-    alignment = align_all(cache, 4, slots_of(cache, 4))
-    found = resampler(states, patch_coordinates(cache), alignment)
-    found.gather(torch.randn(2, cache.seq_len, 3)).square().sum().backward()
-    for name, parameter in resampler.named_parameters():
-        assert parameter.grad is not None, name
-        assert (parameter.grad.abs().amax(-1) > 1e-6).all(), name
-    assert (states.grad != 0).any(2).tolist() == (cache.patches[..., 0] == 0).tolist()
-
-
-@torch.no_grad()
-def test_the_resampler_tells_places_apart(resampler):
-    cache = make_cache([[PatchGrid(2, 3)]])
-    alignment, coordinates = align_all(cache, 4, slots_of(cache, 4)), patch_coordinates(cache)
-    states = torch.randn(1, cache.seq_len, 5)
-    flipped, moved = states.clone(), coordinates.clone()
-    flipped[0, 2:8] = states[0, 2:8].flip(0)
-    moved[0, 2:8] = coordinates[0, 2:8].flip(0)
-    read = resampler(states, coordinates, alignment).gather(states)
-    same_place = resampler(flipped, coordinates, alignment).gather(flipped)
-    assert (same_place - read).abs().max() > 1e-3
-    moved_along = resampler(flipped, moved, alignment).gather(flipped)
-    torch.testing.assert_close(moved_along, read)
-
-
-def test_a_masked_slot_reads_nothing_and_its_gradients_are_finite(resampler):
-    cache = make_cache([[PatchGrid(2, 3)]])
-    alignment = align_all(cache, 4, slots_of(cache, 4))
-    keep = torch.tensor([[True, False, True, True]])
-    alignment = replace(
-        alignment,
-        source_index=alignment.source_index * keep.unsqueeze(2),
-        weights=alignment.weights * keep.unsqueeze(2),
-        mask=keep,
-    )
-    states = torch.randn(1, cache.seq_len, 5)
-    found = resampler(states, patch_coordinates(cache), alignment)
-    assert ((found.weights != 0).any(2) == keep).all()
-    found.gather(states).square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in resampler.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_resampler_takes_the_states_of_a_half_precision_model(resampler, dtype):
-    cache = make_cache([[PatchGrid(2, 3)]])
-    states = torch.randn(1, cache.seq_len, 5).to(dtype)
-    inputs = patch_coordinates(cache), align_all(cache, 4, slots_of(cache, 4))
-    found = resampler(states, *inputs)
-    torch.testing.assert_close(found.weights, resampler(states.float(), *inputs).weights)
-
-
-def test_the_resampler_refuses_another_number_of_slots(resampler):
-    cache = make_cache([[PatchGrid(2, 3)]])
-    alignment = align_all(cache, 3, slots_of(cache, 3))
-    with pytest.raises(ShapeError, match=r"num_slots=4\), got \(1, 3\)"):
-        resampler(torch.randn(1, cache.seq_len, 5), patch_coordinates(cache), alignment)
-
-
-@pytest.mark.parametrize("name", ["num_slots", "source_width", "width"])
-def test_a_resampler_that_cannot_be_built_is_refused(name):
-    sizes = {"num_slots": 4, "source_width": 5, "width": 12, name: 0}
-    with pytest.raises(ConfigError, match=f"^{name} must be at least 1, got 0"):
-        ResamplerConfig(**sizes)

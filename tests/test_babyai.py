@@ -652,6 +652,6 @@ def test_slots_are_fitted_to_the_words(
         return slot_states(reader, words, cache, [moment, other])
 
     before = {link: slot_loss(states) for link, states in read().items()}
-    fit_heads(reader, (read() for _ in range(2)), ridge=1e-3)
+    fit_heads(reader, reader.config.links, (read() for _ in range(2)), ridge=1e-3)
     for link, states in read().items():
         assert slot_loss(states) < 0.5 * min(before[link], 1.0), link

@@ -905,6 +905,12 @@ def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
             replace(line, **change)
     with pytest.raises(ConfigError, match="'aligned' has none; leave pooling at 'window'"):
         replace(link, geometry="aligned", pooling="resampler")
+    asked = replace(link, pooling="resampler", asking=("action",))
+    assert asked.name == "eyes_slots_by_action"
+    with pytest.raises(ConfigError, match=r"asking must be some of template, .*, got actions"):
+        replace(asked, asking=("actions",))
+    with pytest.raises(ConfigError, match="got pooling 'window'; set pooling to 'resampler'"):
+        replace(asked, pooling="window")
     for links in ((), (link, link)):
         with pytest.raises(ConfigError, match="expected one link or more, no two alike"):
             BridgeConfig(links=links)

@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = [
     path
     for path in sorted(CONFIGS.glob("*.yaml"))
-    if "# mm-c2c train" in path.read_text() and not path.stem.endswith("_reader")
+    if "# mm-c2c train" in path.read_text() and "_reader" not in path.stem
 ]
 
 

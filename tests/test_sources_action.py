@@ -40,6 +40,7 @@ from mm_c2c import (
 )
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, zeroed
 from mm_c2c.errors import AlignmentError, ConfigError, InputError, ShapeError, UnsupportedError
+from mm_c2c.link import align_slots
 from mm_c2c.rope import derotate
 from mm_c2c.sources import Source, SourceInput, action, load_source, source_class
 from mm_c2c.sources.action import (
@@ -364,9 +365,11 @@ def robot_bridge(
     """Slots for two cameras of pi0, and one for each of state and actions; random weights."""
     target = Target(target_model, tokenizer, "tiny")
     fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)
+    asking = ("state", "action") if pooling == "asked" else ()
+    pooling = "resampler" if asking else pooling
     both = {"source": "robot", "geometry": "slots", "fuser": fuser, "pooling": pooling}
     links = (
-        LinkConfig(**both, rows=2, cols=2, images=2),
+        LinkConfig(**both, rows=2, cols=2, images=2, asking=asking),
         LinkConfig(**both, kinds=("state", "action"), rows=1, cols=1 + CHUNK),
     )
     bridge = Bridge(target, {"robot": source}, BridgeConfig(links=links, slot_token="a")).eval()
@@ -378,7 +381,7 @@ def robot_bridge(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pooling", ["window", "resampler"])
+@pytest.mark.parametrize("pooling", ["window", "resampler", "asked"])
 def test_a_closed_bridge_leaves_the_target_as_it_is_whatever_pi0_saw_and_did(
     pi0: PI0Source,
     two_cameras: list[SourceInput],
@@ -436,7 +439,7 @@ def test_state_and_actions_of_pi0_get_a_slot_each(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pooling", ["window", "resampler"])
+@pytest.mark.parametrize("pooling", ["window", "resampler", "asked"])
 @pytest.mark.parametrize("missing", [0, 1])
 def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
     pi0: PI0Source,
@@ -465,6 +468,46 @@ def test_rows_of_pi0_do_not_feel_each_other_in_the_target(
         for got, expected in zip(some.past_key_values.layers, both.layers, strict=True):
             torch.testing.assert_close(got.keys, expected.keys[rows], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(got.values, expected.values[rows], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["resampler", "asked"])
+def test_slots_that_actions_ask_look_elsewhere_when_it_acts_otherwise(
+    pi0: PI0Source,
+    two_cameras: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    pooling: str,
+) -> None:
+    bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer, pooling=pooling)
+    assert ("robot_slots_by_state_action" in bridge.fusers) == (pooling == "asked")
+    look = two_cameras[0]
+    other = dataclasses.replace(look, noise=torch.full((CHUNK, 8), 2.0))
+    caches = [pi0.prefill([each]) for each in (look, other)]
+    here = caches[0].kinds[0] == PositionKind.IMAGE
+    for kv, again in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(kv.values[..., here, :], again.values[..., here, :])
+    link = bridge.config.links[0]
+    index = torch.arange(link.num_slots).unsqueeze(0)
+    fuser = bridge.fusers[link.name]
+    weights = [align_slots(link, fuser, cache, index).weights for cache in caches]  # type: ignore[arg-type]
+    assert ((weights[0] - weights[1]).abs().max() > 1e-3) == (pooling == "asked")
+
+
+def test_a_row_that_does_not_act_cannot_ask(
+    pi0: PI0Source,
+    two_cameras: list[SourceInput],
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+) -> None:
+    bridge = robot_bridge(pi0, tiny_target, tiny_target_tokenizer, pooling="asked")
+    cache = pi0.prefill(two_cameras)
+    quiet = dataclasses.replace(cache, kinds=cache.kinds.clone())
+    quiet.kinds[1, quiet.kinds[1] >= PositionKind.STATE] = PositionKind.TEMPLATE
+    with pytest.raises(
+        AlignmentError, match=r"row 1 of .* has no position of kind STATE or ACTION"
+    ):
+        bridge.fuse_slots({"robot": quiet})
 
 
 def test_answering_from_pi0_leaves_its_actions_as_they_are(

@@ -1,22 +1,17 @@
-"""An image's patches to target slots: pooled by window, or read by a learned resampler."""
+"""An image's patches to target slots: pooled by window, or all of them for a resampler."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from mm_c2c.align import Alignment
 from mm_c2c.cache import PatchGrid, PositionKind, SourceCache
-from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
-
-# Half a period of the finest wave is 1/128 of the image: finer than any grid in use (64 x 64).
-NUM_FREQUENCIES = 8
+from mm_c2c.errors import AlignmentError
 
 
 def align_pooled(
@@ -147,80 +142,6 @@ def finest_patches(cache: SourceCache, row: int, image: int = 0) -> Tensor:
     view = _finest_view(cache, row, image)
     grid = cache.grids[row][view]
     return _patch_positions(cache, row, view).view(grid.rows, grid.cols)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResamplerConfig:
-    """Everything needed to rebuild a `PatchResampler` before its weights are loaded.
-
-    Attributes:
-        num_slots: slots an image gets.
-        source_width: channels of the source's states.
-        width: channels in which slots and patches are compared.
-    """
-
-    num_slots: int
-    source_width: int
-    width: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("num_slots", "source_width", "width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-class PatchResampler(nn.Module):
-    """Learned slots that attend over an image's patches (as BLIP-2's and Perceiver's queries).
-
-    One head, and no projection of what is read: the fuser has its own.
-    """
-
-    def __init__(self, config: ResamplerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.queries = nn.Parameter(torch.randn(config.num_slots, config.width))
-        self.source_in = nn.Linear(config.source_width, config.width, bias=False)
-        self.place_in = nn.Linear(4 * NUM_FREQUENCIES, config.width)
-
-    def forward(self, states: Tensor, coordinates: Tensor, alignment: Alignment) -> Alignment:
-        """Find how much each slot takes of each patch.
-
-        Args:
-            states: `(batch, source_len, source_width)`.
-            coordinates: `(batch, source_len, 2)` in [0, 1], from `patch_coordinates`.
-            alignment: which positions each slot may read, such as `align_all` gives; a weight
-                says only yes (above 0) or no. Of several images, each one's slots ask the same.
-
-        Returns:
-            The alignment with the attention's weights, through which gradients flow.
-        """
-        batch, num_slots = alignment.mask.shape
-        if batch != states.shape[0] or not num_slots or num_slots % self.config.num_slots:
-            raise ShapeError(
-                f"expected an alignment of (batch={states.shape[0]}, a multiple of "
-                f"num_slots={self.config.num_slots}), got {tuple(alignment.mask.shape)}"
-            )
-        places = self.place_in(_fourier(coordinates))
-        keys = _normalise(self.source_in(_normalise(states.float())) + places)
-        scores = self.queries @ keys.transpose(1, 2) / math.sqrt(self.config.width)
-        scores = scores.repeat(1, num_slots // self.config.num_slots, 1)
-        unreadable = alignment.weights == 0
-        # Finite, for a slot that may read nothing would else be 0 / 0.
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.gather(2, alignment.source_index).masked_fill(unreadable, lowest)
-        weights = scores.softmax(2).masked_fill(unreadable, 0)
-        return replace(alignment, weights=weights)
-
-
-def _normalise(states: Tensor) -> Tensor:
-    return F.rms_norm(states, states.shape[-1:])
-
-
-def _fourier(coordinates: Tensor) -> Tensor:
-    """`(..., 2)` in [0, 1] to sines and cosines, `(..., 4 * NUM_FREQUENCIES)`."""
-    octaves = torch.arange(NUM_FREQUENCIES, device=coordinates.device)
-    angles = (coordinates.unsqueeze(-1) * math.pi * 2**octaves).flatten(-2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def _images_of_row(cache: SourceCache, row: int, image: int | None) -> list[int]:

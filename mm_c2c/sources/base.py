@@ -47,6 +47,9 @@ class SourceInput:
         text: a question or an instruction; empty when the source only looks.
         images: pictures, in the order the prompt shows them; a robot's cameras in the policy's
             own order.
+        videos: each the frames of one, alike in size, behind the pictures; for models that merge
+            frames in time. Elsewhere give frames as `images`.
+        fps: frames that a video shows in a second.
         state: `(state_dim,)` float, the robot's joints and gripper in the units of the policy's
             statistics, which normalise it.
         noise: `(action_horizon, action_dim)` float, where a flow-matching policy starts its action
@@ -59,6 +62,8 @@ class SourceInput:
 
     text: str = ""
     images: tuple[Image.Image, ...] = ()
+    videos: tuple[tuple[Image.Image, ...], ...] = ()
+    fps: float = 2.0
     state: Tensor | None = None
     noise: Tensor | None = None
     audio: Tensor | NDArray[np.float32] | None = None

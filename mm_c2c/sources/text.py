@@ -74,7 +74,7 @@ class TextSource(FrozenReader):
         for item in inputs:
             if not item.text.strip():
                 raise InputError("a text source needs a question, got an empty text")
-            if item.images:
+            if item.images or item.videos:
                 raise InputError(f"{self.origin.model} reads text only, but got a picture")
         return encode_chats(self.tokenizer, [item.text for item in inputs], self.model.device)
 

@@ -62,11 +62,17 @@ def view_of_marks(marks: Tensor) -> View:
 
 
 def by_row(
-    inputs: Sequence[SourceInput], views: Sequence[tuple[View, ...]]
+    inputs: Sequence[SourceInput],
+    views: Sequence[tuple[View, ...]],
+    videos: Sequence[Sequence[tuple[View, ...]]] = (),
 ) -> list[list[tuple[View, ...]]]:
-    """The views of each picture of each row."""
-    remaining = iter(views)
-    return [[next(remaining) for _ in item.images] for item in inputs]
+    """The views of each picture of each row, then those of its videos' groups of frames."""
+    remaining, more = iter(views), iter(videos)
+    return [
+        [next(remaining) for _ in item.images]
+        + [group for _ in item.videos for group in next(more)]
+        for item in inputs
+    ]
 
 
 def place(

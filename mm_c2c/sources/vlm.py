@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.video_utils import VideoMetadata
 
 from mm_c2c.align.tokens import locate_text
 from mm_c2c.cache import LayerKV, PositionKind, SourceCache
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.sources.base import TEXT_MARK, FrozenReader, SourceInput, count_positions
 from mm_c2c.sources.views import (
     View,
@@ -46,6 +47,8 @@ class VLMSource(FrozenReader):
     prompt_end = ""
     # Whether a prompt can show one picture only.
     one_picture = False
+    # Whether the model merges a video's frames in time.
+    takes_videos = False
 
     def __init__(
         self,
@@ -64,7 +67,8 @@ class VLMSource(FrozenReader):
         """Read a batch of pictures, each with a question or without.
 
         Raises:
-            InputError: a row has no picture.
+            InputError: a row shows nothing.
+            UnsupportedError: a row shows a video, and the model or its processor takes none.
         """
         rendered = [self.render(item) for item in inputs]
         encoded = self._encode(inputs, rendered, return_offsets_mapping=True)
@@ -73,8 +77,9 @@ class VLMSource(FrozenReader):
         position_ids = self._position_ids(encoded)
         layers, indices, rope = self.read(encoded, position_ids)
         is_image = self._is_image(encoded)
-        views = self.views(encoded, [picture for item in inputs for picture in item.images])
-        patches, grids = place(is_image, by_row(inputs, views))
+        pictures = [picture for item in inputs for picture in item.images]
+        views = self.views(encoded, pictures) if pictures else ()
+        patches, grids = place(is_image, by_row(inputs, views, self.video_views(encoded)))
         spans = torch.stack(
             [
                 self._spans(offsets[row], is_image[row], rendered[row], item)
@@ -115,6 +120,7 @@ class VLMSource(FrozenReader):
     def render(self, item: SourceInput) -> str:
         """The prompt in the model's own template, image placeholders unexpanded."""
         parts: list[Any] = [{"type": "image"}] * len(item.images)
+        parts += [{"type": "video"}] * len(item.videos)
         parts.append({"type": "text", "text": item.text.strip()})
         turns: list[Any] = [{"role": "user", "content": parts}]
         return str(self.processor.apply_chat_template(turns, add_generation_prompt=True))
@@ -130,19 +136,34 @@ class VLMSource(FrozenReader):
             sizes = torch.tensor([encoded["pixel_values"].shape[-2:]] * len(pictures))
         return [(whole_view(rows, cols),) for rows, cols in (sizes // side).tolist()]
 
+    def video_views(self, encoded: Mapping[str, Tensor]) -> Sequence[Sequence[tuple[View, ...]]]:
+        """Of each video of the batch, the views of each group of frames that is merged."""
+        del encoded
+        return ()
+
     def _encode(
         self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
     ) -> dict[str, Tensor]:
         for row, item in enumerate(inputs):
-            if not item.images:
-                raise InputError(f"row {row}: {self.origin.model} needs a picture, got none")
-            if self.one_picture and len(item.images) > 1:
-                raise InputError(
-                    f"row {row}: {self.origin.model} takes one picture, got {len(item.images)}"
+            self._check_shown(item, f"row {row}: {self.origin.model}")
+        shown: dict[str, Any] = {"images": [list(item.images) for item in inputs]}
+        videos = [list(video) for item in inputs for video in item.videos]
+        if videos:
+            # Without metadata the processor takes the frames for some of a longer video.
+            kwargs["video_metadata"] = [
+                VideoMetadata(
+                    total_num_frames=len(video),
+                    fps=item.fps,
+                    frames_indices=list(range(len(video))),
                 )
-        pictures = [list(item.images) for item in inputs]
+                for item in inputs
+                for video in item.videos
+            ]
+            shown = {"images": None, "videos": videos, "do_sample_frames": False}
+            if any(item.images for item in inputs):
+                shown["images"] = [picture for item in inputs for picture in item.images]
         encoded = self.processor(
-            images=pictures,
+            **shown,
             text=list(rendered),
             padding=True,
             padding_side=self.padding_side,
@@ -150,6 +171,25 @@ class VLMSource(FrozenReader):
             **kwargs,
         )
         return {key: torch.as_tensor(v).to(self.model.device) for key, v in encoded.items()}
+
+    def _check_shown(self, item: SourceInput, who: str) -> None:
+        if not item.images and not item.videos:
+            raise InputError(f"{who} needs a picture, got none")
+        if self.one_picture and len(item.images) > 1:
+            raise InputError(f"{who} takes one picture, got {len(item.images)}")
+        if item.videos and not self.takes_videos:
+            raise UnsupportedError(f"{who} takes no video; give its frames as images")
+        if item.videos and getattr(self.processor, "video_processor", None) is None:
+            raise UnsupportedError(
+                f"{who} has a processor without its video part, which needs torchvision: install "
+                "the torchvision of your torch and load the model again, or give frames as images"
+            )
+        for video in item.videos:
+            sizes = sorted({frame.size for frame in video})
+            if not sizes:
+                raise InputError(f"{who} expects a video of one frame or more, got none")
+            if len(sizes) > 1:
+                raise InputError(f"{who} expects a video's frames alike in size, got {sizes}")
 
     def _position_ids(self, encoded: Mapping[str, Tensor]) -> Tensor:
         """`(batch, seq_len)`; `(3, batch, seq_len)` where the model tells rows and columns apart."""
@@ -232,15 +272,50 @@ class Gemma4Source(VLMSource):
 
 
 class QwenVLSource(VLMSource):
-    """Qwen2-VL, 2.5 and 3, Qwen3.5, GLM-4V: a grid as the picture is shaped, in M-RoPE."""
+    """Qwen2-VL, 2.5 and 3, Qwen3.5, GLM-4V: a grid as the picture is shaped, in M-RoPE.
+
+    A video is as many grids as there are groups of frames (of two, in the published models).
+    """
+
+    takes_videos = True
 
     def views(
         self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
     ) -> Sequence[tuple[View, ...]]:
         """One view: the grid of patches, merged by squares."""
+        return [(view,) for _, view in self._grids(encoded["image_grid_thw"])]
+
+    def video_views(self, encoded: Mapping[str, Tensor]) -> Sequence[Sequence[tuple[View, ...]]]:
+        """The same grid for each group of frames."""
+        if "video_grid_thw" not in encoded:
+            return ()
+        return [[(view,)] * count for count, view in self._grids(encoded["video_grid_thw"])]
+
+    def _grids(self, sizes: Tensor) -> list[tuple[int, View]]:
+        """Groups of frames, and the grid of patches of each, merged by squares."""
         merge = self.model.config.vision_config.spatial_merge_size
-        sizes = (encoded["image_grid_thw"][:, 1:] // merge).tolist()
-        return [(whole_view(rows, cols),) for rows, cols in sizes]
+        return [
+            (count, whole_view(rows // merge, cols // merge))
+            for count, rows, cols in sizes.tolist()
+        ]
+
+    def _encode(
+        self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        encoded = super()._encode(inputs, rendered, **kwargs)
+        marked = (encoded["input_ids"] == self.model.config.video_token_id).any()
+        if {"image_grid_thw", "video_grid_thw"} <= encoded.keys() and not marked:
+            # GLM-4V's model puts features in one place for both, and torch would say no more.
+            raise UnsupportedError(
+                f"{self.origin.model} cannot tell pictures from videos of one batch; show it either"
+            )
+        return encoded
+
+    def _is_image(self, encoded: Mapping[str, Tensor]) -> Tensor:
+        """Patches of pictures and of videos."""
+        config = self.model.config
+        ids = encoded["input_ids"]
+        return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
 class IdeficsSource(VLMSource):

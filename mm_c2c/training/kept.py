@@ -30,10 +30,14 @@ def row_key(salt: str, look: SourceInput) -> str:
 
     Args:
         salt: which source, at which precision.
-        look: text, state, action tokens, pictures by their pixels, and a recording by its samples.
+        look: text, state, action tokens, pictures and videos by their pixels, and a recording by
+            its samples.
     """
     digest = hashlib.sha256(repr((salt, look.text, len(look.images))).encode())
-    for picture in look.images:
+    if look.videos:
+        lengths = [len(video) for video in look.videos]
+        digest.update(repr(("videos", lengths, look.fps)).encode())
+    for picture in (*look.images, *(frame for video in look.videos for frame in video)):
         digest.update(repr((picture.mode, picture.size)).encode() + picture.tobytes())
     if look.state is not None:
         digest.update(repr(look.state.tolist()).encode())

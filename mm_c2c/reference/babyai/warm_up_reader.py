@@ -4,8 +4,9 @@
 
 A slot of a cell begins as what the target holds after reading `On the left: red ball`, that of a
 word of the instruction as the word, and that of an action token as the move: the heads of the
-fusers are fitted to that by least squares, in one pass over some moments. It costs no pass through
-the target but one for each phrase; its result is `start` of the reader's training.
+fusers are fitted to that by least squares, in one pass over some moments. Slots that actions ask
+are taught before that to look at what the policy goes for. It costs no pass through the target but
+one for each phrase; its result is `start` of the reader's training.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import write_json
 from mm_c2c.fuser import CacheFuser, SharedProjection
-from mm_c2c.link import align_slots
+from mm_c2c.link import LinkConfig, align_slots
 from mm_c2c.reference.babyai.levels import ACTIONS, AGENT_CELL, Camera
+from mm_c2c.reference.babyai.point import teach
 from mm_c2c.reference.babyai.questions import MOTIONS, in_view
 from mm_c2c.reference.babyai.rollouts import Step, load_episodes
 from mm_c2c.reference.train_fuser import last_states, read_phrases
 from mm_c2c.reference.trainer import run
+from mm_c2c.sources.action import TokenActionSource
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.models import build_bridge, load_source, load_target
@@ -44,6 +47,8 @@ _NOTHING = "nothing"
 _TURNS = ("Next move:", "Second move:", "Third move:", "Fourth move:")
 # Where a GELU is all but straight, and how widely a head's inner values may lie around it.
 _STRAIGHT, _SPREAD = 3.0, 0.7
+# What stands before what a slot shows that looks for the policy's goal.
+_GOAL = "It goes for its goal. "
 # Between the mission and the past moves, in the words that a policy reads.
 _PAST = "past"
 
@@ -56,31 +61,41 @@ class WarmUpConfig:
         reader: config of the training that follows; its links and models are taken.
         rollouts: episodes of the policy, as `rollouts` writes them.
         out: where the bridge (`out/bridge`) and its distance from the words (`out/loss.json`) go.
+        start: folder of a saved bridge whose fusers are taken as they are; only the links that it
+            lacks are fitted.
         target: Hub id or folder in place of the reader's own, where that is given.
         moments: to fit on.
         held_out: to measure on.
         batch_size: moments at once.
         ridge: of the regression, as a share of the features' mean square.
+        look_steps: by which slots that are asked learn where to look, of 64 moments each.
         seed: of the fusers' other weights and of which moments.
     """
 
     reader: Path
     rollouts: Path
     out: Path
+    start: Path | None = None
     target: str | None = None
     moments: int = 128
     held_out: int = 32
     batch_size: int = 8
     ridge: float = 1e-3
+    look_steps: int = 700
     seed: int = 0
 
 
-def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]:
+def phrases(cache: SourceCache, steps: Sequence[Step], lead: str = "") -> list[list[str | None]]:
     """What each position of a policy's cache stands for, in the target's words; None for the rest.
 
     A phrase ends in what its position alone knows, so that its last token holds all of it: the
     thing in a cell after the side on which the cell lies, a word after the one before it. There are
     few of them, for each costs a pass through the target.
+
+    Args:
+        cache: of the policy.
+        steps: what its rows show.
+        lead: stands before what a cell shows.
     """
     rows = []
     for row, step in enumerate(steps):
@@ -97,7 +112,7 @@ def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]
             strict=True,
         ):
             if kind == PositionKind.IMAGE:
-                found.append(f"{_place(y, x)}: {seen.get((y, x), _NOTHING)}")
+                found.append(f"{lead}{_place(y, x)}: {seen.get((y, x), _NOTHING)}")
             elif kind == PositionKind.TEXT:
                 told.append(cache.texts[row][start:end].strip())
                 found.append(f"{_lead(told)} {' '.join(told[-2:])}")
@@ -174,12 +189,12 @@ def slot_states(
     sizes = [link.num_slots for link in links]
     positions = torch.arange(length).expand(batch, -1)
     found = last_states(layers, positions, bridge.target.rope(length), sum(sizes)).float()
-    told = phrases(cache, steps)
-    truth = words.states(told)
-    counts = Counter(phrase for row in told for phrase in row)
-    rarity = torch.tensor([[1 / counts[phrase] for phrase in row] for row in told])
     states = {}
     for link, part in zip(links, found.unflatten(0, (batch, -1)).split(sizes, 1), strict=True):
+        told = phrases(cache, steps, _GOAL if link.asking else "")
+        truth = words.states(told)
+        counts = Counter(phrase for row in told for phrase in row)
+        rarity = torch.tensor([[1 / counts[phrase] for phrase in row] for row in told])
         index = torch.arange(link.num_slots).expand(batch, -1)
         alignment = align_slots(link, bridge.fusers[link.name], cache, index)  # type: ignore[arg-type]
         wanted = alignment.gather(truth.flatten(2)).unflatten(2, truth.shape[2:])
@@ -269,11 +284,23 @@ def warm_up(config: WarmUpConfig) -> None:
     reader = load_config(TrainingConfig, config.reader, [*overrides, "start=null"])
     ((name, model),) = reader.sources.items()
     source = load_source(model)
+    if not isinstance(source, TokenActionSource):
+        raise ConfigError(f"expected a policy that writes action tokens, got {model.model}")
     bridge = build_bridge(reader, load_target(reader.target), {name: source})
-    steps = [step for episode in load_episodes(config.rollouts) for step in episode.steps[:40]]
+    taken = take(bridge, config.start)
+    fitted = [link for link in bridge.config.links if link.name not in taken]
+    episodes = load_episodes(config.rollouts)
+    looks = {
+        link.name: teach(
+            bridge, link, source, episodes, steps=config.look_steps, batch_size=64, seed=config.seed
+        )
+        for link in fitted
+        if link.asking
+    }
+    steps = [step for episode in episodes for step in episode.steps[:40]]
     chosen = random.Random(config.seed).sample(steps, config.moments + config.held_out)
     words, camera = Phrases(bridge), Camera()
-    highest = source.bins.vocab_size - 1  # type: ignore[attr-defined]
+    highest = source.bins.vocab_size - 1
 
     def read(batch: Sequence[Step]) -> dict[str, SlotStates]:
         looks = [
@@ -287,9 +314,8 @@ def warm_up(config: WarmUpConfig) -> None:
         with torch.no_grad():
             return slot_states(bridge, words, source.prefill(looks), batch)
 
-    fit_heads(
-        bridge, map(read, batched(chosen[config.held_out :], config.batch_size)), config.ridge
-    )
+    batches = map(read, batched(chosen[config.held_out :], config.batch_size))
+    fit_heads(bridge, fitted, batches, config.ridge)
     losses = [
         {link: float(slot_loss(states)) for link, states in read(batch).items()}
         for batch in batched(chosen[: config.held_out], config.batch_size)
@@ -297,14 +323,30 @@ def warm_up(config: WarmUpConfig) -> None:
     mean = {link: sum(row[link] for row in losses) / len(losses) for link in losses[0]}
     logger.info("squared distance from the words, 1 knows their mean: %s", mean)
     bridge.save_pretrained(config.out / "bridge")
-    write_json(config.out / "loss.json", mean)
+    write_json(config.out / "loss.json", {"distance": mean, "looks_at_goal": looks})
 
 
-def fit_heads(bridge: Bridge, batches: Iterable[dict[str, SlotStates]], ridge: float) -> None:
-    """Fit the heads of all links; each batch must be fused as it is asked for."""
+def take(bridge: Bridge, start: Path | None) -> set[str]:
+    """Put the fusers of a saved bridge into the links that are alike; returns those."""
+    if start is None:
+        return set()
+    saved = Bridge.from_pretrained(start, bridge.target, bridge.sources)
+    alike = {link.name for link in saved.config.links if link in bridge.config.links}
+    for name in alike:
+        bridge.fusers[name].load_state_dict(saved.fusers[name].state_dict())
+    return alike
+
+
+def fit_heads(
+    bridge: Bridge,
+    links: Iterable[LinkConfig],
+    batches: Iterable[dict[str, SlotStates]],
+    ridge: float,
+) -> None:
+    """Fit the heads of some links; each batch must be fused as it is asked for."""
     fits = {
         link.name: HeadFit(bridge.fusers[link.name], ridge)  # type: ignore[arg-type]
-        for link in bridge.config.links
+        for link in links
     }
     for states in batches:
         for link, fit in fits.items():

@@ -1,0 +1,107 @@
+"""Slots that a policy's actions ask, taught to look at what it goes for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
+from mm_c2c.reference.babyai.levels import AGENT_CELL, seeds
+from mm_c2c.reference.babyai.point import aims, teach
+from mm_c2c.reference.babyai.questions import answers, in_view
+from mm_c2c.reference.babyai.rollouts import POLICY, Episode, load_policy, roll_out
+from mm_c2c.reference.babyai.warm_up_reader import take
+from mm_c2c.sources.action import TokenActionSource
+
+
+@pytest.fixture(scope="module")
+def policy() -> TokenActionSource:
+    return load_policy(POLICY)
+
+
+@pytest.fixture(scope="module")
+def episodes(policy: TokenActionSource) -> list[Episode]:
+    pytest.importorskip("minigrid", reason="episodes need minigrid: pip install mm-c2c[robot]")
+    return list(roll_out(policy, "GoToLocal", seeds("train", 0, 12)))
+
+
+def build(policy: TokenActionSource, target: Target, *, plain: bool) -> Bridge:
+    """A slot that actions ask; before it, those of cells, or of words."""
+    fuser = FuserConfig(source=policy.shape, target=target.shape, hidden_size=24, rank=12)
+    links = (
+        LinkConfig(source="p", geometry="slots", fuser=fuser, rows=7, cols=7),
+        LinkConfig(
+            source="p",
+            geometry="slots",
+            fuser=fuser,
+            rows=1,
+            cols=1,
+            pooling="resampler",
+            asking=() if plain else ("action",),
+        ),
+    )
+    config = BridgeConfig(links=links[: 1 if plain else 2], slot_token="a")
+    return Bridge(target, {"p": policy}, config)
+
+
+@pytest.fixture
+def target(tiny_target: Any, tiny_target_tokenizer: Any) -> Target:
+    return Target(tiny_target, tiny_target_tokenizer, "tiny")
+
+
+def test_an_aim_is_where_the_camera_shows_what_was_reached(episodes: list[Episode]) -> None:
+    found = aims(episodes)
+    assert len(found) > 20
+    owners = {id(step): (e, n) for e in episodes for n, step in enumerate(e.steps)}
+    several = 0
+    for aim in found:
+        episode, number = owners[id(aim.step)]
+        goal = answers(episode, number)["object"]
+        row, column = aim.cell
+        place = (AGENT_CELL[1] - row, column - AGENT_CELL[0])
+        assert (goal, *place) in in_view(aim.step)
+        assert aim.texts[0] == aim.step.text
+        _, past = aim.step.text.split(". past: ")
+        for text in aim.texts[1:]:
+            mission, said = text.split(". past: ")
+            assert said == past
+            assert goal not in mission
+            several += 1
+    assert several > 20
+
+
+def test_slots_learn_to_look_at_it_whatever_the_instruction_says(
+    policy: TokenActionSource, episodes: list[Episode], target: Target
+) -> None:
+    torch.manual_seed(0)
+    bridge = build(policy, target, plain=False)
+    link = bridge.config.links[1]
+    other = {k: v.clone() for k, v in bridge.state_dict().items() if ".resampler." not in k}
+    again = episodes * 4  # so that what is kept to measure on was learned from
+    before, after = (
+        teach(bridge, link, policy, again, steps=steps, batch_size=16, seed=0) for steps in (1, 40)
+    )
+    for name in ("true", "false"):
+        assert before[name] < 0.3
+        assert after[name] > 0.5
+    state = bridge.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in other.items())
+
+
+def test_a_saved_bridges_fusers_are_taken_where_links_are_alike(
+    policy: TokenActionSource, target: Target, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    saved = build(policy, target, plain=True)
+    saved.save_pretrained(tmp_path)
+    torch.manual_seed(2)
+    bridge = build(policy, target, plain=False)
+    own = bridge.fusers["p_slots_by_action"].resampler.queries.clone()  # type: ignore[union-attr, operator]
+    assert take(bridge, None) == set()
+    assert take(bridge, tmp_path) == {"p_slots"}
+    for key, value in saved.fusers["p_slots"].state_dict().items():
+        assert torch.equal(bridge.fusers["p_slots"].state_dict()[key], value)
+    assert torch.equal(bridge.fusers["p_slots_by_action"].resampler.queries, own)  # type: ignore[union-attr]
