@@ -23,7 +23,8 @@ from families import TinyVLM
 from PIL import Image
 from safetensors.torch import load
 
-from mm_c2c import Bridge
+from mm_c2c import Bridge, FuserConfig, LinkConfig
+from mm_c2c.cache import CacheShape
 from mm_c2c.cli import main
 from mm_c2c.config import load_config, override
 from mm_c2c.errors import ConfigError, InputError, TrainingError, UnsupportedError
@@ -295,12 +296,44 @@ def test_dropped_links_leave_all_their_slots(config: TrainingConfig) -> None:
     config = override(config, [*still, "drop.sources=0", "drop.links=1"])
     before = go(config)
     assert_same(go(override(config, ["phases.generate.steps=3"])), before)
-    objective = Objective(None, None, DropConfig(sources=0, slots=0.2, links=0.5))  # type: ignore[arg-type]
+    drop = DropConfig(sources=0, slots=0.2, links=0.5, named={"eyes_aligned": 0.0})
+    objective = Objective(None, None, drop)  # type: ignore[arg-type]
     rng = random.Random(0)
-    rows = [objective._kept_slots(50, rng) for _ in range(200)]
+    shape = CacheShape(num_layers=1, num_key_value_heads=1, head_dim=2)
+    fuser = FuserConfig(source=shape, target=shape)
+    link = LinkConfig(source="eyes", geometry="slots", rows=5, cols=10, fuser=fuser)
+    rows = [objective._kept_slots(link, rng) for _ in range(200)]
     dropped = [row for row in rows if not any(row)]
     assert 70 < len(dropped) < 130
     assert 0.75 < sum(map(sum, rows)) / (50 * (200 - len(dropped))) < 0.85
+    spared = replace(objective, drop=DropConfig(links=1.0, named={link.name: 0.0}))
+    assert all(spared._kept_slots(link, rng))
+
+
+def test_a_link_is_dropped_by_its_name(config: TrainingConfig) -> None:
+    still = ["optimizer.name=adamw", "optimizer.weight_decay=0", "phases.reconstruct.steps=0"]
+    config = override(config, [*still, "drop.sources=0"])
+    before = go(override(config, ["drop.links=1"]))
+    named = ["drop.named.eyes_slots=1.0", "phases.generate.steps=3"]
+    assert_same(go(override(config, named)), before)
+    with pytest.raises(ConfigError, match=r"a link of drop.named must be one of .*eyes_slots"):
+        go(override(config, ["drop.named.eyes=1.0"]))
+    with pytest.raises(ConfigError, match=r"drop.named.eyes must be in \[0, 1\], got 2"):
+        override(config, ["drop.named.eyes=2.0"])
+
+
+def test_frozen_weights_stay_while_others_move(config: TrainingConfig, tmp_path: Path) -> None:
+    first = go(override(config, ["phases.generate.steps=3"]))
+    again = ["frozen=[eyes_slots.projection.head_]", "phases.generate.steps=6"]
+    start = [f"start={config.out / 'bridge'}", f"out={tmp_path / 'more'}"]
+    after = go(override(config, [*again, *start]))
+    moved = {name for name, weight in after.items() if not torch.equal(weight, first[name])}
+    heads = {name for name in after if name.startswith("eyes_slots.projection.head_")}
+    assert heads
+    assert not moved & heads
+    assert len(moved) > len(heads) / 2
+    with pytest.raises(ConfigError, match="no weight's name begins with 'ears'; links: eyes_slots"):
+        go(override(config, ["frozen=[ears]"]))
 
 
 def test_dropped_slots_and_sources_leave_their_mark(config: TrainingConfig) -> None:

@@ -138,6 +138,7 @@ class DropConfig:
         slots: share of slots that stay as the target has them.
         links: share of rows in which all slots of a link stay so, drawn for each link: what is left
             out when a reader is asked with one of its links only.
+        named: shares of single links, by the name that a bridge gives them, in place of `links`.
         questions: share of rows in which the sources of slots look without reading the question;
             1 is question-blind: look once, ask any number of questions.
     """
@@ -145,11 +146,18 @@ class DropConfig:
     sources: float = 0.1
     slots: float = 0.0
     links: float = 0.0
+    named: dict[str, float] = field(default_factory=dict)
     questions: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("sources", "slots", "links", "questions"):
             _share(f"drop.{name}", getattr(self, name))
+        for name, share in self.named.items():
+            _share(f"drop.named.{name}", share)
+
+    def share_of(self, link: str) -> float:
+        """Of rows in which this link is left out."""
+        return self.named.get(link, self.links)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +213,8 @@ class TrainingConfig:
         slot_token: as in `BridgeConfig`.
         phases: what is learned, and for how long.
         drop: what is left out at random.
+        frozen: how the names of the fusers' weights begin that stay as they are, such as a link's
+            name, where others are to be trained beside it.
         optimizer: how weights move.
         batch_size: examples of a step, over all processes and pieces: the number of processes does
             not change what a step sees.
@@ -231,6 +241,7 @@ class TrainingConfig:
     slot_token: str = " image"
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     drop: DropConfig = field(default_factory=DropConfig)
+    frozen: tuple[str, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 32
     accumulation: int = 1

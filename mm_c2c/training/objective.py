@@ -20,6 +20,7 @@ from transformers import Cache
 from mm_c2c.bridge import Bridge, FusedInputs, Perception
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, select_rows
 from mm_c2c.errors import InputError
+from mm_c2c.link import LinkConfig
 from mm_c2c.reference import packing
 from mm_c2c.rope import derotate
 from mm_c2c.sources.base import SourceInput, count_positions, full_cache
@@ -208,9 +209,9 @@ class Objective:
                 looks = [examples[owner].look(question) for owner, question in rows]
                 cache = self.prefill(link.source, looks)
                 seen[link.source] = emptied(cache, [empty[owner] for owner, _ in rows])
-            if self.drop.slots or self.drop.links:
+            if self.drop.slots or self.drop.share_of(link.name):
                 keep[link.name] = torch.tensor(
-                    [self._kept_slots(link.num_slots, rngs[owner]) for owner, _ in rows],
+                    [self._kept_slots(link, rngs[owner]) for owner, _ in rows],
                     device=self.bridge.device,
                 )
         perception = None
@@ -223,11 +224,12 @@ class Objective:
             )
         return perception, heard
 
-    def _kept_slots(self, count: int, rng: random.Random) -> list[bool]:
+    def _kept_slots(self, link: LinkConfig, rng: random.Random) -> list[bool]:
         """Which slots of a link are written in a row."""
-        if self.drop.links and rng.random() < self.drop.links:
-            return [False] * count
-        return [rng.random() >= self.drop.slots for _ in range(count)]
+        share = self.drop.share_of(link.name)
+        if share and rng.random() < share:
+            return [False] * link.num_slots
+        return [rng.random() >= self.drop.slots for _ in range(link.num_slots)]
 
     def _questions(self, examples: Sequence[Example], asked: Asked) -> list[str]:
         """What the target is asked; words that are aligned must be the source's own."""

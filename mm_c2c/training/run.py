@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import DTYPES, to_dict
+from mm_c2c.config import DTYPES, check_one_of, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
@@ -105,6 +105,22 @@ def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner)
     loop.run(learner.fusers, optimizers, learner.rate, learner.loss, learner.save, learner.gauges)
 
 
+def freeze(fusers: nn.ModuleDict, frozen: Sequence[str]) -> None:
+    """Leave the weights whose names begin so as they are.
+
+    Raises:
+        ConfigError: none does.
+    """
+    for start in frozen:
+        found = [weight for name, weight in fusers.named_parameters() if name.startswith(start)]
+        if not found:
+            raise ConfigError(
+                f"frozen: no weight's name begins with {start!r}; links: {', '.join(fusers)}"
+            )
+        for weight in found:
+            weight.requires_grad = False
+
+
 class Trainer:
     """What is learned from which examples.
 
@@ -129,6 +145,10 @@ class Trainer:
             reader.model.to(accelerator.device)
         self.bridge: Bridge = build_bridge(config, target, sources)
         self.fusers = self.bridge.fusers.to(accelerator.device)
+        links = [link.name for link in self.bridge.config.links]
+        for name in config.drop.named:
+            check_one_of("a link of drop.named", name, links)
+        freeze(self.fusers, config.frozen)
         self.share = config.share(accelerator.num_processes)
         self.objective = Objective(self.bridge, self.prefill, config.drop)
         self.kept: KeptCaches | None = None
@@ -213,8 +233,9 @@ class Trainer:
         return cosine_rate(step - first.steps, second.warmup, second.steps)
 
     def save(self, weights: Mapping[str, Tensor]) -> None:
-        """The bridge so far."""
-        self.bridge.save_pretrained(self.config.out / "bridge", weights=weights)
+        """The bridge so far, with what of it is not trained."""
+        frozen = {name: p for name, p in self.fusers.named_parameters() if not p.requires_grad}
+        self.bridge.save_pretrained(self.config.out / "bridge", weights={**frozen, **weights})
 
     def gauges(self, seconds: float) -> dict[str, float]:
         """Columns of the log: the share of open gates, and prompt tokens a second in all."""
