@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,17 @@ import pytest
 import torch
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
-from mm_c2c.reference.babyai.levels import AGENT_CELL, seeds
+from mm_c2c.align import Alignment
+from mm_c2c.cache import read_layers
+from mm_c2c.link import align_slots
+from mm_c2c.reference.babyai.levels import AGENT_CELL, Camera, seeds
 from mm_c2c.reference.babyai.point import aims, teach
 from mm_c2c.reference.babyai.questions import answers, in_view
-from mm_c2c.reference.babyai.rollouts import POLICY, Episode, load_policy, roll_out
-from mm_c2c.reference.babyai.warm_up_reader import take
+from mm_c2c.reference.babyai.rollouts import POLICY, Episode, Step, load_policy, roll_out
+from mm_c2c.reference.babyai.warm_up_reader import ToldThings, take
+from mm_c2c.reference.train_fuser import last_states
 from mm_c2c.sources.action import TokenActionSource
+from mm_c2c.sources.base import SourceInput
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,14 @@ def build(policy: TokenActionSource, target: Target, *, plain: bool) -> Bridge:
     )
     config = BridgeConfig(links=links[: 1 if plain else 2], slot_token="a")
     return Bridge(target, {"p": policy}, config)
+
+
+def look_at(policy: TokenActionSource, step: Step) -> SourceInput:
+    return SourceInput(
+        text=step.text,
+        images=(Camera().picture(step.symbols()),),
+        action_tokens=policy.bins.vocab_size - 1 - torch.tensor(step.chunk),
+    )
 
 
 @pytest.fixture
@@ -105,3 +119,54 @@ def test_a_saved_bridges_fusers_are_taken_where_links_are_alike(
     for key, value in saved.fusers["p_slots"].state_dict().items():
         assert torch.equal(bridge.fusers["p_slots"].state_dict()[key], value)
     assert torch.equal(bridge.fusers["p_slots_by_action"].resampler.queries, own)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_slots_that_look_at_a_thing_should_hold_what_naming_it_leaves(
+    policy: TokenActionSource, target: Target, episodes: list[Episode]
+) -> None:
+    torch.manual_seed(0)
+    fuser = FuserConfig(source=policy.shape, target=target.shape, hidden_size=24, rank=12)
+    text = LinkConfig(source="p", geometry="slots", fuser=fuser, rows=1, cols=40, kinds=("text",))
+    looking = replace(text, cols=2, kinds=(), pooling="resampler", asking=("action",))
+    config = BridgeConfig(links=(text, looking), slot_token="a")
+    bridge = Bridge(target, {"p": policy}, config).eval()
+    for weight in bridge.parameters():
+        weight.normal_(std=0.3)
+    aim = next(aim for aim in aims(episodes) if len(in_view(aim.step)) > 2)
+    things = ToldThings(bridge, policy, [aim.step, aim.step])
+    cache = policy.prefill([look_at(policy, aim.step)])
+    at = (cache.patches[0, :, 1:] == torch.tensor(aim.cell)).all(1).nonzero().flatten()
+    alignment = Alignment(
+        source_index=at.expand(1, 2, -1),
+        weights=torch.ones(1, 2, 1),
+        target_index=torch.arange(2)[None],
+        mask=torch.ones(1, 2, dtype=torch.bool),
+    )
+    found = things.wanted(cache, [aim.step], alignment)[0]
+    goal = next(
+        name
+        for name, forward, right in in_view(aim.step)
+        if (AGENT_CELL[1] - forward, AGENT_CELL[0] + right) == aim.cell
+    )
+    past = aim.step.text[aim.step.text.index(". past") :]
+    expected = []
+    for verb in ("go to", "pick up"):
+        told = replace(look_at(policy, aim.step), text=f"{verb} the {goal}{past}")
+        cache = policy.prefill([told])
+        perception = bridge.fuse_slots({"p": cache})
+        length = perception.input_ids.shape[1]
+        layers, _ = read_layers(perception.past_key_values)
+        rope = target.rope(length)
+        states = last_states(layers, torch.arange(length)[None], rope, 42)[:40]
+        order = align_slots(text, bridge.fusers["p_slots_text"], cache, torch.arange(40)[None])  # type: ignore[arg-type]
+        words = [(cache.spans[0, i, 0] >= 0) for i in range(cache.seq_len)]
+        assert sum(map(int, words)) <= 40  # a slot each, so that any slot of a word is the word's
+        here = []
+        for word in goal.split():
+            start = told.text.index(word)
+            (position,) = (cache.spans[0, :, 0] == start).nonzero().flatten().tolist()
+            (slots,) = ((order.source_index == position) & (order.weights > 0.99)).any(2)
+            here.append(states[slots.nonzero().flatten()[0]])
+        expected.append(torch.stack(here))
+    torch.testing.assert_close(found, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-4)

@@ -4,24 +4,27 @@
 
 A slot of a cell begins as what the target holds after reading `On the left: red ball`, that of a
 word of the instruction as the word, and that of an action token as the move: the heads of the
-fusers are fitted to that by least squares, in one pass over some moments. Slots that actions ask
-are taught before that to look at what the policy goes for. It costs no pass through the target but
-one for each phrase; its result is `start` of the reader's training.
+fusers are fitted to that by least squares, in one pass over some moments. Slots that actions ask,
+two of them, are taught before that to look at what the policy goes for, and begin as what a trained
+reader's slots hold for the colour and the kind of a thing that an instruction names. It costs no
+pass through the target but one for each phrase; its result is `start` of the reader's training.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mm_c2c.align import Alignment
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache, read_layers
 from mm_c2c.config import load_config
@@ -31,7 +34,7 @@ from mm_c2c.fuser import CacheFuser, SharedProjection
 from mm_c2c.link import LinkConfig, align_slots
 from mm_c2c.reference.babyai.levels import ACTIONS, AGENT_CELL, Camera
 from mm_c2c.reference.babyai.point import teach
-from mm_c2c.reference.babyai.questions import MOTIONS, in_view
+from mm_c2c.reference.babyai.questions import MOTIONS, NAMES, in_view
 from mm_c2c.reference.babyai.rollouts import Step, load_episodes
 from mm_c2c.reference.train_fuser import last_states, read_phrases
 from mm_c2c.reference.trainer import run
@@ -47,8 +50,6 @@ _NOTHING = "nothing"
 _TURNS = ("Next move:", "Second move:", "Third move:", "Fourth move:")
 # Where a GELU is all but straight, and how widely a head's inner values may lie around it.
 _STRAIGHT, _SPREAD = 3.0, 0.7
-# What stands before what a slot shows that looks for the policy's goal.
-_GOAL = "It goes for its goal. "
 # Between the mission and the past moves, in the words that a policy reads.
 _PAST = "past"
 
@@ -85,21 +86,16 @@ class WarmUpConfig:
     seed: int = 0
 
 
-def phrases(cache: SourceCache, steps: Sequence[Step], lead: str = "") -> list[list[str | None]]:
+def phrases(cache: SourceCache, steps: Sequence[Step]) -> list[list[str | None]]:
     """What each position of a policy's cache stands for, in the target's words; None for the rest.
 
     A phrase ends in what its position alone knows, so that its last token holds all of it: the
     thing in a cell after the side on which the cell lies, a word after the one before it. There are
     few of them, for each costs a pass through the target.
-
-    Args:
-        cache: of the policy.
-        steps: what its rows show.
-        lead: stands before what a cell shows.
     """
     rows = []
     for row, step in enumerate(steps):
-        seen = {(AGENT_CELL[1] - f, AGENT_CELL[0] + r): name for name, f, r in in_view(step)}
+        seen = _things(step)
         if step.carrying:
             seen[AGENT_CELL[1], AGENT_CELL[0]] = step.carrying
         moves = zip(_TURNS, step.chunk, strict=False)
@@ -112,7 +108,7 @@ def phrases(cache: SourceCache, steps: Sequence[Step], lead: str = "") -> list[l
             strict=True,
         ):
             if kind == PositionKind.IMAGE:
-                found.append(f"{lead}{_place(y, x)}: {seen.get((y, x), _NOTHING)}")
+                found.append(f"{_place(y, x)}: {seen.get((y, x), _NOTHING)}")
             elif kind == PositionKind.TEXT:
                 told.append(cache.texts[row][start:end].strip())
                 found.append(f"{_lead(told)} {' '.join(told[-2:])}")
@@ -123,6 +119,11 @@ def phrases(cache: SourceCache, steps: Sequence[Step], lead: str = "") -> list[l
                 found.append(None)
         rows.append(found)
     return rows
+
+
+def _things(step: Step) -> dict[tuple[int, int], str]:
+    """What lies in view, by row and column."""
+    return {(AGENT_CELL[1] - f, AGENT_CELL[0] + r): name for name, f, r in in_view(step)}
 
 
 def _lead(told: Sequence[str]) -> str:
@@ -163,6 +164,84 @@ class Phrases:
         )
 
 
+class ToldThings:
+    """What a reader's slots of an instruction's words hold, for each thing that one can name.
+
+    So that slots which look for what the policy goes for are read as those are.
+
+    Args:
+        bridge: with a link of kind `text` that has been trained.
+        policy: who reads instructions.
+        steps: moments to show beside them; the states are means over these.
+    """
+
+    def __init__(self, bridge: Bridge, policy: TokenActionSource, steps: Sequence[Step]) -> None:
+        self._states = {name: _word_states(bridge, policy, steps, name.split()) for name in NAMES}
+        self._mean = torch.stack(list(self._states.values())).mean(0)
+
+    def wanted(self, cache: SourceCache, steps: Sequence[Step], alignment: Alignment) -> Tensor:
+        """What the slots should hold that read a cache so: the first a colour, the second a kind.
+
+        Returns:
+            `(batch, 2, layers, 2, width)`.
+        """
+        rows = []
+        for row, step in enumerate(steps):
+            seen = _things(step)
+            cells = [(y, x) for _, y, x in cache.patches[row].tolist()]
+            rows.append(torch.stack([self._states.get(seen.get(c, ""), self._mean) for c in cells]))
+        truth = torch.stack(rows)
+        shares = alignment.weights.new_zeros(*alignment.mask.shape, truth.shape[1])
+        shares = shares.scatter_add(2, alignment.source_index, alignment.weights)
+        return torch.einsum("bsp,bps...->bs...", shares, truth)
+
+
+def _word_states(
+    bridge: Bridge, policy: TokenActionSource, steps: Sequence[Step], words: Sequence[str]
+) -> Tensor:
+    """`(words, layers, 2, width)`: what slots hold that read just these words of an instruction."""
+    camera = Camera()
+    texts = [
+        f"{verb} the {' '.join(words)}{step.text[step.text.index(f'. {_PAST}') :]}"
+        for step, verb in zip(steps, itertools.cycle(("go to", "pick up")))
+    ]
+    looks = [
+        SourceInput(text=text, images=(camera.picture(step.symbols()),), action_tokens=tokens)
+        for text, step in zip(texts, steps, strict=True)
+        for tokens in [policy.bins.vocab_size - 1 - torch.tensor(step.chunk)]
+    ]
+    cache = policy.prefill(looks)
+    for link, found in _read_slots(bridge, cache):
+        if link.kinds != ("text",):
+            continue
+        index = torch.arange(link.num_slots).expand(len(steps), -1)
+        fuser: Any = bridge.fusers[link.name]
+        alignment = align_slots(link, fuser, cache, index)
+        states = []
+        for word in words:
+            chosen = []
+            for row, text in enumerate(texts):
+                start = text.index(word)
+                at = (cache.spans[row] == torch.tensor([start, start + len(word)])).all(1).nonzero()
+                weight = (alignment.weights[row] * (alignment.source_index[row] == at)).sum(1)
+                chosen.append(found[row, weight.argmax()])
+            states.append(torch.stack(chosen).mean(0))
+        return torch.stack(states)
+    raise ConfigError("expected a link of kinds ('text',), whose slots hold the instruction")
+
+
+def _read_slots(bridge: Bridge, cache: SourceCache) -> list[tuple[LinkConfig, Tensor]]:
+    """What the slots of each link hold: `(batch, slots, layers, 2, width)`, K without rotation."""
+    links = bridge.config.links
+    perception = bridge.fuse_slots({links[0].source: cache})
+    layers, _ = read_layers(perception.past_key_values)
+    batch, length = perception.input_ids.shape
+    sizes = [link.num_slots for link in links]
+    positions = torch.arange(length).expand(batch, -1)
+    states = last_states(layers, positions, bridge.target.rope(length), sum(sizes)).float()
+    return list(zip(links, states.unflatten(0, (batch, -1)).split(sizes, 1), strict=True))
+
+
 class SlotStates(NamedTuple):
     """What the slots of a link hold and should hold.
 
@@ -179,24 +258,27 @@ class SlotStates(NamedTuple):
 
 
 def slot_states(
-    bridge: Bridge, words: Phrases, cache: SourceCache, steps: Sequence[Step]
+    bridge: Bridge,
+    words: Phrases,
+    cache: SourceCache,
+    steps: Sequence[Step],
+    things: ToldThings | None = None,
 ) -> dict[str, SlotStates]:
-    """By link."""
-    perception = bridge.fuse_slots({bridge.config.links[0].source: cache})
-    layers, _ = read_layers(perception.past_key_values)
-    batch, length = perception.input_ids.shape
-    links = bridge.config.links
-    sizes = [link.num_slots for link in links]
-    positions = torch.arange(length).expand(batch, -1)
-    found = last_states(layers, positions, bridge.target.rope(length), sum(sizes)).float()
+    """By link; of those that are asked, if it is known what named things are told as."""
+    told = phrases(cache, steps)
+    truth = words.states(told)
+    counts = Counter(phrase for row in told for phrase in row)
+    rarity = torch.tensor([[1 / counts[phrase] for phrase in row] for row in told])
     states = {}
-    for link, part in zip(links, found.unflatten(0, (batch, -1)).split(sizes, 1), strict=True):
-        told = phrases(cache, steps, _GOAL if link.asking else "")
-        truth = words.states(told)
-        counts = Counter(phrase for row in told for phrase in row)
-        rarity = torch.tensor([[1 / counts[phrase] for phrase in row] for row in told])
-        index = torch.arange(link.num_slots).expand(batch, -1)
+    for link, part in _read_slots(bridge, cache):
+        index = torch.arange(link.num_slots).expand(len(steps), -1)
         alignment = align_slots(link, bridge.fusers[link.name], cache, index)  # type: ignore[arg-type]
+        if link.asking:
+            if things:
+                wanted = things.wanted(cache, steps, alignment)
+                weight = torch.ones(part.shape[:2])
+                states[link.name] = SlotStates(part, wanted, weight / weight.sum())
+            continue
         wanted = alignment.gather(truth.flatten(2)).unflatten(2, truth.shape[2:])
         weight = alignment.gather(rarity.unsqueeze(2)).squeeze(2)
         states[link.name] = SlotStates(part, wanted, weight / weight.sum())
@@ -300,6 +382,9 @@ def warm_up(config: WarmUpConfig) -> None:
     steps = [step for episode in episodes for step in episode.steps[:40]]
     chosen = random.Random(config.seed).sample(steps, config.moments + config.held_out)
     words, camera = Phrases(bridge), Camera()
+    with torch.no_grad():
+        beside = chosen[: config.batch_size]
+        things = ToldThings(bridge, source, beside) if looks else None
     highest = source.bins.vocab_size - 1
 
     def read(batch: Sequence[Step]) -> dict[str, SlotStates]:
@@ -312,7 +397,7 @@ def warm_up(config: WarmUpConfig) -> None:
             for step in batch
         ]
         with torch.no_grad():
-            return slot_states(bridge, words, source.prefill(looks), batch)
+            return slot_states(bridge, words, source.prefill(looks), batch, things)
 
     batches = map(read, batched(chosen[config.held_out :], config.batch_size))
     fit_heads(bridge, fitted, batches, config.ridge)
@@ -320,7 +405,7 @@ def warm_up(config: WarmUpConfig) -> None:
         {link: float(slot_loss(states)) for link, states in read(batch).items()}
         for batch in batched(chosen[: config.held_out], config.batch_size)
     ]
-    mean = {link: sum(row[link] for row in losses) / len(losses) for link in losses[0]}
+    mean = {link.name: sum(row[link.name] for row in losses) / len(losses) for link in fitted}
     logger.info("squared distance from the words, 1 knows their mean: %s", mean)
     bridge.save_pretrained(config.out / "bridge")
     write_json(config.out / "loss.json", {"distance": mean, "looks_at_goal": looks})
