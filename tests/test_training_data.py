@@ -20,6 +20,7 @@ from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.evaluation.tasks import load_items
 from mm_c2c.training.config import DataConfig
 from mm_c2c.training.data import Example, Examples, open_examples
+from mm_c2c.training.kept import row_key
 
 
 def png(shade: int) -> bytes:
@@ -205,3 +206,28 @@ def test_no_examples_are_an_error(tmp_path: Path) -> None:
         open_examples(DataConfig(path=str(tmp_path / "x*.tar"), format="webdataset"), seed=0)
     with pytest.raises(InputError, match="cannot read examples"):
         open_examples(DataConfig(path=str(tmp_path / "none.jsonl")), seed=0)
+
+
+def test_a_video_is_its_frames(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (8, 6), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    line = {"video": [f"{i}.png" for i in range(3)], "fps": 5, "question": "q", "answer": "a"}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    looks = [
+        open_examples(DataConfig(path=str(path)), seed=0).at(0).look(),
+        load_items(path)[0].look(),
+    ]
+    for look in looks:
+        assert look.images == ()
+        assert look.fps == 5.0
+        (video,) = look.videos
+        assert [frame.getpixel((0, 0)) for frame in video] == [(80 * i, 0, 0) for i in range(3)]
+    slower, shorter = replace(looks[0], fps=2.0), replace(looks[0], videos=(video[:2],))
+    pictures = replace(looks[0], videos=(), images=video)
+    assert len({row_key("eyes", look) for look in (looks[0], slower, shorter, pictures)}) == 4
+    assert row_key("eyes", looks[0]) == row_key("eyes", looks[1])
+    line["video"] = ["0.png", "gone.png"]
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=r"line 1: .*gone\.png"):
+        open_examples(DataConfig(path=str(path)), seed=0).at(0)

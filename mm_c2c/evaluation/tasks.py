@@ -77,8 +77,8 @@ class Item(NamedTuple):
 def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()) -> list[Item]:
     """Read a JSONL of `{"image", "question", "answer"}`; pictures lie beside it.
 
-    A line may also have what else `mm_c2c.training.data` shows a source (`images` or `audio` in
-    place of `image`, `text`, `state`), `kind`, its `options` (else: the answers of its kind), a true
+    A line may also have what else `mm_c2c.training.data` shows a source (`images`, `video` or `audio`
+    in place of `image`, `text`, `state`), `kind`, its `options` (else: the answers of its kind), a true
     `caption`, `human_answers`, a list of what each of several people answered, and of a policy's
     episode `episode`, `step`, `success` and `told`.
 
@@ -118,7 +118,7 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
         answers.setdefault(row["kind"], set()).add(row["answer"])
     return [
         Item(
-            image=row.get("image") or row["audio"],
+            image=row.get("image") or row.get("audio") or row["video"][0],
             kind=row["kind"],
             question=row["question"],
             answer=row["answer"],
@@ -140,6 +140,8 @@ def _shown_paths(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if row.get("images"):
         paths = [folder / name for name in row["images"]]
         return {"image": paths[0], "images": paths}
+    if row.get("video") and not row.get("image"):
+        return {"video": [folder / name for name in row["video"]]}
     if row.get("audio") and not row.get("image"):
         return {"audio": folder / row["audio"]}
     return {"image": folder / row["image"]}

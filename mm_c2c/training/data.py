@@ -4,6 +4,7 @@ An example is a mapping (a line of JSONL, the `.json` of a sample in a tar shard
 set) of
 
     image or images   a picture or several; in JSONL, paths beside the file
+    video, fps        the frames of a video, as images are; frames a second (2)
     audio             a recording, WAV; in JSONL, a path beside the file
     text              what the source reads beside them, such as an instruction
     state             a robot's state, numbers
@@ -46,6 +47,8 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _FIELDS = (
     "image",
     "images",
+    "video",
+    "fps",
     "audio",
     "text",
     "state",
@@ -55,7 +58,7 @@ _FIELDS = (
     "turns",
     "caption",
 )
-_SHOWN = ("image", "images", "audio", "text", "state", "action_tokens")
+_SHOWN = ("image", "images", "video", "fps", "audio", "text", "state", "action_tokens")
 _BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
@@ -72,6 +75,8 @@ class Example:
 
     Attributes:
         images: pictures.
+        video: frames of a video behind them.
+        fps: frames that it shows in a second.
         audio: a recording, as `SourceInput` takes it.
         text: what the source reads beside them.
         state: a robot's state.
@@ -81,6 +86,8 @@ class Example:
     """
 
     images: tuple[Image.Image, ...]
+    video: tuple[Image.Image, ...] = ()
+    fps: float = SourceInput.fps
     audio: NDArray[np.float32] | None = None
     text: str
     state: tuple[float, ...]
@@ -93,6 +100,8 @@ class Example:
         return SourceInput(
             text="\n".join(part for part in (self.text, question) if part),
             images=self.images,
+            videos=(self.video,) if self.video else (),
+            fps=self.fps,
             audio=self.audio,
             state=torch.tensor(self.state) if self.state else None,
             action_tokens=torch.tensor(self.action_tokens) if self.action_tokens else None,
@@ -355,6 +364,8 @@ def _example(
         alone = [] if row.get("image") is None else [row["image"]]
         return Example(
             images=tuple(open_picture(picture) for picture in row.get("images") or alone),
+            video=tuple(open_picture(frame) for frame in row.get("video") or ()),
+            fps=float(row.get("fps") or SourceInput.fps),
             audio=None if row.get("audio") is None else open_recording(row["audio"]),
             text=str(row.get("text") or ""),
             state=tuple(map(float, row.get("state") or ())),
