@@ -596,9 +596,10 @@ def build_gemma4() -> TinyVLM:
     image_processor = Gemma4ImageProcessorPil(
         patch_size=2, pooling_kernel_size=2, max_soft_tokens=70
     )
+    processor = unchecked(Gemma4Processor)(None, image_processor, tokenizer, None)
     return make_vlm(
         "gemma4",
-        unchecked(Gemma4Processor)(None, image_processor, tokenizer, None),
+        processor,
         vision_config={
             "hidden_size": 16,
             "intermediate_size": 32,
@@ -624,6 +625,7 @@ def build_gemma4() -> TinyVLM:
         audio_config=None,
         boi_token_id=tokenizer.boi_token_id,
         eoi_token_id=tokenizer.eoi_token_id,
+        video_token_id=processor.video_token_id,
     )
 
 

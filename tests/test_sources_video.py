@@ -1,4 +1,4 @@
-"""Videos, by the models that merge frames in time."""
+"""Videos: frame by frame, or merged in time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from test_sources_families import CLOSE, WORDS, features_change, painted, plain_layers
 from transformers.video_utils import VideoMetadata
-from videos import VIDEO_FAMILIES, MergedFrames, build_with_videos
+from videos import MERGING_FAMILIES, VIDEO_FAMILIES, build_with_videos, stand_in
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.cache import PatchGrid
@@ -52,26 +52,35 @@ def test_a_video_leaves_what_the_model_itself_leaves_of_it(source: Any) -> None:
     )
     layers = plain_layers(source, source._known(encoded))
     for kv, index in zip(cache.layers, cache.layer_indices, strict=True):
-        torch.testing.assert_close(kv.keys, layers[index].keys, **CLOSE)
-        torch.testing.assert_close(kv.values, layers[index].values, **CLOSE)
+        kept = layers[index].keys.shape[2]  # a sliding layer keeps its window only
+        torch.testing.assert_close(kv.keys[:, :, -kept:], layers[index].keys, **CLOSE)
+        torch.testing.assert_close(kv.values[:, :, -kept:], layers[index].values, **CLOSE)
 
 
-def test_a_video_is_a_picture_for_every_two_frames(source: Any) -> None:
+def merged(source: Any) -> int:
+    """How many frames make one picture."""
+    return 2 if source.origin.model.removeprefix("tiny/") in MERGING_FAMILIES else 1
+
+
+def test_a_video_is_a_picture_for_each_frame_or_for_every_two(source: Any) -> None:
     (grids,) = source.prefill([SourceInput(videos=(frames(6),))]).grids
+    size = grids[0][:2]
+    assert grids == tuple(PatchGrid(*size, image) for image in range(6 // merged(source)))
+    assert 1 < size[0] <= size[1]
+    if source.origin.model_type in ("internvl", "llava_onevision", "smolvlm"):
+        return  # which show a picture in more views than a frame
     (still,) = source.prefill([SourceInput(images=frames(1))]).grids
-    size = still[0][:2]
-    assert grids == tuple(PatchGrid(*size, image) for image in range(3))
-    assert min(size) > 1
+    assert still[0][:2] == size
 
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_what_changes_in_a_frame_changes_where_the_cache_says_it_is_shown(
     source: Any, group: int
 ) -> None:
-    dark = (painted(SIZE, None),) * 4
+    dark = (painted(SIZE, None),) * (2 * merged(source))
     box = (SIZE[0] // 2, SIZE[0], 0, SIZE[1] // 2)  # the lower left
     lit = list(dark)
-    lit[2 * group + 1] = painted(SIZE, box)
+    lit[merged(source) * (group + 1) - 1] = painted(SIZE, box)
     looks = [SourceInput(videos=(dark,)), SourceInput(videos=(tuple(lit),))]
     cache, change = features_change(source, looks)
     most = cache.patches[0, change[0].argmax()].tolist()
@@ -89,13 +98,19 @@ def test_a_row_of_a_batch_is_read_as_it_is_alone(source: Any) -> None:
         SourceInput(text=WORDS[1], images=frames(1, (32, 32)), videos=(frames(2), frames(2))),
         SourceInput(text=WORDS[1], images=frames(1)),
     ]
-    if source.origin.model_type == "glm4v":
-        with pytest.raises(UnsupportedError, match="cannot tell pictures from videos of one batch"):
+    unmixed = {"glm4v": "cannot tell pictures from", "smolvlm": "cannot see pictures beside"}
+    if (why := unmixed.get(source.origin.model_type)) is not None:
+        with pytest.raises(UnsupportedError, match=f"{why} videos"):
             source.prefill(looks)
         looks = [replace(look, images=()) for look in looks[:2]]
+    if source.equal_videos:
+        with pytest.raises(InputError, match=r"as many frames each, got \[2, 4\]"):
+            source.prefill(looks)
+        looks[0] = replace(looks[0], videos=(frames(2),))
     together = source.prefill(looks)
-    assert [len(grids) for grids in together.grids] == [
-        len(look.images) + sum(len(video) // 2 for video in look.videos) for look in looks
+    assert [len({grid.image for grid in grids}) for grids in together.grids] == [
+        len(look.images) + sum(len(video) // merged(source) for video in look.videos)
+        for look in looks
     ]
     for row, look in enumerate(looks):
         alone = source.prefill([look])
@@ -120,7 +135,8 @@ def test_how_fast_a_video_runs_is_told_where_the_model_minds(source: Any) -> Non
     one, other = (source.prefill([look]) for look in (slow, replace(slow, fps=4.0)))
     same = one.seq_len == other.seq_len and torch.equal(one.position_ids, other.position_ids)
     alike = same and torch.equal(one.layers[-1].keys, other.layers[-1].keys)
-    assert alike == (source.origin.model_type == "qwen2_vl")  # which reads frames without time
+    timeless = ("internvl", "llava_onevision", "qwen2_vl")
+    assert alike == (source.origin.model_type in timeless)
 
 
 def test_a_video_is_fused_and_answered_about(
@@ -132,12 +148,13 @@ def test_a_video_is_fused_and_answered_about(
         geometry="slots",
         rows=2,
         cols=2,
-        images=3,
+        images=6 // merged(source),
         fuser=FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=8),
     )
     config = BridgeConfig(links=(link,), slot_token="a")
     bridge = Bridge(target, {"eyes": source}, config).eval()
-    looks = [SourceInput(videos=(frames(6),)), SourceInput(videos=(frames(4),))]
+    short = 6 if source.equal_videos else 4
+    looks = [SourceInput(videos=(frames(6),)), SourceInput(videos=(frames(short),))]
     seen = bridge.perceive(looks)
     assert len(bridge.generate(seen, list(WORDS), max_new_tokens=2, do_sample=False)) == 2
 
@@ -170,29 +187,48 @@ def test_a_processor_without_its_video_part_says_what_it_needs() -> None:
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
 def test_the_stand_in_makes_what_the_real_video_processor_makes(name: str) -> None:
     pytest.importorskip("torchvision", reason="transformers' video processors need torchvision")
-    from transformers import Glm4vVideoProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
-
-    kind: Any = Qwen3VLVideoProcessor if name.startswith("qwen3") else Qwen2VLVideoProcessor
-    kind = Glm4vVideoProcessor if name == "glm4v" else kind
     processor: Any = build_with_videos(name).processor
     images = processor.image_processor
-    # A pixel's worth of room, since what sets a size differs: these frames keep theirs.
-    real = kind(
-        patch_size=images.patch_size,
-        merge_size=images.merge_size,
-        temporal_patch_size=images.temporal_patch_size,
-        size={"shortest_edge": 64, "longest_edge": 64**4},
-        image_mean=images.image_mean,
-        image_std=images.image_std,
-    )
-    video = [list(frames(4)), list(frames(2, (32, 32)))]
+    real, size = real_video_processor(name, images)
+    video = [list(frames(4, size)), list(frames(4, size) if size != SIZE else frames(2, (32, 32)))]
     told = {
         "video_metadata": [metadata(frames) for frames in video],
         "do_sample_frames": False,
         "return_tensors": "pt",
     }
-    expected, found = real(video, **told), MergedFrames(images)(video, **told)
-    assert torch.equal(found["video_grid_thw"], expected["video_grid_thw"])
-    torch.testing.assert_close(
-        found["pixel_values_videos"], expected["pixel_values_videos"], rtol=1e-5, atol=1e-5
-    )
+    expected, found = real(video, **told), stand_in(name, images)(video, **told)
+    assert found.keys() == expected.keys() | {"video_metadata"}
+    for key in set(found) - {"video_metadata"}:
+        torch.testing.assert_close(
+            torch.as_tensor(found[key]), torch.as_tensor(expected[key]), rtol=1e-5, atol=1e-5
+        )
+
+
+def real_video_processor(name: str, images: Any) -> tuple[Any, tuple[int, int]]:
+    """As the tiny picture processor is set, and the size of frames that it does not resize.
+
+    What sets a size differs: pixels' resampling is none of the stand-ins' business.
+    """
+    import transformers
+
+    alike = {"image_mean": images.image_mean, "image_std": images.image_std}
+    if name in MERGING_FAMILIES:
+        kind = "Qwen3VL" if name.startswith("qwen3") else "Qwen2VL"
+        alike |= {
+            "patch_size": images.patch_size,
+            "merge_size": images.merge_size,
+            "temporal_patch_size": images.temporal_patch_size,
+            "size": {"shortest_edge": 64, "longest_edge": 64**4},
+        }
+        chosen = "Glm4v" if name == "glm4v" else kind
+        return getattr(transformers, f"{chosen}VideoProcessor")(**alike), SIZE
+    if name == "gemma4":
+        alike |= {"patch_size": 2, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+        return transformers.Gemma4VideoProcessor(**alike), (28, 40)
+    side = stand_in(name, images).side
+    if name == "smolvlm":
+        alike |= {"size": {"longest_edge": side}, "max_image_size": {"longest_edge": side}}
+        return transformers.SmolVLMVideoProcessor(**alike), (side, side)
+    kind = "InternVL" if name == "internvl" else "LlavaOnevision"
+    alike["size"] = {"height": side, "width": side}
+    return getattr(transformers, f"{kind}VideoProcessor")(**alike), (side, side)

@@ -47,8 +47,8 @@ class SourceInput:
         text: a question or an instruction; empty when the source only looks.
         images: pictures, in the order the prompt shows them; a robot's cameras in the policy's
             own order.
-        videos: each the frames of one, alike in size, behind the pictures; for models that merge
-            frames in time. Elsewhere give frames as `images`.
+        videos: each the frames of one, alike in size, behind the pictures; for models that know
+            videos. Elsewhere give frames as `images`.
         fps: frames that a video shows in a second.
         state: `(state_dim,)` float, the robot's joints and gripper in the units of the policy's
             statistics, which normalise it.
