@@ -139,7 +139,10 @@ def bench(config: VisitorsConfig) -> dict[str, Any]:
     """
     setting = reference_setting(load_tiny_bridge() if config.tiny else load_bridge())
     visits = [_visit(setting, path) for path in _pictures()[: config.visitors]]
-    with tempfile.TemporaryDirectory() as folder, _page(Path(folder), tiny=config.tiny) as served:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve_page(Path(folder), tiny=config.tiny) as served,
+    ):
         url, process = served
         first_token = _first_token(setting, url, config.rounds)
         crowd = _crowd(url, process, visits, config.seconds)
@@ -175,8 +178,16 @@ def _said(numbers: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _page(folder: Path, *, tiny: bool) -> Iterator[tuple[str, psutil.Process]]:
-    """The page, served by another process."""
+def serve_page(folder: Path, *, tiny: bool) -> Iterator[tuple[str, psutil.Process]]:
+    """The page, served by another process: its address, and the process.
+
+    Args:
+        folder: where the page may keep uploads.
+        tiny: a target of random weights.
+
+    Raises:
+        PageError: it did not start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
