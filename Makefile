@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 EXTRAS := dev
 HARNESS := .venv-harness
+LEROBOT := .venv-lerobot
 BIN := $(VENV)/bin
 PLAYWRIGHT := 1.65.2
 INPUTS := pyproject.toml constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-all test-browser test-harness format clean
+.PHONY: help demo test check test-all test-browser test-harness test-lerobot format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,12 +43,21 @@ test-harness: ## The tests with lm-eval, lmms-eval and datasets, in an environme
 	@$(HARNESS)/bin/python -W ignore -c "import datasets, lm_eval, lmms_eval"
 	$(HARNESS)/bin/python -m pytest tests/test_harness.py tests/test_sets.py
 
+# LeRobot asks for older releases of torch and transformers; its classes work with this transformers.
+test-lerobot: ## The tests with LeRobot, in an environment of their own: Python 3.12, several GB
+	$(PYTHON) -m venv $(LEROBOT)
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --quiet "lerobot[smolvla,dataset]==0.6.1"
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps transformers tokenizers
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --quiet accelerate gguf psutil pytest
+	$(LEROBOT)/bin/python -m pytest tests/test_sources_smolvla.py tests/test_robot_recording.py
+
 format: $(VENV)/.installed-dev ## Format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and tool caches; downloaded weights stay
-	rm -rf $(VENV) $(HARNESS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(HARNESS) $(LEROBOT) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find mm_c2c demos tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make installing a no-op until one of INPUTS changes.

@@ -239,6 +239,22 @@ def test_episodes_become_a_lerobot_dataset(
     assert dataset.finalized
 
 
+def test_lerobot_itself_reads_what_was_exported(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("lerobot.datasets", reason="make test-lerobot has LeRobot")
+    episode = load_episode(folder)
+    export_lerobot([episode, episode], "me/room", fps=10, root=tmp_path / "out")
+    dataset = datasets.LeRobotDataset("me/room", root=tmp_path / "out")
+    assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (2, 2 * STEPS, 10)
+    read, step = dataset[STEPS + 3], episode.steps[3]
+    assert (int(read["episode_index"]), int(read["frame_index"])) == (1, 3)
+    assert read["task"] == TASK
+    assert np.array_equal(read["action"].numpy(), step.action)
+    for name in ("observation.images.front", "observation.images.wrist"):
+        pixels = (read[name] * 255).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(pixels, step.observation[name])
+    assert np.array_equal(read["observation.state"], step.observation["observation.state"])
+
+
 @pytest.mark.usefixtures("lerobot")
 def test_discrete_actions_are_exported_as_one_number(happened: list[Event], tmp_path: Path) -> None:
     step = Step(**{**vars(happened[0]), "action": np.int64(4)})
