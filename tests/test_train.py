@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import TinyVLM
 from PIL import Image
 from safetensors.torch import load
@@ -128,27 +129,50 @@ def test_tiny_yaml_trains_two_steps_and_resumes(
     assert all(w.equal(frozen[n]) for n, w in bridge.target.model.state_dict().items())
 
 
+def launch_two(command: list[str], environment: dict[str, str]) -> None:
+    """Two processes; accelerate's own launcher starts several on a CPU through MPI only."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 processes" in done.stderr
+
+
 def test_two_processes_give_the_weights_of_one(
     settings: list[str], config: TrainingConfig, tmp_path: Path
 ) -> None:
     settings = [*settings, "batch_size=4", "optimizer.name=adamw"]
     expected = go(override(config, ["batch_size=4", "optimizer.name=adamw"]))
-    # accelerate's own launcher starts several CPU processes through MPI only.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "mm_c2c.cli", "train", str(TINY), *settings, f"out={tmp_path / 'two'}"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "on 2 processes" in done.stderr
+    two = [*settings, f"out={tmp_path / 'two'}"]
+    launch_two(["-m", "mm_c2c.cli", "train", str(TINY), *two], {"ACCELERATE_USE_CPU": "true"})
     torch.testing.assert_close(weights(tmp_path / "two"), expected, atol=1e-5, rtol=0)
     logged, single = (read_log(folder / "log.csv") for folder in (tmp_path / "two", config.out))
     assert logged["loss"] == pytest.approx(single["loss"], rel=1e-4)
+
+
+def test_weights_sharded_over_two_processes_are_those_of_one_also_resumed(
+    settings: list[str], config: TrainingConfig, tmp_path: Path
+) -> None:
+    expected = go(override(config, ["batch_size=4", "optimizer.name=adamw"]))
+    settings = [*settings, "batch_size=4", "optimizer.name=adamw", f"out={tmp_path / 'two'}"]
+    # As configs/accelerate/fsdp.yaml says it.
+    strategy = yaml.safe_load((ROOT / "configs/accelerate/fsdp.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in strategy.items()}
+    for stop in (["phases.generate.steps=0"], []):
+        launch_two(
+            [str(ROOT / "tests/sharded.py"), "train", str(TINY), *settings, *stop],
+            {"ACCELERATE_USE_FSDP": "true", **environment},
+        )
+    torch.testing.assert_close(weights(tmp_path / "two"), expected, atol=1e-5, rtol=0)
+    logged = read_log(tmp_path / "two" / "log.csv")
+    assert logged["step"] == [1, 2, 3, 4]
+    assert "open_gates" not in logged  # which no process could tell
 
 
 def test_pieces_of_a_step_give_the_weights_of_the_whole(
