@@ -20,7 +20,7 @@ from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, SourceInput, T
 from mm_c2c.cache import PositionKind
 from mm_c2c.cli import main
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
-from mm_c2c.evaluation import intent_report, monitor, probe
+from mm_c2c.evaluation import intent_report, monitor, probe, run
 from mm_c2c.evaluation.arms import Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import ActionOnly, Fused, PrefixOnly
 from mm_c2c.evaluation.report import markdown, page, text_table
@@ -28,7 +28,7 @@ from mm_c2c.evaluation.run import EvaluationConfig, evaluate, source_name
 from mm_c2c.evaluation.statistics import hits_of
 from mm_c2c.evaluation.summary import lie_outcomes, summarise
 from mm_c2c.evaluation.tasks import load_items
-from mm_c2c.reference import train_description
+from mm_c2c.reference import babyai, train_description
 from mm_c2c.reference.models import load_saved_bridge
 from mm_c2c.reference.train_description import shared_loss
 from mm_c2c.sources.action import ActionBins, TokenActionSource
@@ -165,6 +165,20 @@ def test_an_evaluation_of_a_policy_leaves_out_what_wants_its_words(
     assert answers[0]["relayed"]["instruction_only"] == "go left of the cat"
     # The shuffled control hands on a neighbour's cache: of another episode.
     assert all(a["episode"] != b["episode"] for a, b in itertools.pairwise(answers))
+
+
+def test_neighbours_of_the_shuffled_control_know_nothing_of_each_other() -> None:
+    items = run._apart(load_items(Path(babyai.__file__).parent / "unseen" / "items.jsonl"))
+    pairs = list(itertools.pairwise(items))
+    assert all(a.episode != b.episode for a, b in pairs)
+    alike = [(a, b) for a, b in pairs if a.question == b.question]
+    assert len(alike) > 0.9 * len(items)
+    for kind in ("success", "progress", "intent", "task"):
+        same = [a.answer == b.answer for a, b in alike if a.kind == kind]
+        count = len({item.answer for item in items if item.kind == kind})
+        # No more than three standard errors over what a guess would be.
+        share = 1 / count
+        assert sum(same) / len(same) < share + 3 * (share * (1 - share) / len(same)) ** 0.5, kind
 
 
 def test_a_source_is_named_where_there_are_several(reader: Bridge) -> None:

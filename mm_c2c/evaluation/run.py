@@ -270,7 +270,19 @@ def _fingerprint_files(path: Path) -> str:
 def _apart(items: Sequence[Item]) -> list[Item]:
     """Items in an order in which neighbours show unlike pictures and often ask alike.
 
-    The shuffled control hands each item its neighbour's cache. Of episodes, neighbours are the
-    same step of two.
+    The shuffled control hands each item its neighbour's cache. Of episodes, which neighbours meet
+    is drawn: those of the same step would know how long it has lasted, and so what to expect.
     """
-    return sorted(items, key=lambda item: (item.kind, item.question, item.step, item.image))
+
+    def place(item: Item) -> tuple[str, ...]:
+        name = item.image.name
+        drawn = hashlib.sha256(name.encode()).hexdigest() if item.episode is not None else ""
+        return item.kind, item.question, drawn, str(item.image)
+
+    ordered = sorted(items, key=place)
+    for here in range(1, len(ordered)):
+        episode = ordered[here - 1].episode
+        others = (at for at in range(here, len(ordered)) if ordered[at].episode != episode)
+        if episode is not None and (at := next(others, here)) != here:
+            ordered.insert(here, ordered.pop(at))
+    return ordered
