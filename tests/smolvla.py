@@ -224,6 +224,11 @@ def tiny_vlm() -> tuple[Any, SmolVLMConfig]:
         ["<pad>", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>"],
         merges=30,
         chat_template=None,
+        extra={
+            "image_token": "<image>",
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+        },
         pad_token="<pad>",
     )
     config = SmolVLMConfig(
@@ -308,18 +313,16 @@ def build_lerobot_smol(folder: Path, *, special: bool = False, prefix_length: in
     vlm_config.save_pretrained(folder)
     parts = (SmolVLMImageProcessor(), tokenizer, SmolVLMVideoProcessor())
     SmolVLMProcessor(*parts, chat_template="").save_pretrained(folder)
-    cameras = {name: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 40, 56)) for name in CAMERAS}
     config = SmolVLAConfig(
         input_features={
-            **cameras,
+            CAMERAS[0]: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 40, 56)),
             "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(3,)),
         },
         output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(5,))},
         device="cpu",
         vlm_model_name=str(folder),
         resize_imgs_with_padding=(28, 28),
-        # The second camera may be missing.
-        empty_cameras=1,
+        empty_cameras=1,  # a second one, which may be missing
         chunk_size=CHUNK,
         n_action_steps=CHUNK,
         max_state_dim=6,

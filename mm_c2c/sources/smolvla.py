@@ -35,9 +35,10 @@ ROPE_THETA = 10_000.0
 class SmolVLASource:
     """SmolVLA (arXiv:2506.01844): images, instruction and state, and where it can the actions.
 
-    Written against LeRobot 0.6.1, whose SmolVLA keeps a `DynamicCache`. Proven on a stand-in only:
-    LeRobot and this library want other versions of transformers. The stand-in has the structure of
-    LeRobot's own modules, which with small random weights gave the same result, once and by hand.
+    Written against LeRobot 0.6.1, and tested on its own classes with small random weights. LeRobot
+    asks for a transformers older than this library's, with which it can be read all the same, but
+    not act: it crops its cache to a length, and transformers by now takes only how much to remove.
+    The tests of `act` put the former way back.
 
     The action expert attends to the prefix alone in some layers, and to the prefix and itself in
     the others, every second one as published. Only the latter keep K and V of the actions, so that
