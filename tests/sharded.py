@@ -1,4 +1,4 @@
-"""`mm-c2c ...` with its weights sharded by FSDP over CPU processes, which accelerate does for GPUs only."""
+"""`mm-c2c ...` over CPU processes that accelerate takes for GPUs, since it shards weights on those only."""
 
 from __future__ import annotations
 

@@ -154,7 +154,8 @@ class Loop:
             total = torch.stack(found).mean()
             # After the reduction over processes, so that all of them see the same.
             norm = accelerator.clip_grad_norm_(stepper.parameters(), self.clip)
-            if torch.isfinite(total if norm is None else norm):
+            # A number from DeepSpeed; a tensor, maybe sharded, from the others.
+            if torch.isfinite(torch.as_tensor(total if norm is None else norm)):
                 for part in stepped:
                     part.step()
                 losses.append(total)
