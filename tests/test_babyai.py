@@ -21,7 +21,16 @@ from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.reference.babyai import questions
 from mm_c2c.reference.babyai.demonstrations import Demonstrations
 from mm_c2c.reference.babyai.levels import ACTIONS, EASY, LEVELS, SEEDS, instruction_text, seeds
-from mm_c2c.reference.babyai.make_items import Moment, Row, balance, main, swap, thin
+from mm_c2c.reference.babyai.make_items import (
+    Moment,
+    Row,
+    about_hands,
+    balance,
+    main,
+    moments,
+    swap,
+    thin,
+)
 from mm_c2c.reference.babyai.questions import Question, answers, ask, goals, offset, side_of
 from mm_c2c.reference.babyai.rollouts import (
     POLICY,
@@ -406,6 +415,19 @@ def rows_of(episode: Episode, counts: dict[str, int]) -> list[Row]:
     ]
 
 
+def test_steps_with_something_in_the_hands_are_asked_what_it_is(
+    put_next: Episode, policy: TokenActionSource
+) -> None:
+    carrying = [n for n, step in enumerate(put_next.steps) if step.carrying]
+    found = moments([put_next], policy, random.Random(0), 99, carrying=True)
+    assert [moment.number for moment in found] == carrying
+    rows = about_hands(found, random.Random(0))
+    assert {row.question.kind for row in rows} == {"hands", "object", "colour"}
+    held = [row for row in rows if row.question.answer == put_next.steps[carrying[0]].carrying]
+    assert len(held) == len(carrying)
+    assert not moments([put_next], policy, random.Random(0), 0, carrying=True)
+
+
 def test_balanced_items_take_answers_in_turn(put_next: Episode) -> None:
     rows = rows_of(put_next, {"turn left": 50, "turn right": 3, "go forward": 40})
     found = Counter(row.question.answer for row in balance(rows, 20, random.Random(0)))
@@ -493,7 +515,6 @@ def test_items_are_made_of_rollouts(
 ) -> None:
     pytest.importorskip("minigrid", reason="BabyAI levels need minigrid: the extra `robot`")
     from mm_c2c.reference.babyai.levels import Camera
-    from mm_c2c.reference.babyai.make_items import moments
     from mm_c2c.training.config import DataConfig
     from mm_c2c.training.data import open_examples
 

@@ -165,6 +165,21 @@ def test_a_stopped_run_goes_on_where_it_stopped(
     assert found["arms"] == expected["arms"]
 
 
+def test_an_answer_has_no_more_tokens_than_it_may(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    lengths = {}
+    for tokens in (1, 20):
+        changed = dataclasses.replace(config, answer_tokens=tokens, timed=0)
+        evaluate(bridge, changed, tmp_path / str(tokens), progress=False)
+        lines = (tmp_path / str(tokens) / "answers.jsonl").read_text().splitlines()
+        said = [text for line in lines for text in json.loads(line)["answers"].values()]
+        lengths[tokens] = max(map(len, said))
+    assert lengths[1] < lengths[20]
+    with pytest.raises(ConfigError, match="answer_tokens must be at least 1, got 0"):
+        dataclasses.replace(config, answer_tokens=0)
+
+
 def test_a_folder_of_another_run_is_left_alone(
     bridge: Bridge, config: EvaluationConfig, tmp_path: Path
 ) -> None:

@@ -17,7 +17,16 @@ from tqdm import tqdm
 from mm_c2c.bridge import Bridge
 from mm_c2c.config import WIDE_DTYPES, check_one_of, to_dict
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.arms import ARMS, FILES, SOURCE_WORDS, Arm, Asked, Setting, build_arm
+from mm_c2c.evaluation.arms import (
+    ARMS,
+    FILES,
+    MAX_NEW_TOKENS,
+    SOURCE_WORDS,
+    Arm,
+    Asked,
+    Setting,
+    build_arm,
+)
 from mm_c2c.evaluation.arms.fused import reads_actions
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
 from mm_c2c.evaluation.clock import timed
@@ -54,6 +63,7 @@ class EvaluationConfig:
         own_bridge: as in `Setting`.
         decoding: `free`, or `choice`: every arm can only answer with one of the item's options,
             those of its kind where the item lists none; an item without any is answered freely.
+        answer_tokens: how many tokens an answer may have.
         limit: ask only so many; None asks all.
         batch_size: items at once, for accuracy.
         timed: items that are also run one at a time, by the clock, after two to warm up.
@@ -76,6 +86,7 @@ class EvaluationConfig:
     connector: Path | None = None
     own_bridge: Path | None = None
     decoding: str = "free"
+    answer_tokens: int = MAX_NEW_TOKENS
     limit: int | None = None
     batch_size: int = 48
     timed: int = 10
@@ -85,6 +96,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ConfigError(f"batch_size must be at least 2 to shuffle, got {self.batch_size}")
+        if self.answer_tokens < 1:
+            raise ConfigError(f"answer_tokens must be at least 1, got {self.answer_tokens}")
         check_one_of("dtype", self.dtype, WIDE_DTYPES)
         check_one_of("decoding", self.decoding, DECODINGS)
         if self.bridge is None and (self.source_model or self.target_model):
@@ -126,12 +139,15 @@ def _run(
         source_name=source,
         request=config.request,
         among_options=config.decoding == "choice",
+        answer_tokens=config.answer_tokens,
         **given,
     )
     arms = {n: build_arm(n, setting) for n in config.arms or _possible_arms(items, setting)}
     settings = {**portable(config), "source": source}
     settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
     settings["decoding"] = config.decoding if setting.among_options else None  # likewise
+    given_tokens = config.answer_tokens
+    settings["answer_tokens"] = None if given_tokens == MAX_NEW_TOKENS else given_tokens
     # What the target has, whoever loaded it; likewise.
     dtype = str(bridge.target.model.dtype).removeprefix("torch.")
     settings["dtype"] = None if dtype == "float32" else dtype

@@ -129,6 +129,7 @@ class Setting:
         own_bridge: folder of a bridge from the target into itself, for the arm `own_source`.
         among_options: whether an answer can only be one of its question's options, where it has
             any; texts on the way to an answer are free.
+        answer_tokens: how many an answer may have.
     """
 
     bridge: Bridge
@@ -140,6 +141,7 @@ class Setting:
     connector: Path | None = None
     own_bridge: Path | None = None
     among_options: bool = False
+    answer_tokens: int = MAX_NEW_TOKENS
 
     @property
     def source(self) -> Source:
@@ -157,9 +159,9 @@ class Setting:
             reader: a source, where that answers; None is the target.
         """
         if not self.among_options:
-            return options(streamer)
+            return options(streamer, self.answer_tokens)
         rows = [row.options for row in asked]
-        choice = AmongOptions(rows, reader or self.bridge.target, MAX_NEW_TOKENS)
+        choice = AmongOptions(rows, reader or self.bridge.target, self.answer_tokens)
         return {
             **options(streamer),
             "max_new_tokens": choice.max_new_tokens,
@@ -230,6 +232,6 @@ def captions(source: Source, requests: Sequence[str], asked: Sequence[Asked]) ->
     return [text.strip() for text in written]
 
 
-def options(streamer: BaseStreamer | None) -> dict[str, Any]:
+def options(streamer: BaseStreamer | None, tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
     """How every arm decodes a free answer: greedily, a few tokens."""
-    return {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "streamer": streamer}
+    return {"max_new_tokens": tokens, "do_sample": False, "streamer": streamer}

@@ -12,7 +12,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import (
-    MAX_NEW_TOKENS,
     Asked,
     Reply,
     Setting,
@@ -133,7 +132,6 @@ class AnswerRelay(CaptionRelay):
     def write(self, asked: Sequence[Asked]) -> list[str]:
         """The source's own answers."""
         looks = [row.look_for(row.question) for row in asked]
-        answers = self.setting.source.generate(
-            looks, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-        )
+        tokens = self.setting.answer_tokens
+        answers = self.setting.source.generate(looks, max_new_tokens=tokens, do_sample=False)
         return [text.strip() for text in answers]

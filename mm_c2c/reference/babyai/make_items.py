@@ -36,6 +36,9 @@ from mm_c2c.sources.base import SourceInput
 
 # What an instruction is about, so that a swapped one says something else.
 _ABOUT_GOAL = ("next", "object", "colour", "side")
+# What a step with something in the robot's hands is asked further, so that what it holds and what
+# it is after are told apart.
+_ABOUT_HANDS = ("held", "hands", "object", "colour")
 _BATCH = 64
 # Share of training steps with a narration: long answers pad their whole batch.
 _NARRATED = 0.06
@@ -76,13 +79,18 @@ class Row(NamedTuple):
 
 
 def moments(
-    episodes: Iterable[Episode], policy: TokenActionSource, rng: random.Random, per_episode: int
+    episodes: Iterable[Episode],
+    policy: TokenActionSource,
+    rng: random.Random,
+    per_episode: int,
+    *,
+    carrying: bool = False,
 ) -> list[Moment]:
-    """Steps of each episode, drawn at random, in order."""
+    """Steps of each episode, drawn at random, in order; all, or those that carry something."""
     found = []
     for episode in episodes:
-        count = len(episode.steps)
-        for number in sorted(rng.sample(range(count), min(per_episode, count))):
+        numbers = [n for n, step in enumerate(episode.steps) if step.carrying or not carrying]
+        for number in sorted(rng.sample(numbers, min(per_episode, len(numbers)))):
             step = episode.steps[number]
             tokens = tuple(policy.bins.vocab_size - 1 - action for action in step.chunk)
             found.append(
@@ -168,6 +176,16 @@ def questions_of(moment: Moment, rng: random.Random) -> list[Question]:
         told = moment.told
         found = {k: v for k, v in found.items() if k in _ABOUT_GOAL and told[k] != v}
     return ask(found, rng)
+
+
+def about_hands(found: Sequence[Moment], rng: random.Random) -> list[Row]:
+    """What steps with something in the robot's hands are asked further."""
+    rows = []
+    for moment in found:
+        known = answers(moment.episode, moment.number)
+        asked = {name: known[name] for name in _ABOUT_HANDS if name in known}
+        rows += [Row(moment, question) for question in ask(asked, rng)]
+    return rows
 
 
 def thin(rows: Sequence[Row], rng: random.Random, most: float = 2.0) -> list[Row]:
@@ -278,6 +296,12 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=106, help="unseen questions of a kind")
     parser.add_argument("--lies", type=float, default=0.25, help="swapped steps a step of `train`")
     parser.add_argument("--swaps", type=int, default=1, help="other objects tried a step")
+    parser.add_argument(
+        "--carrying",
+        type=int,
+        default=0,
+        help="further steps of an episode of `train`, at most, with something in its hands",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, camera, policy = random.Random(args.seed), Camera(), load_policy(args.policy)
@@ -287,6 +311,7 @@ def main() -> None:
     if args.split == "train":
         lies = rng.sample(lies, min(len(lies), int(args.lies * len(found))))
         rows = [Row(m, question) for m in (*found, *lies) for question in questions_of(m, rng)]
+        rows += about_hands(moments(episodes, policy, rng, args.carrying, carrying=True), rng)
         write(thin(rows, rng), args.out / "items.jsonl", camera)
         return
     rows = [Row(moment, question) for moment in found for question in questions_of(moment, rng)]
