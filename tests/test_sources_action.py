@@ -375,6 +375,41 @@ def robot_bridge(
 
 
 @torch.no_grad()
+def test_a_policy_and_a_model_that_sees_fuse_together_in_any_order(
+    pi0: PI0Source,
+    two_cameras: list[SourceInput],
+    tiny_llava: Any,
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+) -> None:
+    processor, model = tiny_llava
+    eyes = VLMSource(model, processor, "tiny/llava")
+    robot = robot_bridge(pi0, tiny_target, tiny_target_tokenizer)
+    target = robot.target
+    fuser = FuserConfig(source=eyes.shape, target=target.shape, hidden_size=16, rank=4)
+    link = LinkConfig(source="eyes", geometry="slots", rows=2, cols=2, fuser=fuser)
+    config = BridgeConfig(links=(*robot.config.links, link), slot_token="a")
+    bridge = Bridge(target, {"eyes": eyes, "robot": pi0}, config).eval()
+    other = Bridge(target, {"robot": pi0, "eyes": eyes}, config).eval()
+    for weight in bridge.parameters():
+        weight.normal_(std=0.5)
+    other.load_state_dict(bridge.state_dict())
+    shown = [SourceInput(images=row.images[:1]) for row in two_cameras]
+    caches = {"robot": pi0.prefill(two_cameras), "eyes": eyes.prefill(shown)}
+    seen = bridge.fuse_slots(caches)
+    turned = other.fuse_slots(dict(reversed(caches.items())))
+    assert torch.equal(seen.input_ids, turned.input_ids)
+    for one, two in zip(seen.past_key_values.layers, turned.past_key_values.layers, strict=True):
+        assert torch.equal(one.keys, two.keys)
+        assert torch.equal(one.values, two.values)
+    for name, slots in (("robot", 8 + 1 + CHUNK), ("eyes", 4)):
+        alone = bridge.fuse_slots({name: caches[name]})
+        left_out = seen.input_ids.shape[1] - alone.input_ids.shape[1]
+        assert left_out == 4 + 8 + 1 + CHUNK - slots
+        assert len(bridge.generate(alone, ["what ?"] * 2, max_new_tokens=2, do_sample=False)) == 2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pooling", ["window", "resampler", "asked"])
 def test_a_closed_bridge_leaves_the_target_as_it_is_whatever_pi0_saw_and_did(
     pi0: PI0Source,
