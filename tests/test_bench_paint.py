@@ -11,7 +11,7 @@ from mm_c2c.errors import ConfigError, UnsupportedError
 
 
 def test_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "playwright", None)
+    monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
     with pytest.raises(UnsupportedError, match="needs Playwright: pip install playwright"):
         bench(PaintConfig(tiny=True))
     with pytest.raises(ConfigError, match="visits must be at least 1, got 0"):

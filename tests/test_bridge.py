@@ -34,7 +34,8 @@ from mm_c2c.link import LinkConfig
 from mm_c2c.rope import RopeSpec, derotate, rotate
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.text import TextSource
-from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
+from mm_c2c.sources.vlm import VLMSource
+from mm_c2c.sources.vlm_families import PaliGemmaSource
 from mm_c2c.target import Target
 
 QUESTIONS = ("is it red ?", "Which sticker is above the apple ? answer with one word :")

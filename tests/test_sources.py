@@ -27,7 +27,8 @@ from mm_c2c.sources.action import PI0Source
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.speech import SpeechSource
 from mm_c2c.sources.text import TextSource, encode_chats
-from mm_c2c.sources.vlm import PaliGemmaSource, VLMSource
+from mm_c2c.sources.vlm import VLMSource
+from mm_c2c.sources.vlm_families import PaliGemmaSource
 from mm_c2c.target import Target
 
 WORDS = ("what is in the image ?", "Which sticker is above the apple ? answer with one word :")
