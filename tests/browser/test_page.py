@@ -19,8 +19,6 @@ from pathlib import Path
 
 import pytest
 
-from mm_c2c.bench import paint
-
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the browser tests need Playwright: pip install playwright"
@@ -287,10 +285,3 @@ def test_axe_finds_nothing_serious(open_page) -> None:
                 if v["impact"] in ("serious", "critical")
             ]
             assert not bad, (scheme, name, bad)
-
-
-def test_the_bench_of_the_first_paint_sees_it_before_the_page_can_be_used() -> None:
-    found = paint.bench(paint.PaintConfig(visits=2, tiny=True))
-    painted, usable = found["first_contentful_paint_ms"], found["usable_ms"]
-    assert 0 < painted[1] <= painted[0] <= painted[2]
-    assert painted[0] < usable[0]
