@@ -54,6 +54,20 @@ def test_a_film_has_a_picture_a_step(happened: list[Event], tmp_path: Path) -> N
         assert film.info["duration"] > 1000
 
 
+def test_a_film_keeps_the_colours_that_only_one_frame_has(
+    happened: list[Event], tmp_path: Path
+) -> None:
+    first, *rest = happened
+    assert isinstance(first, Step)
+    assert first.frame is not None
+    purple = np.broadcast_to(np.uint8([130, 80, 190]), first.frame.shape)
+    events = [Step(**{**vars(first), "frame": purple}), *rest]
+    write_film(events, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as film:
+        shown = np.asarray(film.convert("RGB")).astype(int)[300, 200]
+    assert np.abs(shown - [130, 80, 190]).max() < 12
+
+
 def test_what_was_said_shows_from_the_step_at_which_it_arrived(happened: list[Event]) -> None:
     silent = [event for event in happened if isinstance(event, Step | EpisodeEnd)]
     for index in range(STEPS):

@@ -47,7 +47,10 @@ def write_film(
         raise InputError("an episode without a step cannot be shown")
     pictures = [draw_step(events, index, action_names=action_names) for index in range(steps)]
     if path.suffix == ".gif":
-        palette = pictures[len(pictures) // 2].quantize(128)
+        # Of all frames, since things come into view.
+        some = pictures[:: -(-len(pictures) // 16)]
+        joined = Image.fromarray(np.concatenate([np.asarray(picture) for picture in some]))
+        palette = joined.quantize(256)
         frames = [
             picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
         ]
