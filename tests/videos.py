@@ -30,14 +30,8 @@ _SHOWN = {
 }
 
 
-class MergedFrames:
-    """Frames, prepared as pictures are, merged two by two."""
-
-    temporal_patch_size = 2
-    merge_size = 2
-
-    def __init__(self, image_processor: Any) -> None:
-        self.image_processor = image_processor
+class StandIn:
+    """A video processor that leaves what `make` does to its subclasses."""
 
     def __call__(
         self,
@@ -49,6 +43,24 @@ class MergedFrames:
     ) -> BatchFeature:
         """See transformers' video processors."""
         assert not do_sample_frames
+        return BatchFeature({**self.make(videos), "video_metadata": list(video_metadata)})
+
+    def make(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """What the model is given of videos."""
+        raise NotImplementedError
+
+
+class MergedFrames(StandIn):
+    """Frames, prepared as pictures are, merged two by two."""
+
+    temporal_patch_size = 2
+    merge_size = 2
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+    def make(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """See `StandIn`."""
         pixels, grids = [], []
         for frames in videos:
             even = [*frames, *frames[len(frames) - len(frames) % 2 :]]  # the last one twice
@@ -60,16 +72,13 @@ class MergedFrames:
             merged = torch.stack([alike[::2, :, :, 0], alike[1::2, :, :, 1]], dim=3)
             pixels.append(merged.flatten(2).flatten(0, 1))
             grids.append([len(even) // 2, *size])
-        return BatchFeature(
-            {
-                "pixel_values_videos": torch.cat(pixels),
-                "video_grid_thw": torch.tensor(grids),
-                "video_metadata": list(video_metadata),
-            }
-        )
+        return {
+            "pixel_values_videos": torch.cat(pixels),
+            "video_grid_thw": torch.tensor(grids),
+        }
 
 
-class WholeFrames:
+class WholeFrames(StandIn):
     """Frames, each a square of one size."""
 
     num_frames = 64
@@ -81,21 +90,13 @@ class WholeFrames:
         self.mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
         self.std = torch.tensor(image_processor.image_std).view(3, 1, 1)
 
-    def __call__(
-        self,
-        videos: Sequence[Sequence[Image.Image]],
-        *,
-        video_metadata: Sequence[VideoMetadata],
-        do_sample_frames: bool,
-        **_: Any,
-    ) -> BatchFeature:
-        """See transformers' video processors."""
-        assert not do_sample_frames
+    def make(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """See `StandIn`."""
         pixels = torch.stack([torch.stack([self._prepare(f) for f in frames]) for frames in videos])
         made = {"pixel_values" if self.is_padded else "pixel_values_videos": pixels}
         if self.is_padded:
             made["pixel_attention_mask"] = torch.ones_like(pixels[:, :, 0], dtype=torch.long)
-        return BatchFeature({**made, "video_metadata": list(video_metadata)})
+        return made
 
     def _prepare(self, frame: Image.Image) -> torch.Tensor:
         size = (self.side, self.side)
@@ -104,34 +105,23 @@ class WholeFrames:
         return (rgb - self.mean) / self.std
 
 
-class PooledFrames:
+class PooledFrames(StandIn):
     """Frames, prepared as pictures are, each for itself."""
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
 
-    def __call__(
-        self,
-        videos: Sequence[Sequence[Image.Image]],
-        *,
-        video_metadata: Sequence[VideoMetadata],
-        do_sample_frames: bool,
-        **_: Any,
-    ) -> BatchFeature:
-        """See transformers' video processors."""
-        assert not do_sample_frames
+    def make(self, videos: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """See `StandIn`."""
         encoded = [self.image_processor(list(frames), return_tensors="pt") for frames in videos]
-        return BatchFeature(
-            {
-                "pixel_values_videos": torch.cat([one["pixel_values"] for one in encoded]),
-                "video_position_ids": torch.cat([one["image_position_ids"] for one in encoded]),
-                "num_frames_per_video": torch.tensor([len(frames) for frames in videos]),
-                "num_soft_tokens_per_video": [
-                    int(one["num_soft_tokens_per_image"][0]) for one in encoded
-                ],
-                "video_metadata": list(video_metadata),
-            }
-        )
+        return {
+            "pixel_values_videos": torch.cat([one["pixel_values"] for one in encoded]),
+            "video_position_ids": torch.cat([one["image_position_ids"] for one in encoded]),
+            "num_frames_per_video": torch.tensor([len(frames) for frames in videos]),
+            "num_soft_tokens_per_video": [
+                int(one["num_soft_tokens_per_image"][0]) for one in encoded
+            ],
+        }
 
 
 def stand_in(name: str, image_processor: Any) -> Any:

@@ -146,8 +146,8 @@ def _run(
     settings = {**portable(config), "source": source}
     settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
     settings["decoding"] = config.decoding if setting.among_options else None  # likewise
-    given_tokens = config.answer_tokens
-    settings["answer_tokens"] = None if given_tokens == MAX_NEW_TOKENS else given_tokens
+    if config.answer_tokens == MAX_NEW_TOKENS:
+        settings["answer_tokens"] = None  # likewise
     # What the target has, whoever loaded it; likewise.
     dtype = str(bridge.target.model.dtype).removeprefix("torch.")
     settings["dtype"] = None if dtype == "float32" else dtype

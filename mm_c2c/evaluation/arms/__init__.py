@@ -163,8 +163,7 @@ class Setting:
         rows = [row.options for row in asked]
         choice = AmongOptions(rows, reader or self.bridge.target, self.answer_tokens)
         return {
-            **options(streamer),
-            "max_new_tokens": choice.max_new_tokens,
+            **options(streamer, choice.max_new_tokens),
             "logits_processor": LogitsProcessorList([choice]),
         }
 
