@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from bridge_rigs import LazySources, Rig
 from families import (
     TinyVLM,
     build_frozen,
@@ -170,6 +171,17 @@ def pictures() -> list[Image.Image]:
     generator = np.random.default_rng(0)
     shapes = [(40, 56, 3), (48, 36, 3)]
     return [Image.fromarray(generator.integers(0, 256, s, dtype=np.uint8)) for s in shapes]
+
+
+@pytest.fixture
+def rig(
+    request: pytest.FixtureRequest,
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    pictures: list[Image.Image],
+) -> Rig:
+    target = Target(tiny_target, tiny_target_tokenizer, "tiny/target", "t1")
+    return Rig(target, LazySources(request), pictures)
 
 
 @pytest.fixture

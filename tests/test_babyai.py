@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from babyai_episodes import step
 from PIL import Image
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
@@ -22,27 +23,19 @@ from mm_c2c.reference.babyai import questions
 from mm_c2c.reference.babyai.demonstrations import Demonstrations
 from mm_c2c.reference.babyai.levels import ACTIONS, EASY, LEVELS, SEEDS, instruction_text, seeds
 from mm_c2c.reference.babyai.make_items import (
-    Moment,
-    Row,
-    about_hands,
-    balance,
     main,
     moments,
     swap,
-    thin,
 )
-from mm_c2c.reference.babyai.questions import Question, answers, ask, goals, offset, side_of
+from mm_c2c.reference.babyai.questions import answers
 from mm_c2c.reference.babyai.rollouts import (
     POLICY,
-    Episode,
     Step,
-    Thing,
     load_episodes,
     load_policy,
     roll_out,
     save_episodes,
     success_rates,
-    wilson,
 )
 from mm_c2c.reference.babyai.train_policy import (
     PolicyTrainingConfig,
@@ -65,48 +58,10 @@ from mm_c2c.sources.action import TokenActionSource
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.loop import Loop
 
-EMPTY = bytes([1, 0, 0] * 49).hex()
-BALL, KEY, BOX = Thing("red", "ball", 3, 1), Thing("blue", "key", 5, 3), Thing("grey", "box", 5, 5)
-
 
 @pytest.fixture(scope="module")
 def policy() -> TokenActionSource:
     return load_policy(POLICY)
-
-
-def step(action: str | None, x: int, y: int, direction: int, *things: Thing, **other: Any) -> Step:
-    number = ACTIONS.index(action) if action else -1
-    return Step(
-        **{"view": EMPTY, "text": "", "chunk": (number,), "carrying": None, **other},
-        action=number,
-        x=x,
-        y=y,
-        direction=direction,
-        things=things,
-    )
-
-
-def episode(level: str, *steps: Step, success: bool = True, mission: str = "") -> Episode:
-    return Episode(
-        level=level, seed=1, mission=mission, steps=steps[:-1], end=steps[-1], success=success
-    )
-
-
-@pytest.fixture
-def put_next() -> Episode:
-    """It fetches the ball at (3, 1) and puts it at (5, 4), between key and box: beside both."""
-    held = {"carrying": "red ball"}
-    return episode(
-        "PutNextLocal",
-        step("left", 3, 2, 0, BALL, KEY),
-        step("pickup", 3, 2, 3, BALL, KEY),
-        step("right", 3, 2, 3, KEY, **held),
-        step("right", 3, 2, 0, KEY, **held),
-        step("forward", 3, 2, 1, KEY, **held),
-        step("left", 3, 3, 1, KEY, **held),
-        step("drop", 3, 3, 0, KEY, **held),
-        step(None, 3, 3, 0, Thing("red", "ball", 4, 3), KEY),
-    )
 
 
 # --- levels -----------------------------------------------------------------------------------
@@ -274,181 +229,6 @@ def test_the_policy_trains_and_goes_on_where_it_was_stopped(
         train(dataclasses.replace(config, data=tmp_path / "none", out=tmp_path / "other"))
     with pytest.raises(ConfigError, match=r"steps \(1\) must exceed warmup \(1\)"):
         dataclasses.replace(config, steps=1)
-
-
-# --- questions --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("direction", "expected"),
-    [(0, (2, -3)), (1, (-3, -2)), (2, (-2, 3)), (3, (3, 2))],  # right, down, left, up
-)
-def test_places_are_told_as_the_agent_sees_them(direction: int, expected: tuple[int, int]) -> None:
-    """The thing is 2 columns to the right in the room and 3 rows above."""
-    there = step("left", 4, 5, direction)
-    thing = Thing("red", "ball", 6, 2)
-    assert offset(there, thing) == expected
-    assert side_of(there, thing) == ("right" if expected[1] > 0 else "left")
-
-
-def test_ahead_is_a_side_and_behind_is_none() -> None:
-    assert side_of(step("left", 3, 5, 3), BALL) == "straight ahead"
-    assert side_of(step("left", 3, 5, 1), BALL) is None
-
-
-def test_what_it_reached_is_known_in_hindsight(put_next: Episode) -> None:
-    assert goals(put_next) == [
-        ("pick it up", BALL, 1),
-        ("put down", KEY, 6),
-    ]
-    first, last = answers(put_next, 0), answers(put_next, 6)
-    narration = "It turns left to pick up the red ball on its left."
-    assert first == {
-        "held": "nothing",
-        "hands": "no",
-        "task": "put next to",
-        "success": "yes",
-        "next": "turn left",
-        "after": "pick up",
-        "third": "turn right",
-        "progress": "just begun",
-        "object": "red ball",
-        "colour": "red",
-        "intent": "pick it up",
-        "side": "left",
-        "narration": narration,
-    }
-    assert (last["next"], last["held"], last["progress"]) == (
-        "put down",
-        "red ball",
-        "nearly there",
-    )
-    assert (last["object"], last["side"]) == ("blue key", "straight ahead")
-    assert "after" not in last
-    assert last["narration"].endswith("to put the red ball next to the blue key straight ahead.")
-
-
-def test_a_thing_put_beside_two_others_was_put_next_to_neither_in_particular(
-    put_next: Episode,
-) -> None:
-    between = Thing("grey", "box", 4, 4)
-    steps = [dataclasses.replace(s, things=(*s.things, between)) for s in put_next.steps]
-    crowded = dataclasses.replace(put_next, steps=tuple(steps))
-    assert [goal.thing for goal in goals(crowded)] == [BALL]
-    assert "object" not in answers(crowded, 6)
-
-
-def test_the_truth_does_not_come_from_the_instruction() -> None:
-    """Told to fetch the key, it took the ball: it went for the ball, and did not succeed."""
-    wrong = episode(
-        "PickupLoc",
-        step("left", 3, 2, 0, BALL, KEY),
-        step("pickup", 3, 2, 3, BALL, KEY),
-        step("toggle", 3, 2, 3, KEY, carrying="red ball"),
-        step(None, 3, 2, 3, KEY, carrying="red ball"),
-        success=False,
-        mission="pick up the blue key",
-    )
-    found = answers(wrong, 0)
-    assert (found["object"], found["success"]) == ("red ball", "no")
-    assert "progress" not in found
-    assert "next" not in answers(wrong, 2)  # no name for that action
-    assert "object" not in answers(wrong, 2)
-
-
-def test_a_task_of_going_somewhere_ends_in_front_of_it() -> None:
-    there = episode(
-        "GoToLocal", step("forward", 3, 4, 3, BALL, KEY), step(None, 3, 2, 3, BALL, KEY)
-    )
-    assert goals(there) == [("go to it", BALL, 0)]
-    lost = dataclasses.replace(there, success=False)
-    assert goals(lost) == []
-
-
-def test_every_answer_is_one_of_its_options(put_next: Episode) -> None:
-    rng = random.Random(0)
-    for number in range(len(put_next.steps)):
-        for question in ask(answers(put_next, number), rng):
-            assert question.kind == "narration" or question.answer in question.options
-            assert question.question in sum(questions.WORDINGS.values(), ())
-
-
-def test_captions_tell_what_the_camera_shows_and_no_more() -> None:
-    pytest.importorskip("minigrid", reason="numbers of objects come from minigrid")
-    view = np.ones((7, 7, 3), dtype=np.uint8) * np.array([1, 0, 0], dtype=np.uint8)
-    view[3, 5] = (2, 5, 0)  # a wall ahead
-    view[1, 6] = (5, 0, 0)  # a red key, two to the left
-    view[4, 3] = (6, 2, 0)  # a blue ball, three ahead and one to the right
-    view[3, 6] = (7, 4, 0)  # held: a yellow box
-    seen = step("left", 0, 0, 0, view=view.tobytes().hex(), carrying="yellow box")
-    assert questions.in_view(seen) == [("red key", 0, -2), ("blue ball", 3, 1)]
-    assert questions.caption(seen) == (
-        "In view: a red key 2 to the left, a blue ball 3 ahead and 1 to the right. "
-        "A wall is right ahead. The robot holds a yellow box."
-    )
-    nothing = questions.caption(step("left", 0, 0, 0))
-    assert nothing == "No object is in view. The robot holds nothing."
-
-
-def test_swapped_instructions_name_another_object(put_next: Episode) -> None:
-    told = dataclasses.replace(put_next, mission="put the red ball next to the blue key")
-    assert questions.swapped_mission(told, 0, "grey box") == (
-        "put the grey box next to the blue key"
-    )
-    assert questions.swapped_mission(told, 4, "grey box") == "put the red ball next to the grey box"
-    assert questions.swapped_mission(told, 4, "red ball") is None
-    went = dataclasses.replace(told, level="GoToLocal")
-    twice = dataclasses.replace(went.steps[0], things=(BALL, BALL))
-    went = dataclasses.replace(went, steps=(twice,))
-    assert questions.swapped_mission(went, 0, "red ball") == "go to a red ball"
-
-
-# --- items ------------------------------------------------------------------------------------
-
-
-def rows_of(episode: Episode, counts: dict[str, int]) -> list[Row]:
-    moment = Moment(episode=episode, number=0, mission="", text="", tokens=())
-    return [
-        Row(moment, Question("next", "?", answer, ()))
-        for answer, count in counts.items()
-        for _ in range(count)
-    ]
-
-
-def test_steps_with_something_in_the_hands_are_asked_what_it_is(
-    put_next: Episode, policy: TokenActionSource
-) -> None:
-    carrying = [n for n, step in enumerate(put_next.steps) if step.carrying]
-    found = moments([put_next], policy, random.Random(0), 99, carrying=True)
-    assert [moment.number for moment in found] == carrying
-    rows = about_hands(found, random.Random(0))
-    assert {row.question.kind for row in rows} == {"hands", "object", "colour"}
-    held = [row for row in rows if row.question.answer == put_next.steps[carrying[0]].carrying]
-    assert len(held) == len(carrying)
-    assert not moments([put_next], policy, random.Random(0), 0, carrying=True)
-
-
-def test_balanced_items_take_answers_in_turn(put_next: Episode) -> None:
-    rows = rows_of(put_next, {"turn left": 50, "turn right": 3, "go forward": 40})
-    found = Counter(row.question.answer for row in balance(rows, 20, random.Random(0)))
-    assert found["turn right"] == 3
-    assert sorted(found.values()) == [3, 8, 9]
-
-
-def test_answers_that_are_given_far_oftener_are_thinned(put_next: Episode) -> None:
-    rows = rows_of(put_next, {"turn left": 100, "turn right": 100, "go forward": 4000})
-    found = Counter(row.question.answer for row in thin(rows, random.Random(0)))
-    assert (found["turn left"], found["turn right"]) == (100, 100)
-    assert 150 < found["go forward"] < 250
-
-
-def test_intervals_of_shares_are_wilsons() -> None:
-    """Against the two roots of (p - q)^2 = z^2 q (1 - q) / n."""
-    for hits, count in ((0, 10), (7, 9), (250, 250)):
-        z, share = 1.959964, hits / count
-        a, b, c = 1 + z * z / count, -2 * share - z * z / count, share * share
-        roots = np.roots([a, b, c])
-        np.testing.assert_allclose(wilson(hits, count), sorted(roots), atol=1e-12)
 
 
 # --- the policy -------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from mm_c2c.reference.metaworld.questions import (
     answers,
     caption,
     direction,
+    failure,
     gripper_motion,
     questions,
 )
@@ -58,7 +59,7 @@ simulator = pytest.mark.skipif(
 )
 
 
-def moment(task: str = "push", *, done: bool = True, **changes: Any) -> Moment:
+def moment(task: str = "push", *, reason: str = "nothing", **changes: Any) -> Moment:
     """The hand open, 10 cm above the object, half way, moving down and closing."""
     place = np.array([0.1, 0.6, 0.02])
     base = {
@@ -68,7 +69,7 @@ def moment(task: str = "push", *, done: bool = True, **changes: Any) -> Moment:
         "gripper_change": -0.4,
         "progress": 0.5,
     }
-    return Moment(task=task, done=done, **{**base, **changes})
+    return Moment(task=task, reason=reason, **{**base, **changes})
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,7 @@ def test_answers_of_an_episode_that_succeeded() -> None:
         "touching": "no",
         "progress": "half way",
         "success": "yes",
+        "why": "nothing",
         "narration": "The robot is pushing the puck; the hand moves down and the gripper is closing.",
     }
     assert answers(moment(progress=0.0))["progress"] == "just begun"
@@ -112,11 +114,27 @@ def test_answers_of_an_episode_that_succeeded() -> None:
 
 
 def test_what_a_failed_episode_was_about_is_not_asked() -> None:
-    assert answers(moment(done=False, moved=np.zeros(3), touching=True)) == {
+    assert answers(moment(reason="wrong place", moved=np.zeros(3), touching=True)) == {
         "gripper": "closing",
         "touching": "yes",
         "success": "no",
+        "why": "wrong place",
     }
+
+
+@pytest.mark.parametrize(
+    ("task", "metres", "expected"),
+    [
+        ("push", 0.02, "missed grasp"),
+        ("push", 0.2, "wrong place"),
+        ("reach", 0.0, "wrong place"),  # whose object is its goal, which nothing moves
+    ],
+)
+def test_a_thing_that_stayed_was_not_grasped(task: str, metres: float, expected: str) -> None:
+    raw = np.zeros((5, 39))
+    raw[-1, 4] = metres  # along x
+    assert failure(task, raw, done=False) == expected
+    assert failure(task, raw, done=True) == "nothing"
 
 
 @pytest.mark.parametrize("task", TASKS)

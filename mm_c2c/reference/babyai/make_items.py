@@ -5,8 +5,8 @@
 
 `train` writes `items.jsonl`. `unseen` writes `items.jsonl`, balanced over kinds and their answers;
 `narration.jsonl`, one sentence each; `lies.jsonl`, whose instruction was swapped after the fact: the
-policy acted under its own, and its action tokens are those; and `monitor.jsonl`, which asks about
-episodes again and again whether they will succeed.
+policy acted under its own, and its action tokens are those; `monitor.jsonl`, which asks about
+episodes again and again whether they will succeed; and `why.jsonl`, what will go wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mm_c2c.reference.babyai.questions import (
     answers,
     ask,
     caption,
+    failure,
     in_view,
     swapped_mission,
 )
@@ -41,7 +42,9 @@ _ABOUT_GOAL = ("next", "object", "colour", "side")
 _ABOUT_HANDS = ("held", "hands", "object", "colour")
 _BATCH = 64
 # Share of training steps with a narration: long answers pad their whole batch.
-_NARRATED = 0.06
+_NARRATED = 0.5
+# Unseen questions about what goes wrong.
+_WHY = 240
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,16 @@ def about_hands(found: Sequence[Moment], rng: random.Random) -> list[Row]:
     return rows
 
 
+def about_failures(found: Sequence[Moment], rng: random.Random) -> list[Row]:
+    """What will go wrong, asked of each moment."""
+    reasons = {moment.episode.name: failure(moment.episode) for moment in found}
+    return [
+        Row(moment, question)
+        for moment in found
+        for question in ask({"why": reasons[moment.episode.name]}, rng)
+    ]
+
+
 def thin(rows: Sequence[Row], rng: random.Random, most: float = 2.0) -> list[Row]:
     """Fewer of the answers that are given far oftener than others of their kind.
 
@@ -311,6 +324,8 @@ def main() -> None:
     if args.split == "train":
         lies = rng.sample(lies, min(len(lies), int(args.lies * len(found))))
         rows = [Row(m, question) for m in (*found, *lies) for question in questions_of(m, rng)]
+        rows += about_failures(found, rng)
+        rows.sort(key=lambda row: (row.moment.name, row.moment.text))  # one example a moment
         rows += about_hands(moments(episodes, policy, rng, args.carrying, carrying=True), rng)
         write(thin(rows, rng), args.out / "items.jsonl", camera)
         return
@@ -326,6 +341,7 @@ def main() -> None:
         "narration": rng.sample(told, min(len(told), args.per_kind // 2)),
         "lies": balance(false, args.per_kind * 2 // 3, rng, seen),
         "monitor": watch(episodes, policy, rng, 25),
+        "why": balance(about_failures(moments(episodes, policy, rng, 4), rng), _WHY, rng),
     }
     for name, picked in files.items():
         write(picked, args.out / f"{name}.jsonl", camera)

@@ -19,6 +19,8 @@ SIDES = ("left", "right", "straight ahead")
 INTENTS = ("go to it", "pick it up", "put down")
 STAGES = ("just begun", "half way", "nearly there")
 TASKS = tuple(level.task for level in LEVELS.values())
+REASONS = ("nothing", "wrong object", "turned away", "stuck")
+_LAST_STEPS = 12
 
 MOTIONS = {
     "left": "turn left",
@@ -44,6 +46,7 @@ WORDINGS = {
     "task": ("Which task is this?", "What was it asked to do?"),
     "progress": ("How far along is it?", "How much is done?"),
     "success": ("Will it succeed?", "Is this going to end well?"),
+    "why": ("What will go wrong?", "What goes wrong?"),
     "narration": ("What is the robot up to?", "Describe it in one sentence."),
 }
 """Questions by their wording's name; `after` and `third` are of kind `ahead`, `held` of `hands`."""
@@ -62,6 +65,7 @@ OPTIONS = {
     "task": TASKS,
     "progress": STAGES,
     "success": ("yes", "no"),
+    "why": REASONS,
     "narration": (),
 }
 """All answers that a question can have; none for free narration."""
@@ -166,6 +170,41 @@ def answers(episode: Episode, number: int) -> dict[str, str]:
         if "next" in found:
             found["narration"] = narrate(found)
     return found
+
+
+def failure(episode: Episode) -> str:
+    """Why an episode fails, one of `REASONS`; `nothing` where it succeeds.
+
+    `wrong object`: it picks up, puts something next to, or stops in front of a thing that its
+    instruction does not ask for. `turned away`: it had in view what was asked for, and at the end
+    no longer. `stuck`: the rest, which do the same over and over until time is out.
+    """
+    if episode.success:
+        return REASONS[0]
+    asked = episode.mission.removeprefix("put ").split(" next to ")
+    done = goals(episode)
+    if episode.level == "PutNextLocal":
+        parts = {INTENTS[1]: asked[0], INTENTS[2]: asked[1]}
+        wrong = any(not parts[goal.intent].endswith(goal.thing.name) for goal in done)
+    else:  # to pick up the right one is to succeed, and so is to stand in front of it
+        end = in_front(episode.end)
+        stopped = ACTIONS[episode.steps[-1].action] == "done"
+        wrong = bool(done) or (stopped and any((t.x, t.y) == end for t in episode.end.things))
+    if wrong:
+        return REASONS[1]
+    seen = [
+        any(_is_asked(name, part) for name, _, _ in in_view(step) for part in asked)
+        for step in episode.steps
+    ]
+    return REASONS[2] if any(seen) and not any(seen[-_LAST_STEPS:]) else REASONS[3]
+
+
+def _is_asked(name: str, phrase: str) -> bool:
+    """Whether a thing is called so in part of an instruction, which may leave out its colour."""
+    colour, kind = name.split()
+    return name in phrase or (
+        kind in phrase and not any(c in phrase for c in COLOURS if c != colour)
+    )
 
 
 def narrate(found: dict[str, str]) -> str:

@@ -20,7 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from mm_c2c.reference.metaworld.demonstrations import read_shard, shards_of
-from mm_c2c.reference.metaworld.questions import HORIZON, KINDS, OPTIONS, Moment, caption, questions
+from mm_c2c.reference.metaworld.questions import (
+    HORIZON,
+    KINDS,
+    OPTIONS,
+    Moment,
+    caption,
+    failure,
+    questions,
+)
 from mm_c2c.reference.metaworld.rollouts import steer
 from mm_c2c.reference.metaworld.tasks import SPLITS, TASKS, read_truth, state_of
 
@@ -32,7 +40,7 @@ def moment_of(task: str, episode: dict[str, Tensor], look: int) -> Moment:
     later = raw[min(step + HORIZON, end)]
     return Moment(
         task=task,
-        done=bool(episode["success"][-1]),
+        reason=failure(task, raw, done=bool(episode["success"][-1])),
         truth=read_truth(task, raw[step]),
         touching=bool(episode["touching"][look]),
         moved=later[:3] - raw[step, :3],

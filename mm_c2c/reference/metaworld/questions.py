@@ -12,12 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_c2c.reference.metaworld.tasks import TASKS, Truth
+from mm_c2c.reference.metaworld.tasks import TASKS, Truth, read_truth
 from mm_c2c.reference.scenes import Question
 
 DIRECTIONS = (("right", "left"), ("forward", "back"), ("up", "down"))
 GRIPPER = ("closing", "opening", "staying")
 PROGRESS = ("just begun", "half way", "nearly done")
+REASONS = ("nothing", "missed grasp", "wrong place")
 KINDS = (
     "task",
     "object",
@@ -26,6 +27,7 @@ KINDS = (
     "touching",
     "progress",
     "success",
+    "why",
     "narration",
 )
 # Steps of a look's future: what was executed of this chunk, and of the next one.
@@ -34,6 +36,7 @@ HORIZON = 8
 _PLAIN_METRES = 0.01  # a shorter way is none
 _CLEAR_SHARE = 0.8  # of the longest axis, above which no axis is the main one
 _NEAR_METRES = 0.03
+_MOVED_METRES = 0.03  # a thing that was moved by less stayed where it was
 _GRIPPER_CHANGE = 0.08
 _RELATIONS = (("right of", "left of"), ("beyond", "short of"), ("above", "below"))
 _SHOWN = {
@@ -53,6 +56,7 @@ OPTIONS = {
     "touching": ("yes", "no"),
     "progress": PROGRESS,
     "success": ("yes", "no"),
+    "why": REASONS,
 }
 _ASKED = {
     "task": ("What is the robot doing?", "Which task is the robot busy with?"),
@@ -65,6 +69,7 @@ _ASKED = {
     "touching": ("Does the hand touch anything?", "Is the hand in touch with something?"),
     "progress": ("How far along is the robot?", "How much of the task is done?"),
     "success": ("Will the robot succeed?", "Will this end in success?"),
+    "why": ("What will go wrong?", "What goes wrong?"),
     "narration": ("Say what the robot does now.", "Narrate what the robot is doing."),
 }
 
@@ -74,7 +79,7 @@ class Moment(NamedTuple):
 
     Attributes:
         task: whose scene it is.
-        done: whether the episode ended in success of that task.
+        reason: why the episode fails, one of `REASONS`.
         truth: of the simulator, now.
         touching: whether the robot touches what stands on the table.
         moved: `(3,)` metres that the hand moves in the next `HORIZON` steps.
@@ -83,12 +88,35 @@ class Moment(NamedTuple):
     """
 
     task: str
-    done: bool
+    reason: str
     truth: Truth
     touching: bool
     moved: NDArray[np.float64]
     gripper_change: float
     progress: float
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode ended in success of the scene's task."""
+        return self.reason == REASONS[0]
+
+
+def failure(task: str, raw: NDArray[np.float64], *, done: bool) -> str:
+    """Why an episode fails, one of `REASONS`; `nothing` where it succeeds.
+
+    `missed grasp`: what the hand was to move stayed where it was. `wrong place`: it was moved, but
+    not to where it belongs; and so is the hand that reaches beside the ball.
+
+    Args:
+        task: whose scene it is.
+        raw: `(steps, 39)` as `rollouts` keeps it.
+        done: whether the task was done at the end.
+    """
+    if done:
+        return REASONS[0]
+    first, last = read_truth(task, raw[0]), read_truth(task, raw[-1])
+    stayed = math.dist(first.object, last.object) < _MOVED_METRES
+    return REASONS[1] if stayed and task != "reach" else REASONS[2]
 
 
 def direction(moved: NDArray[np.float64]) -> str | None:
@@ -118,6 +146,7 @@ def answers(moment: Moment) -> dict[str, str]:
         "gripper": gripper,
         "touching": "yes" if moment.touching else "no",
         "success": "yes" if moment.done else "no",
+        "why": moment.reason,
     }
     if way is not None:
         found["motion"] = way

@@ -1,0 +1,147 @@
+"""What a bridge cannot be asked, and what it cannot be built from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from bridge_rigs import (
+    EYES,
+    QUESTIONS,
+    SLOT,
+    Rig,
+)
+
+from mm_c2c.bridge import Bridge, BridgeConfig
+from mm_c2c.errors import (
+    ConfigError,
+    InputError,
+    MismatchError,
+    ShapeError,
+)
+from mm_c2c.sources import SourceInput
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question_is_refused(rig: Rig, question: str) -> None:
+    with pytest.raises(InputError, match="the question is empty"):
+        rig.bridge([EYES]).fuse(None, ["fine ?", question])
+
+
+def test_no_question_at_all_is_refused(rig: Rig) -> None:
+    with pytest.raises(InputError, match="at least one question"):
+        rig.bridge([EYES]).fuse(None, [])
+
+
+def test_a_question_that_is_not_in_a_list_is_refused(rig: Rig) -> None:
+    with pytest.raises(InputError, match="expected a list of questions, got the text 'is it red"):
+        rig.bridge([EYES]).fuse(None, QUESTIONS[0])
+
+
+def test_rows_and_questions_must_agree_in_number(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    with pytest.raises(ShapeError, match="2 perceived rows cannot answer 3 questions"):
+        bridge.fuse(perception, ["a ?", "b ?", "c ?"])
+
+
+def test_sources_must_agree_in_number_of_rows(rig: Rig) -> None:
+    bridge = rig.bridge([EYES, ("second", "slots")])
+    inputs = [SourceInput(images=(p,)) for p in rig.pictures]
+    caches = {
+        "eyes": rig.sources["eyes"].prefill(inputs),
+        "second": rig.sources["second"].prefill(inputs[:1]),
+    }
+    with pytest.raises(ShapeError, match=r"differ in batch size: \[1, 2\]"):
+        bridge.fuse_slots(caches)
+
+
+@pytest.mark.parametrize(("images", "found"), [(1, 2), (2, 3)])
+def test_more_pictures_than_the_slots_hold_are_refused(rig: Rig, images: int, found: int) -> None:
+    bridge = rig.bridge([EYES], images=images)
+    shown = [tuple(rig.pictures * 2)[:count] for count in (images, found)]
+    cache = rig.sources["eyes"].prefill([SourceInput(images=pictures) for pictures in shown])
+    message = (
+        f"row 1 of source 'eyes' has {found} pictures, its slots hold {images}; show it no more, "
+        f"or build the link with images={found}"
+    )
+    with pytest.raises(ShapeError, match=message):
+        bridge.fuse_slots({"eyes": cache})
+
+
+def test_slots_for_pictures_of_a_source_without_pictures_are_refused(rig: Rig) -> None:
+    with pytest.raises(ConfigError, match=r"source 'reader' reads words only .* 'aligned', or kin"):
+        rig.bridge([("reader", "slots")])
+    link = replace(rig.link("reader", "slots"), kinds=("text",), rows=1)
+    config = BridgeConfig(links=(link,), slot_token=SLOT)
+    cache = rig.sources["reader"].prefill([SourceInput(text="words only")])
+    Bridge(rig.target, rig.sources, config).fuse_slots({"reader": cache})
+
+
+def test_a_cache_of_another_question_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([("reader", "aligned")])
+    caches = rig.caches(bridge, ["something else ?", QUESTIONS[1]])
+    with pytest.raises(InputError, match=r"'reader' read 'something else \?', not 'is it red \?'"):
+        bridge.fuse(None, QUESTIONS, caches)
+
+
+def test_a_cache_of_fewer_questions_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([("reader", "aligned")])
+    caches = rig.caches(bridge, QUESTIONS[:1], [0])
+    with pytest.raises(ShapeError, match="source 'reader' has 1 rows for 2 questions"):
+        bridge.fuse(None, QUESTIONS, caches)
+
+
+def test_a_cache_under_an_unknown_name_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    cache = rig.sources["eyes"].prefill([SourceInput(images=(rig.pictures[0],))])
+    with pytest.raises(ConfigError, match=r"no source named \['eye'\]; known: eyes"):
+        bridge.fuse_slots({"eye": cache})
+    with pytest.raises(ConfigError, match=r"no source named \['eye'\]"):
+        bridge.fuse(None, QUESTIONS, {"eye": cache})
+
+
+def test_a_cache_of_another_geometry_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    other = rig.sources["second"].prefill([SourceInput(images=(rig.pictures[0],))])
+    with pytest.raises(MismatchError, match="the cache of source 'eyes': the fuser was made for"):
+        bridge.fuse_slots({"eyes": other})
+
+
+def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
+    link = rig.link(*EYES)
+    with pytest.raises(ConfigError, match="geometry must be one of slots, aligned, got 'slot'"):
+        replace(link, geometry="slot")
+    with pytest.raises(ConfigError, match="pooling must be one of window, resampler, got 'mean'"):
+        replace(link, pooling="mean")
+    for name in ("rows", "cols", "images"):
+        with pytest.raises(ConfigError, match=f"^{name} must be at least 1, got 0"):
+            replace(link, **{name: 0})
+    with pytest.raises(ConfigError, match="'aligned' has none, got 2; leave images at 1"):
+        replace(link, geometry="aligned", images=2)
+    for kinds in (("states",), ("pad",), ("state", "state")):
+        with pytest.raises(ConfigError, match=f"some of template, text, .*, got {kinds[0]}"):
+            replace(link, kinds=kinds, rows=1)
+    line = replace(link, kinds=("state", "action"), rows=1)
+    assert (line.name, line.num_slots) == ("eyes_slots_state_action", 3)
+    for change in ({"rows": 2}, {"images": 2}, {"geometry": "aligned"}):
+        with pytest.raises(ConfigError, match="state and action stand in one line: expected geom"):
+            replace(line, **change)
+    with pytest.raises(ConfigError, match="'aligned' has none; leave pooling at 'window'"):
+        replace(link, geometry="aligned", pooling="resampler")
+    asked = replace(link, pooling="resampler", asking=("action",))
+    assert asked.name == "eyes_slots_by_action"
+    with pytest.raises(ConfigError, match=r"asking must be some of template, .*, got actions"):
+        replace(asked, asking=("actions",))
+    with pytest.raises(ConfigError, match="got pooling 'window'; set pooling to 'resampler'"):
+        replace(asked, pooling="window")
+    for links in ((), (link, link)):
+        with pytest.raises(ConfigError, match="expected one link or more, no two alike"):
+            BridgeConfig(links=links)
+    config = BridgeConfig(links=(link,), slot_token=SLOT)
+    with pytest.raises(ConfigError, match=r"names source 'eyes'; sources given: \['reader'\]"):
+        Bridge(rig.target, {"reader": rig.sources["reader"]}, config)
+    with pytest.raises(ConfigError, match=r"slot_token ' xylophone' is [0-9]+ tokens"):
+        Bridge(rig.target, rig.sources, replace(config, slot_token=" xylophone"))
+    with pytest.raises(MismatchError, match="source 'eyes': the fuser was made for"):
+        Bridge(rig.target, {"eyes": rig.sources["second"]}, config)
