@@ -338,6 +338,7 @@ def test_items_tell_what_was_done_beside_what_was_told(
             assert row["answer"] == TASKS[task].doing
         believed = {"task": TASKS[told].doing, "object": TASKS[told].object} if steered else {}
         assert row.get("told") == believed.get(row["kind"])
+    assert any(row["kind"] == "why" for row in rows) != steered
 
 
 def test_each_answer_of_a_kind_gets_the_same_share() -> None:

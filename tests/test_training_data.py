@@ -70,6 +70,15 @@ def test_lines_about_one_picture_are_one_example(
     assert found[1].look().images[0].size == (4, 3)
 
 
+def test_a_pattern_takes_several_files_each_with_its_pictures(tmp_path: Path) -> None:
+    for name, shade in (("one", 3), ("two", 7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(shade))
+        write_lines(tmp_path / name, [{"image": "0.png", "question": "what", "answer": "it"}])
+    both = open_examples(DataConfig(path=str(tmp_path / "*" / "data.jsonl")), seed=0)
+    assert sorted(shades(both, range(2))) == [3, 7]
+
+
 def test_the_order_is_new_in_each_epoch_and_follows_from_the_seed(
     tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:

@@ -41,7 +41,8 @@ class DataConfig:
     """Examples; `mm_c2c.training.data` says what one looks like.
 
     Attributes:
-        path: a JSONL file; a shard or a pattern of shards (`shards/*.tar`); or what
+        path: a JSONL file, or a pattern of several (`part*/items.jsonl`), each with its pictures
+            beside it; a shard or a pattern of shards (`shards/*.tar`); or what
             `datasets.load_dataset` takes.
         format: `jsonl`, `webdataset` (tar shards on disk) or `datasets`.
         name: of a configuration of a data set, where it has several.

@@ -27,6 +27,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -138,7 +139,9 @@ def open_examples(config: DataConfig, seed: int) -> Examples:
     elif config.format == "webdataset":
         readers = list(_index_shards(config.path, skip=skip))
     else:
-        readers = list(_index_lines(Path(config.path), skip=skip))
+        # A name that matches nothing is read, and so refused by name.
+        files = _matching(config.path) or [Path(config.path)]
+        readers = [reader for file in files for reader in _index_lines(file, skip=skip)]
     if not readers:
         raise InputError(f"{config.path} holds no examples")
     return _Shuffled(readers, seed, skip=skip)
@@ -276,8 +279,7 @@ def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
 
     Shards are gone through once, without reading what is in them.
     """
-    path = Path(pattern)
-    shards = sorted(path.parent.glob(path.name))
+    shards = _matching(pattern)
     if not shards:
         raise InputError(f"no shard is named {pattern}")
     for shard in shards:
@@ -291,6 +293,11 @@ def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
             continue
         for stem, group in itertools.groupby(members, lambda member: _stem(member[0])):
             yield partial(_read_sample, shard, stem, list(group))
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Files that are called so, in order; `*` and `?` may stand in any part of the path."""
+    return sorted(map(Path, glob(pattern)))  # noqa: PTH207, Path.glob takes no absolute pattern
 
 
 def _stem(name: str) -> str:

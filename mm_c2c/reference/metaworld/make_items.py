@@ -3,7 +3,8 @@
 python -m mm_c2c.reference.metaworld.make_items --rollouts FOLDER --split reader --out FOLDER
 
 Of steered episodes (`--steered`) `text` is what the policy was told, and the answers say what it did;
-`told` is what a reader would answer that believes the instruction.
+`told` is what a reader would answer that believes the instruction. What goes wrong there is not
+asked: that it was told something else.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ def main() -> None:
                     "success": moment.done,
                 }
                 for question in questions(moment, rng):
+                    if args.steered and question.kind == "why":
+                        continue
                     options = OPTIONS.get(question.kind)
                     row = {**shown, **question._asdict()}
                     if options:
