@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -513,12 +514,22 @@ def test_all_that_was_measured_stands_in_one_section(
         reader, probe.ProbeConfig(train=items, items=items, resamples=20), progress=False
     )
     (run / "probe.json").write_text(json.dumps(found))
+    (run / "why").mkdir()
+    reasons = [("stuck", "stuck"), ("nothing", "stuck"), ("stuck", "Stuck."), ("stuck", "nothing")]
+    (run / "why" / "answers.jsonl").write_text(
+        "\n".join(
+            json.dumps({"gold": gold, "episode": f"{i}", "answers": {"fused": said}})
+            for i, (gold, said) in enumerate(reasons)
+        )
+    )
     readme.write_text("a\n<!-- results: policy -->\nstale\n<!-- end of results -->\nb\n")
     intent_report.main([str(run), "--readme", str(readme), "--section", "policy"])
     text = readme.read_text()
     assert "stale" not in text
     for words in ("24 questions", "what it was told", "| linear probe |", "95 %"):
         assert words in text
+    assert "| what goes wrong, % right | all (4) | stuck (3) | nothing (1) |" in text
+    assert re.search(r"\| fused \| 50\.0 \(\d.* to \d.*\) \| 66\.7 \| 0\.0 \|", text)
     assert text.endswith("<!-- end of results -->\nb\n")
     with pytest.raises(InputError, match="no finished run"):
         intent_report.intent_report(tmp_path)
