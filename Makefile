@@ -5,13 +5,14 @@ VENV := .venv
 EXTRAS := dev
 HARNESS := .venv-harness
 LEROBOT := .venv-lerobot
+TORCHVISION := .venv-torchvision
 BIN := $(VENV)/bin
 PLAYWRIGHT := 1.65.2
 INPUTS := pyproject.toml constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-all test-browser test-harness test-lerobot format clean
+.PHONY: help demo test check test-all test-browser test-harness test-lerobot test-torchvision format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,12 +53,21 @@ test-lerobot: ## The tests with LeRobot, in an environment of their own: Python 
 	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --quiet accelerate gguf psutil pytest
 	$(LEROBOT)/bin/python -m pytest tests/test_sources_smolvla.py tests/test_robot_recording.py
 
+# torchvision loads beside the one build of torch that it was made for.
+test-torchvision: ## The tests with torchvision and DeepSpeed, in an environment of their own: several GB
+	$(PYTHON) -m venv $(TORCHVISION)
+	$(TORCHVISION)/bin/python -m pip install --disable-pip-version-check --quiet torch==2.14.1 torchvision==0.29.1
+	$(TORCHVISION)/bin/python -m pip install --disable-pip-version-check --quiet deepspeed==0.19.8 pytest --editable .
+	$(TORCHVISION)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps transformers tokenizers
+	$(TORCHVISION)/bin/python -m pytest tests/test_sources_video.py tests/test_sources_families.py
+	$(TORCHVISION)/bin/python -m pytest tests/test_train.py -k sharded
+
 format: $(VENV)/.installed-dev ## Format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and tool caches; downloaded weights stay
-	rm -rf $(VENV) $(HARNESS) $(LEROBOT) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(HARNESS) $(LEROBOT) $(TORCHVISION) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find mm_c2c demos tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make installing a no-op until one of INPUTS changes.

@@ -16,11 +16,13 @@ from mm_c2c.reference.babyai.make_items import (
     Row,
     about_failures,
     about_hands,
+    about_sentences,
     balance,
     moments,
     thin,
 )
 from mm_c2c.reference.babyai.questions import (
+    WORDINGS,
     Question,
     answers,
     ask,
@@ -256,6 +258,25 @@ def test_what_goes_wrong_is_asked_of_every_moment(
     assert {row.question.kind for row in rows} == {"why"}
 
 
+def test_sentences_are_asked_for_in_every_wording(
+    put_next: Episode, policy: TokenActionSource
+) -> None:
+    found = moments([put_next], policy, random.Random(0), 3)
+    rows = about_sentences(found, 5)
+    assert [row.moment for row in rows] == [moment for moment in found for _ in range(5)]
+    told = [answers(put_next, moment.number)["narration"] for moment in found]
+    assert [row.question.answer for row in rows[::5]] == told
+    first, second = WORDINGS["narration"]
+    asked = [row.question.question for row in rows[:5]]
+    assert asked == [first, second, first, second, first]
+
+
+def test_of_sentences_a_share_is_kept(put_next: Episode, policy: TokenActionSource) -> None:
+    rows = about_sentences(moments([put_next], policy, random.Random(0), 2), 500)
+    assert len(thin(rows, random.Random(0), 1.0)) == 1000
+    assert 400 < len(thin(rows, random.Random(0), 0.5)) < 600
+
+
 def test_balanced_items_take_answers_in_turn(put_next: Episode) -> None:
     rows = rows_of(put_next, {"turn left": 50, "turn right": 3, "go forward": 40})
     found = Counter(row.question.answer for row in balance(rows, 20, random.Random(0)))
@@ -265,7 +286,7 @@ def test_balanced_items_take_answers_in_turn(put_next: Episode) -> None:
 
 def test_answers_that_are_given_far_oftener_are_thinned(put_next: Episode) -> None:
     rows = rows_of(put_next, {"turn left": 100, "turn right": 100, "go forward": 4000})
-    found = Counter(row.question.answer for row in thin(rows, random.Random(0)))
+    found = Counter(row.question.answer for row in thin(rows, random.Random(0), 1.0))
     assert (found["turn left"], found["turn right"]) == (100, 100)
     assert 150 < found["go forward"] < 250
 

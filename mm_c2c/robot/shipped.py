@@ -29,9 +29,10 @@ QUESTIONS = (
     "Which task is this?",
     "How far along is it?",
     "Will it succeed?",
+    "What will go wrong?",
 )
 NARRATE = "What is the robot up to?"
-WATCH = MonitorConfig(question="Will it succeed?", reason=NARRATE)
+WATCH = MonitorConfig(question="Will it succeed?", reason="What will go wrong?")
 
 
 def load_policy() -> SourcePolicy:

@@ -12,7 +12,9 @@ episodes again and again whether they will succeed; and `why.jsonl`, what will g
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 from mm_c2c.reference.babyai.levels import ACTIONS, Camera
 from mm_c2c.reference.babyai.questions import (
     MOTIONS,
+    WORDINGS,
     Question,
     answers,
     ask,
@@ -41,8 +44,6 @@ _ABOUT_GOAL = ("next", "object", "colour", "side")
 # it is after are told apart.
 _ABOUT_HANDS = ("held", "hands", "object", "colour")
 _BATCH = 64
-# Share of training steps with a narration: long answers pad their whole batch.
-_NARRATED = 0.5
 # Unseen questions about what goes wrong.
 _WHY = 240
 
@@ -191,6 +192,22 @@ def about_hands(found: Sequence[Moment], rng: random.Random) -> list[Row]:
     return rows
 
 
+def about_sentences(found: Sequence[Moment], count: int) -> list[Row]:
+    """So many sentences about each moment, asked for in every wording by turns.
+
+    A training weighs an answer's tokens, so that what a sentence says counts less a question than
+    what two words say.
+    """
+    wordings = WORDINGS["narration"]
+    told = [(moment, answers(moment.episode, moment.number).get("narration")) for moment in found]
+    return [
+        Row(moment, Question("narration", words, sentence, ()))
+        for moment, sentence in told
+        if sentence is not None
+        for words in itertools.islice(itertools.cycle(wordings), count)
+    ]
+
+
 def about_failures(found: Sequence[Moment], rng: random.Random) -> list[Row]:
     """What will go wrong, asked of each moment."""
     reasons = {moment.episode.name: failure(moment.episode) for moment in found}
@@ -201,12 +218,13 @@ def about_failures(found: Sequence[Moment], rng: random.Random) -> list[Row]:
     ]
 
 
-def thin(rows: Sequence[Row], rng: random.Random, most: float = 2.0) -> list[Row]:
+def thin(rows: Sequence[Row], rng: random.Random, narrated: float, most: float = 2.0) -> list[Row]:
     """Fewer of the answers that are given far oftener than others of their kind.
 
     Args:
         rows: questions, in order.
         rng: picks which.
+        narrated: share of the narrations that are kept.
         most: times the mean over a kind's answers that one of them may have.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -216,7 +234,7 @@ def thin(rows: Sequence[Row], rng: random.Random, most: float = 2.0) -> list[Row
     def share(question: Question) -> float:
         found = counts[question.kind]
         if question.kind == "narration":
-            return _NARRATED
+            return narrated
         rarest = sorted(found.values())[: max(1, len(found) // 2 + 1)][-1]
         return min(1.0, most * rarest / found[question.answer])
 
@@ -315,6 +333,9 @@ def main() -> None:
         default=0,
         help="further steps of an episode of `train`, at most, with something in its hands",
     )
+    parser.add_argument(
+        "--narrated", type=float, default=0.5, help="sentences about a step of `train`, on average"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, camera, policy = random.Random(args.seed), Camera(), load_policy(args.policy)
@@ -325,9 +346,11 @@ def main() -> None:
         lies = rng.sample(lies, min(len(lies), int(args.lies * len(found))))
         rows = [Row(m, question) for m in (*found, *lies) for question in questions_of(m, rng)]
         rows += about_failures(found, rng)
+        asked_for = max(1, math.ceil(args.narrated))
+        rows += about_sentences(found, asked_for - 1)
         rows.sort(key=lambda row: (row.moment.name, row.moment.text))  # one example a moment
         rows += about_hands(moments(episodes, policy, rng, args.carrying, carrying=True), rng)
-        write(thin(rows, rng), args.out / "items.jsonl", camera)
+        write(thin(rows, rng, args.narrated / asked_for), args.out / "items.jsonl", camera)
         return
     rows = [Row(moment, question) for moment in found for question in questions_of(moment, rng)]
     asked = [row for row in rows if row.question.kind != "narration"]
