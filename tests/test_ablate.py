@@ -43,9 +43,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[FuserTrainingConfig]:
     """What was trained; a variant with raw keys gets one question right, others two and then all."""
     done: list[FuserTrainingConfig] = []
 
-    def judge(training: FuserTrainingConfig, items: Path) -> None:
+    def judge(training: FuserTrainingConfig, items: Path, steps: int) -> None:
         right = 1 if training.raw_keys else 2 + 2 * training.seed
-        folder = training.out / "evaluation"
+        last = steps == training.steps
+        right = right if last else steps // 10
+        folder = training.out / ("evaluation" if last else f"evaluation-{steps}")
         folder.mkdir(parents=True)
         rows: list[dict[str, Any]] = [
             {"gold": gold, "answers": {"fused": gold if i < right else "?", "zeroed": "?"}}
@@ -54,12 +56,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[FuserTrainingConfig]:
         lines = [json.dumps(row) for row in rows]
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / "summary.json").write_text("{}", encoding="utf-8")
-        (training.out / "bridge").mkdir()
+        (training.out / "bridge").mkdir(exist_ok=True)
         save_file(
             {"a": torch.zeros(2, 3), "b": torch.zeros(4)}, training.out / "bridge/model.safetensors"
         )
 
-    monkeypatch.setattr(ablate.train_fuser, "train", done.append)
+    monkeypatch.setattr(ablate.train_fuser, "train", lambda config, until: done.append(config))
     monkeypatch.setattr(ablate, "judge", judge)
     return done
 
@@ -100,6 +102,31 @@ def test_a_variant_is_compared_with_the_first_over_the_seeds_that_both_have(
     assert "n = 4 a seed" in table
     assert "| raw keys | `raw_keys=True` | 0.00 M | 0 | 25.0 | 25.0 (" in table
     assert "| -25.0 (" in table
+
+
+def test_trainings_pause_to_be_judged_and_their_curves_are_compared(
+    config: AblationConfig, trained: list[FuserTrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[tuple[bool, int]] = []
+    monkeypatch.setattr(
+        ablate.train_fuser, "train", lambda config, until: pauses.append((config.raw_keys, until))
+    )
+    variants = {"whole": {}, "raw keys": {"raw_keys": True, "steps": 50}}
+    settings = {**vars(config), "variants": variants, "seeds": (0,), "judged_at": (10, 20, 40)}
+    config = AblationConfig(**settings)
+    ablate.ablate(config)
+    before = config.training("whole", 0).reconstruct_steps
+    steps = [(False, 10), (False, 20), (False, 30), *((True, n) for n in (10, 20, 40, 50))]
+    assert pauses == [(raw, before + n) for raw, n in steps]
+    result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))
+    curve = result["curves"]["raw keys"]
+    assert [point["steps"] for point in curve] == [10, 20, 40, 50]
+    assert [point["scenes"] for point in curve] == [80, 160, 320, 400]
+    assert [point["accuracy"][0] for point in curve] == [0.25, 0.5, 1.0, 0.25]
+    report = ablation_report(config.out)
+    assert "| 240 | 50.0 (" in report
+    assert "45.0 %, which is 90 % of where the first ends" in report
+    assert "is reached by whole after 160 scenes, by raw keys after 160 scenes." in report
 
 
 def test_unknown_variants_and_settings_are_refused(config: AblationConfig) -> None:

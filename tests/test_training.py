@@ -197,6 +197,12 @@ def test_a_stopped_training_ends_as_one_that_was_not(
     train_fuser.train(config)
     whole, stopped = weights(tmp_path / "whole" / "bridge"), weights(config.out / "bridge")
     assert all(whole[name].equal(stopped[name]) for name in whole)
+    paused = replace(config, out=tmp_path / "paused")
+    train_fuser.train(paused, until=2)
+    assert read_log(paused.out / "log.csv")["step"] == [1, 2]
+    train_fuser.train(paused)
+    gone_on = weights(paused.out / "bridge")
+    assert all(whole[name].equal(gone_on[name]) for name in whole)
     with pytest.raises(ConfigError, match="other parts"):
         train_fuser.train(replace(config, layers="proportional"))
 

@@ -50,6 +50,7 @@ class AblationConfig:
         items: JSONL of the questions that judge.
         out: where trainings, evaluations and the result go.
         seeds: of the trainings.
+        judged_at: answer steps after which trainings are judged too, for their learning curves.
         only: names of the variants to train; all when empty.
     """
 
@@ -59,6 +60,7 @@ class AblationConfig:
     items: Path
     out: Path
     seeds: tuple[int, ...] = (0, 1)
+    judged_at: tuple[int, ...] = ()
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,20 +92,25 @@ def ablate(config: AblationConfig) -> None:
     for seed in config.seeds:
         for name in config.only or config.variants:
             training = config.training(name, seed)
-            if not _is_judged(training):
-                train_fuser.train(training)
-                judge(training, config.items)
+            for steps in sorted({*config.judged_at, training.steps}):
+                if steps <= training.steps and not _is_judged(training, steps):
+                    train_fuser.train(training, training.reconstruct_steps + steps)
+                    judge(training, config.items, steps)
             write_json(config.out / "ablations.json", tabulate(config))
 
 
-def judge(training: FuserTrainingConfig, items: Path) -> None:
-    """Ask a trained variant all questions, over its picture's cache and over an empty one."""
+def judge(training: FuserTrainingConfig, items: Path, steps: int) -> None:
+    """Ask a variant all questions after so many answer steps.
+
+    Over its picture's cache and, at the end, over an empty one.
+    """
     target = load_target(dtype=DTYPES[training.dtype])
     sources = {SOURCE_NAME: load_source(training.source)}
     bridge = Bridge.from_pretrained(training.out / "bridge", target, sources)
-    settings = EvaluationConfig(items=items, arms=("fused", "zeroed"), timed=0)
+    arms = ("fused",) if steps < training.steps else ("fused", "zeroed")
+    settings = EvaluationConfig(items=items, arms=arms, timed=0)
     with torch.inference_mode():
-        evaluate(bridge, settings, training.out / "evaluation")
+        evaluate(bridge, settings, _judgement(training, steps))
 
 
 def tabulate(config: AblationConfig) -> dict[str, Any]:
@@ -113,11 +120,13 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
         `questions`, how many; for each of the `variants` its `settings`, `parameters`, `seeds`,
         `each`: a seed's share of right answers, and of them all, as [value, low, high] of a
         bootstrap over questions, `accuracy`, `zeroed` (over an empty cache) and, but for the first
-        variant, `over_first`: how far it is above that, of the seeds that both have.
+        variant, `over_first`: how far it is above that, of the seeds that both have. `curves`, by
+        variant: `steps`, `scenes` seen in them and `accuracy`, of all seeds judged there.
     """
     found = {name: _judged(config, name) for name in config.variants}
     first = {s: _hits(run, "fused") for s, run in found[next(iter(found))].items()}
-    result: dict[str, Any] = {"questions": 0, "variants": {}}
+    curves = {name: _curve(config, name) for name in config.variants} if config.judged_at else {}
+    result: dict[str, Any] = {"questions": 0, "variants": {}, "curves": curves}
     for number, (name, runs) in enumerate(found.items()):
         if not runs:
             continue
@@ -147,22 +156,45 @@ def _judged(config: AblationConfig, name: str) -> dict[int, dict[str, Any]]:
     for folder in sorted(config.out.glob(f"{config.folder(name, 0).name[:-1]}[0-9]*")):
         if not (folder / "evaluation" / "summary.json").is_file():
             continue
-        lines = (folder / "evaluation" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
         with safe_open(folder / "bridge" / "model.safetensors", "pt") as weights:
             sizes = [math.prod(weights.get_slice(key).get_shape()) for key in weights.keys()]  # noqa: SIM118 -- no mapping: it cannot be iterated
         runs[int(folder.name.rpartition("-")[2])] = {
-            "rows": [json.loads(line) for line in lines],
+            "rows": _rows(folder / "evaluation"),
             "parameters": sum(sizes),
         }
     return runs
+
+
+def _curve(config: AblationConfig, name: str) -> list[dict[str, Any]]:
+    """A variant's accuracy after each number of steps at which it was judged."""
+    trainings = [config.training(name, seed) for seed in config.seeds]
+    curve = []
+    for steps in sorted({*config.judged_at, trainings[0].steps}):
+        folders = [_judgement(t, steps) for t in trainings if _is_judged(t, steps)]
+        if folders:
+            hits = [_hits({"rows": _rows(folder)}, "fused") for folder in folders]
+            draws = draw_resamples(len(hits[0]), _RESAMPLES, seed=0)
+            share = accuracy(np.mean(hits, axis=0), draws)
+            scenes = steps * trainings[0].scenes
+            curve.append({"steps": steps, "scenes": scenes, "accuracy": share})
+    return curve
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _hits(run: dict[str, Any], arm: str) -> NDArray[np.float64]:
     return np.array([float(is_right(row["answers"][arm], row["gold"])) for row in run["rows"]])
 
 
-def _is_judged(training: FuserTrainingConfig) -> bool:
-    return (training.out / "evaluation" / "summary.json").is_file()
+def _judgement(training: FuserTrainingConfig, steps: int) -> Path:
+    return training.out / ("evaluation" if steps == training.steps else f"evaluation-{steps}")
+
+
+def _is_judged(training: FuserTrainingConfig, steps: int) -> bool:
+    return (_judgement(training, steps) / "summary.json").is_file()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.render import pipe_table
 
 _COMMAND = "python -m mm_c2c.reference.ablate"
+_SHARE = 0.9
 
 
 def ablation_report(runs: Path) -> str:
@@ -29,7 +30,33 @@ def ablation_report(runs: Path) -> str:
         raise InputError(f"{runs} holds no evaluated variant; make some with {_COMMAND} CONFIG")
     head = ["variant", "settings", "parameters", "seeds", "each seed", "all", "against the first"]
     rows = [_row(name, variant) for name, variant in result["variants"].items()]
-    return f"n = {result['questions']} a seed.\n\n{pipe_table([head, *rows])}"
+    table = f"n = {result['questions']} a seed.\n\n{pipe_table([head, *rows])}"
+    return table + _curves(result["curves"]) if result.get("curves") else table
+
+
+def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
+    """Accuracies by the scenes seen, and who needed how many for the first's final level."""
+    by_scenes = {
+        name: {point["scenes"]: point["accuracy"] for point in curve}
+        for name, curve in curves.items()
+    }
+    head = ["scenes seen", *curves]
+    rows = [
+        [f"{scenes:,}", *(_interval(found.get(scenes)) for found in by_scenes.values())]
+        for scenes in sorted({scenes for found in by_scenes.values() for scenes in found})
+    ]
+    first = next(iter(by_scenes.values()))
+    level = _SHARE * first[max(first)][0]
+    needed = []
+    for name, found in by_scenes.items():
+        reached = [scenes for scenes, share in sorted(found.items()) if share[0] >= level]
+        needed.append(
+            f"{name} after {reached[0]:,} scenes" if reached else f"{name} not in {max(found):,}"
+        )
+    return (
+        f"\n\n{pipe_table([head, *rows])}\n\n{100 * level:.1f} %, which is {100 * _SHARE:.0f} % of where "
+        f"the first ends, is reached by {', by '.join(needed)}."
+    )
 
 
 def _row(name: str, variant: dict[str, Any]) -> list[str]:
@@ -41,9 +68,15 @@ def _row(name: str, variant: dict[str, Any]) -> list[str]:
         f"{variant['parameters'] / 1e6:.2f} M",
         ", ".join(map(str, variant["seeds"])),
         ", ".join(f"{100 * share:.1f}" for share in variant["each"]),
-        "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in variant["accuracy"])),
+        _interval(variant["accuracy"]),
         "" if gap is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in gap)),
     ]
+
+
+def _interval(share: Sequence[float] | None) -> str:
+    if share is None:
+        return ""
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in share))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -303,8 +303,14 @@ def answer_turns(
     return [Turn(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
 
 
-def train(config: FuserTrainingConfig) -> None:
-    """Run, or go on with, one training."""
+def train(config: FuserTrainingConfig, until: int | None = None) -> None:
+    """Run, or go on with, one training.
+
+    Args:
+        config: its settings.
+        until: step of both phases after which to stop, so that it can be gone on with; None is the
+            last.
+    """
     torch.manual_seed(config.seed)
     bridge, source = _build_bridge(config)
     reader = FeatureReader(source)
@@ -331,7 +337,8 @@ def train(config: FuserTrainingConfig) -> None:
         bridge.save_pretrained(config.out / "bridge", dtype=torch.float16)
 
     optimizers = build_optimizers(bridge.fusers, config.learning_rate)
-    config.loop().run(bridge.fusers, optimizers, config.rate, loss, save)
+    loop = replace(config.loop(), steps=until or config.all_steps)
+    loop.run(bridge.fusers, optimizers, config.rate, loss, save)
 
 
 def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from mm_c2c.bench import paint
 
 pytestmark = pytest.mark.browser
 pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-if not shutil.which("chromium"):
+if not (os.environ.get("CHROMIUM") or shutil.which("chromium")):
     pytest.skip("needs a Chromium: apt-get install chromium", allow_module_level=True)
 
 

@@ -79,11 +79,12 @@ def main() -> None:
     parser.add_argument("--looks", type=int, default=6, help="of an episode")
     parser.add_argument("--per-kind", type=int, help="at most so many questions of a kind")
     parser.add_argument("--steered", action="store_true")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SPLITS[args.split])
     rows: list[dict[str, Any]] = []
-    for task in TASKS:
+    for task in args.tasks:
         told = TASKS[steer(task) if args.steered else task]
         believed = {"task": told.doing, "object": told.object} if args.steered else {}
         for number, path in enumerate(shards_of(args.rollouts, args.split, task)):
