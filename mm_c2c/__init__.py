@@ -1,11 +1,12 @@
 """Hand a frozen model's KV cache, not its words, to a frozen text LLM."""
 
 from mm_c2c.align import Alignment
-from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs, Perception
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import CacheShape, PatchGrid, SourceCache
 from mm_c2c.errors import MMC2CError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import FusedInputs, Perception
 from mm_c2c.sources import Source, SourceInput, load_source, source_class
 from mm_c2c.target import Target
 from mm_c2c.transport import load_cache, save_cache

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from mm_c2c.align import Alignment
-from mm_c2c.align.tokens import align_tokens
+from mm_c2c.align.tokens import align_tokens, answer_start
 from mm_c2c.cache import SourceCache, fork, join_rows, repeat_rows, select_rows
 from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError, InputError, MismatchError, ShapeError
@@ -34,6 +34,7 @@ from mm_c2c.link import (
     gather_inputs,
     write_link,
 )
+from mm_c2c.perception import FusedInputs, Perception, Reading
 from mm_c2c.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -66,58 +67,6 @@ class BridgeConfig:
         names = [link.name for link in self.links]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"expected one link or more, no two alike, got {names}")
-
-
-class Perception(NamedTuple):
-    """What the sources saw, in the target's cache: ask it any number of questions.
-
-    Attributes:
-        input_ids: `(batch, prefix_len)`: the prompt up to the last slot.
-        past_key_values: the target's fused cache of those positions.
-    """
-
-    input_ids: Tensor
-    past_key_values: Cache
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the batch."""
-        return self.input_ids.shape[0]
-
-
-class Reading(NamedTuple):
-    """Questions as the target alone reads them.
-
-    Attributes:
-        input_ids: `(batch, seq_len)`.
-        attention_mask: `(batch, seq_len)`.
-        past_key_values: the target's cache.
-        spans: `(batch, seq_len, 2)`: characters of the question that each token covers, or -1.
-        questions: one for each row.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    past_key_values: Cache
-    spans: Tensor
-    questions: tuple[str, ...]
-
-    @property
-    def inputs(self) -> FusedInputs:
-        """What `target.generate` takes; nothing more is fused."""
-        return FusedInputs(
-            input_ids=self.input_ids,
-            attention_mask=self.attention_mask,
-            past_key_values=self.past_key_values,
-        )
-
-
-class FusedInputs(TypedDict):
-    """Everything that `target.generate` takes; the cache covers all but the last few tokens."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    past_key_values: Cache
 
 
 class Bridge(nn.Module):
@@ -297,8 +246,8 @@ class Bridge(nn.Module):
             alignment = align_tokens(
                 source.spans,
                 reading.spans[:, :-1],
-                _answer_start(source.kinds != 0),
-                _answer_start(reading.attention_mask[:, :-1] != 0),
+                answer_start(source.kinds != 0),
+                answer_start(reading.attention_mask[:, :-1] != 0),
             )
             cache = self._write(link, source, alignment, cache, positions)
         return reading._replace(past_key_values=cache).inputs
@@ -548,12 +497,3 @@ def _check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> N
     for text, question in zip(texts, questions, strict=True):
         if text != question.strip():
             raise InputError(f"source {name!r} read {text!r}, not {question!r}")
-
-
-def _answer_start(real: Tensor) -> Tensor:
-    """Anchors `(batch, len)`: 1 at the last real position of each row, 0 elsewhere."""
-    places = torch.arange(1, real.shape[1] + 1, device=real.device)
-    last = (real * places).argmax(1)
-    return torch.zeros(real.shape, dtype=torch.long, device=real.device).scatter(
-        1, last.unsqueeze(1), 1
-    )

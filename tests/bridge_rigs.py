@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import SourceCache
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import FusedInputs
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.text import TextSource
 from mm_c2c.sources.vlm import VLMSource

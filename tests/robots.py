@@ -18,7 +18,8 @@ from mm_c2c.robot import (
     ObservationSpec,
     SourcePolicy,
 )
-from mm_c2c.sources.action import ActionBins, TokenActions, TokenActionSource
+from mm_c2c.sources.action import TokenActions, TokenActionSource
+from mm_c2c.sources.action_bins import ActionBins
 
 TASK = "pick the cat"
 SPEC = ObservationSpec(cameras=("front", "wrist"), state_dim=2)

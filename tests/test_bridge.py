@@ -31,9 +31,10 @@ from transformers import Cache
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import align_all, patch_coordinates
-from mm_c2c.bridge import Bridge, FusedInputs
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import LayerKV, PatchGrid, SourceCache
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import FusedInputs
 from mm_c2c.rope import RopeSpec, derotate, rotate
 from mm_c2c.sources import SourceInput
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from mm_c2c.bridge import FusedInputs
 from mm_c2c.errors import (
     UnsupportedError,
 )
+from mm_c2c.perception import FusedInputs
 
 
 class Recorder(BaseStreamer):

@@ -32,7 +32,8 @@ from mm_c2c.evaluation.tasks import load_items
 from mm_c2c.reference import babyai, train_description
 from mm_c2c.reference.models import load_saved_bridge
 from mm_c2c.reference.train_description import shared_loss
-from mm_c2c.sources.action import ActionBins, TokenActionSource
+from mm_c2c.sources.action import TokenActionSource
+from mm_c2c.sources.action_bins import ActionBins
 from mm_c2c.sources.base import count_positions
 
 NAME = "policy"

@@ -12,7 +12,7 @@ from text_families import FAMILIES, FORGETFUL, REFUSED, WIDE, build, byte_tokeni
 from torch import Tensor
 from transformers import Cache
 
-from mm_c2c.bridge import Bridge, BridgeConfig, FusedInputs
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import (
     CacheOrigin,
     CacheShape,
@@ -28,6 +28,7 @@ from mm_c2c.fuser import FuserConfig
 from mm_c2c.geometry import cache_layout
 from mm_c2c.inspection import describe
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import FusedInputs
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.text import TextSource

@@ -127,6 +127,21 @@ def align_tokens(
     )
 
 
+def answer_start(real: Tensor) -> Tensor:
+    """Where an answer begins, as an anchor that two tokenizers share.
+
+    Args:
+        real: `(batch, seq_len)` bool: positions that are no padding.
+
+    Returns:
+        `(batch, seq_len)`: 1 at the last real position of each row, 0 elsewhere.
+    """
+    places = torch.arange(1, real.shape[1] + 1, device=real.device)
+    last = (real * places).argmax(1)
+    anchors = torch.zeros(real.shape, dtype=torch.long, device=real.device)
+    return anchors.scatter(1, last.unsqueeze(1), 1)
+
+
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     """The span without the white space around its word."""
     piece = text[start:end]

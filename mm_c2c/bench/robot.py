@@ -42,7 +42,8 @@ from mm_c2c.robot import (
     rename,
     run_episode,
 )
-from mm_c2c.sources.action import ActionBins, TokenActionSource
+from mm_c2c.sources.action import TokenActionSource
+from mm_c2c.sources.action_bins import ActionBins
 from mm_c2c.target import Target
 
 LEVEL = "BabyAI-GoToLocal-v0"

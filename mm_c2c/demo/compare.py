@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mm_c2c.bridge import Perception
 from mm_c2c.cache import CacheOrigin, CacheShape, SourceCache
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import MAX_NEW_TOKENS, Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.arms.relay import CaptionRelay
 from mm_c2c.evaluation.clock import Answer, Stopwatch, timed
+from mm_c2c.perception import Perception
 from mm_c2c.sources.base import Source, SourceInput
 
 COLUMNS = {

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_c2c.bridge import Bridge, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache, zeroed
 from mm_c2c.demo.compare import MODELS, Look, check_question
 from mm_c2c.demo.pair import picture_html
@@ -19,6 +19,7 @@ from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import options
 from mm_c2c.evaluation.attribution import Attribution, attribute_cache, overlay, slots_link
 from mm_c2c.evaluation.diagnostics import scale_gates, slot_ranks
+from mm_c2c.perception import Perception
 from mm_c2c.sources.base import SourceInput
 
 HANDED = {

@@ -22,10 +22,11 @@ from transformers import Cache, PreTrainedModel
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import finest_patches
-from mm_c2c.bridge import Bridge, FusedInputs, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache, fork, read_layers
 from mm_c2c.errors import ConfigError, InputError, ShapeError, UnsupportedError
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import FusedInputs, Perception
 from mm_c2c.sources.base import SourceInput, count_positions
 
 # Nine colours of viridis (CC0, by van der Walt, Smith and Firing): lightness rises evenly.

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from mm_c2c.bridge import Bridge, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import (
     LayerKV,
     SourceCache,
@@ -42,6 +42,7 @@ from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import Perception
 from mm_c2c.pretrained import fingerprint
 from mm_c2c.rope import derotate, rotate
 

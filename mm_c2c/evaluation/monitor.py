@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from mm_c2c.bridge import Bridge, FusedInputs
+from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
@@ -40,6 +40,7 @@ from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, mean
 from mm_c2c.evaluation.tasks import Item, load_items
+from mm_c2c.perception import FusedInputs
 from mm_c2c.sources.base import Source, SourceInput
 from mm_c2c.sources.text import encode_chats
 

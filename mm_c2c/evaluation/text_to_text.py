@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mm_c2c.bridge import Bridge, FusedInputs
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import LayerKV, PositionKind, SourceCache
 from mm_c2c.errors import MMC2CError
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.run import split_rows
 from mm_c2c.evaluation.statistics import accuracy, compare, draw_resamples, hits_of
+from mm_c2c.perception import FusedInputs
 from mm_c2c.pretrained import fingerprint
 from mm_c2c.reference.text_qa import Choice, load_choices
 from mm_c2c.sources.base import FrozenReader, SourceInput

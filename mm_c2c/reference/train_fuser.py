@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
-from mm_c2c.bridge import Bridge, BridgeConfig, Perception
+from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, zeroed
 from mm_c2c.config import DTYPES, WIDE_DTYPES, check_one_of
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import CAPTION_TOKENS
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import Perception
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
 from mm_c2c.reference.packing import Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, ScenePool

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mm_c2c.bridge import Bridge, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
+from mm_c2c.perception import Perception
 from mm_c2c.robot.events import Monitor
 
 

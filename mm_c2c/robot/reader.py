@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mm_c2c.bridge import Bridge, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
+from mm_c2c.perception import Perception
 from mm_c2c.robot.background import Snapshot
 from mm_c2c.robot.events import Answer, Narration, Reading
 from mm_c2c.robot.monitor import FailureMonitor, MonitorConfig

@@ -88,7 +88,8 @@ def load_source(
     model = load_pretrained(architecture, name, revision, dtype=dtype)
     reader = load_pretrained("AutoTokenizer" if reads_text else "AutoProcessor", name, revision)
     if hasattr(config, "n_action_bins"):
-        from mm_c2c.sources.action import ActionBins, policy_class
+        from mm_c2c.sources.action import policy_class
+        from mm_c2c.sources.action_bins import ActionBins
 
         policy: Source = policy_class(kind)(
             model, reader, ActionBins.from_config(config), name, revision

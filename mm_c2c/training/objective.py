@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
-from mm_c2c.bridge import Bridge, FusedInputs, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, select_rows
 from mm_c2c.errors import InputError
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import FusedInputs, Perception
 from mm_c2c.reference import packing
 from mm_c2c.rope import derotate
 from mm_c2c.sources.base import SourceInput, count_positions, full_cache

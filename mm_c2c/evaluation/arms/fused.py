@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from mm_c2c.bridge import Perception
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting, captions
 from mm_c2c.link import LinkConfig
+from mm_c2c.perception import Perception
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from mm_c2c.bridge import Bridge, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import repeat_rows
 from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting
+from mm_c2c.perception import Perception
 from mm_c2c.sources.base import Source
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from mm_c2c.bridge import Bridge, Perception
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
 from mm_c2c.errors import ConfigError
+from mm_c2c.perception import Perception
 from mm_c2c.sources.base import SourceInput
 
 MODEL_NAME = "mm_c2c"
