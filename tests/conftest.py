@@ -19,15 +19,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from bridge_rigs import LazySources, Rig
-from families import (
-    TinyVLM,
-    build_frozen,
-    build_llava,
-    build_paligemma,
-    special_ids,
-    train_tokenizer,
-)
+from families_views import build_llava, build_paligemma
 from PIL import Image
+from tiny_vlm import TinyVLM, build_frozen, special_ids, train_tokenizer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

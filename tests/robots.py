@@ -8,7 +8,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from families import build_frozen, build_llava, special_ids, train_tokenizer
+from families_views import build_llava
+from tiny_vlm import build_frozen, special_ids, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target

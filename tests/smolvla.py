@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from families import build_frozen, train_tokenizer
+from tiny_vlm import build_frozen, train_tokenizer
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, build_frozen, train_tokenizer, vision_config
+from families import FAMILIES
 from PIL import Image
+from tiny_vlm import build_frozen, train_tokenizer, vision_config
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import build_frozen, train_tokenizer
+from tiny_vlm import build_frozen, train_tokenizer
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import TinyVLM
 from PIL import Image
 from safetensors.torch import load
+from tiny_vlm import TinyVLM
 
 from mm_c2c import Bridge, FuserConfig, LinkConfig
 from mm_c2c.cache import CacheShape

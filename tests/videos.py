@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from families import FAMILIES, TinyVLM
+from families import FAMILIES
 from PIL import Image
+from tiny_vlm import TinyVLM
 from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
