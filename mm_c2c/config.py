@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -66,6 +67,28 @@ def parse_overrides(kind: type[T], overrides: Sequence[str]) -> T:
     for text in overrides:
         _set(data, text)
     return from_dict(kind, data)
+
+
+def from_command_line(kind: type[T], argv: Sequence[str] | None = None, *, file: bool = False) -> T:
+    """A config from the words of a command line; bad ones end the program as argparse has it.
+
+    Args:
+        kind: the dataclass.
+        argv: the words; None takes the program's own.
+        file: whether a YAML file's path comes before the `key=value`.
+    """
+    parser = argparse.ArgumentParser()
+    if file:
+        parser.add_argument("config", type=Path, help="YAML, such as those of configs/")
+    keys = ", ".join(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"keys: {keys}")
+    args = parser.parse_args(argv)
+    try:
+        if file:
+            return load_config(kind, args.config, args.overrides)
+        return parse_overrides(kind, args.overrides)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_c2c.config import from_dict, load_config, override, to_dict
+from mm_c2c.config import from_command_line, from_dict, load_config, override, to_dict
 from mm_c2c.errors import ConfigError
 
 
@@ -165,6 +165,35 @@ def test_an_override_of_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read config .*absent\.yaml: No such file"):
         load_config(Run, tmp_path / "absent.yaml")
+
+
+def test_a_command_line_gives_a_config_with_or_without_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "out: a\nsteps: 2")
+    assert from_command_line(Run, [str(path), "steps=3"], file=True) == Run(out=Path("a"), steps=3)
+    assert from_command_line(Run, ["out=b"]) == Run(out=Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "said"),
+    [
+        ([], True, "required: config"),
+        (["absent.yaml"], True, "cannot read config absent.yaml"),
+        (["out=a", "stepz=3"], False, "did you mean 'steps'?"),
+        (["--steps=3"], False, "unrecognized arguments: --steps=3"),
+    ],
+)
+def test_a_bad_command_line_ends_in_one_line(
+    words: list[str], file: bool, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        from_command_line(Run, words, file=file)
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        from_command_line(Run, ["--help"])
+    assert "keys: out, steps, name" in " ".join(capsys.readouterr().out.split())
 
 
 optimisers: st.SearchStrategy[Any] = st.builds(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_c2c.bench.visitors import serve_page
-from mm_c2c.config import parse_overrides
+from mm_c2c.config import from_command_line
 from mm_c2c.errors import ConfigError, UnsupportedError
 
 _PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
@@ -93,8 +93,7 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one JSON object."""
-    config = parse_overrides(PaintConfig, sys.argv[1:] if argv is None else argv)
-    sys.stdout.write(json.dumps(bench(config)) + "\n")
+    sys.stdout.write(json.dumps(bench(from_command_line(PaintConfig, argv))) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bridge import Bridge, BridgeConfig
-from mm_c2c.config import parse_overrides
+from mm_c2c.config import from_command_line
 from mm_c2c.errors import ConfigError
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.geometry import find
@@ -154,8 +154,7 @@ def build_reader() -> CacheReader:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one JSON object."""
-    config = parse_overrides(RobotBenchConfig, sys.argv[1:] if argv is None else argv)
-    sys.stdout.write(json.dumps(bench(config)) + "\n")
+    sys.stdout.write(json.dumps(bench(from_command_line(RobotBenchConfig, argv))) + "\n")
 
 
 if __name__ == "__main__":

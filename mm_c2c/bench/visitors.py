@@ -34,7 +34,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import Status
 
-from mm_c2c.config import parse_overrides
+from mm_c2c.config import from_command_line
 from mm_c2c.demo.compare import Look, compare, facts
 from mm_c2c.demo.pair import (
     ITEMS,
@@ -330,8 +330,7 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one JSON object."""
-    config = parse_overrides(VisitorsConfig, sys.argv[1:] if argv is None else argv)
-    sys.stdout.write(json.dumps(bench(config)) + "\n")
+    sys.stdout.write(json.dumps(bench(from_command_line(VisitorsConfig, argv))) + "\n")
 
 
 if __name__ == "__main__":

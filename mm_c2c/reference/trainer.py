@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from accelerate import Accelerator
 
-from mm_c2c.config import load_config
-from mm_c2c.errors import ConfigError
+from mm_c2c.config import from_command_line
+from mm_c2c.errors import ConfigError, MMC2CError
 from mm_c2c.training.loop import Loop, cosine_rate
 
 C = TypeVar("C")
@@ -72,4 +72,8 @@ class TrainerConfig:
 def run(kind: type[C], action: Callable[[C], None]) -> None:
     """`CONFIG [key=value ...]`: do something by the config that the command line names."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    action(load_config(kind, Path(sys.argv[1]), sys.argv[2:]))
+    config = from_command_line(kind, file=True)
+    try:
+        action(config)
+    except MMC2CError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

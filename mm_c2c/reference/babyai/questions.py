@@ -207,6 +207,16 @@ def _is_asked(name: str, phrase: str) -> bool:
     )
 
 
+SENTENCE_PARTS = {
+    "move": r"\b(turns left|turns right|goes forward|reaches out|opens its hands)\b",
+    "intent": r"\bto (go to|pick up|put)\b",
+    "colour": rf"\bthe (\w+) (?:{'|'.join(THING_KINDS)})\b",
+    "kind": rf"\bthe \w+ ({'|'.join(THING_KINDS)})\b",
+    "side": r"\b(on its left|on its right|straight ahead|behind it)\b",
+}
+"""What a sentence of `narrate` says, and where."""
+
+
 def narrate(found: dict[str, str]) -> str:
     """One sentence of the true answers about a step."""
     verbs = {

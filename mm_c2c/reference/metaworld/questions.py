@@ -58,6 +58,13 @@ OPTIONS = {
     "success": ("yes", "no"),
     "why": REASONS,
 }
+SENTENCE_PARTS = {
+    "task": rf"\bis ({'|'.join(OPTIONS['task'])})",
+    "motion": r"\bthe hand (hardly moves|moves \w+)",
+    "gripper": rf"\bgripper is ({'|'.join(GRIPPER)})\b",
+}
+"""What a narration says, and where."""
+
 _ASKED = {
     "task": ("What is the robot doing?", "Which task is the robot busy with?"),
     "object": ("Which object does the hand go for?", "What is the hand going for?"),
