@@ -13,6 +13,12 @@
 Each is also a built-in, so that callers who do not know this module can still catch it.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 
 class MMC2CError(Exception):
     """Base of all errors raised by `mm_c2c`."""
@@ -48,3 +54,11 @@ class TrainingError(MMC2CError, RuntimeError):
 
 class FetchError(MMC2CError, OSError):
     """Weights or data could not be downloaded or found."""
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a script; an error of this library ends it in one line, with status 1."""
+    try:
+        main()
+    except MMC2CError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

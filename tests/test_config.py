@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_c2c.config import from_command_line, from_dict, load_config, override, to_dict
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, InputError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +194,17 @@ def test_help_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         from_command_line(Run, ["--help"])
     assert "keys: out, steps, name" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_script_ends_in_one_line_on_errors_of_the_library_only() -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    run_main(lambda: None)
+    with pytest.raises(SystemExit, match="error: no such thing"):
+        run_main(lambda: fail(InputError("no such thing")))
+    with pytest.raises(ValueError, match="a bug"):
+        run_main(lambda: fail(ValueError("a bug")))
 
 
 optimisers: st.SearchStrategy[Any] = st.builds(

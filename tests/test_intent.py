@@ -21,7 +21,7 @@ from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, SourceInput, T
 from mm_c2c.cache import PositionKind
 from mm_c2c.cli import main
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
-from mm_c2c.evaluation import intent_report, monitor, probe, run
+from mm_c2c.evaluation import intent_report, monitor, probe, readers_report, run
 from mm_c2c.evaluation.arms import Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import ActionOnly, Fused, PrefixOnly
 from mm_c2c.evaluation.report import markdown, page, text_table
@@ -534,3 +534,43 @@ def test_all_that_was_measured_stands_in_one_section(
     assert text.endswith("<!-- end of results -->\nb\n")
     with pytest.raises(InputError, match="no finished run"):
         intent_report.intent_report(tmp_path)
+
+
+def test_readers_stand_side_by_side(tmp_path: Path) -> None:
+    half, third = [0.5, 0.4, 0.6], [0.333, 0.3, 0.4]
+    fused = {"accuracy": half, "in_a_sentence": half, "kinds": {"why": third}}
+    for name, arms in (("a", ["fused"]), ("b", ["fused", "shuffled", "tuned_description"])):
+        whole = {"n": 1200, "episodes": 30, "arms": dict.fromkeys(arms, fused)}
+        (tmp_path / name / "why").mkdir(parents=True)
+        (tmp_path / name / "summary.json").write_text(json.dumps(whole))
+    other = {"arms": {"fused": {"kinds": {"why": half}}}}
+    (tmp_path / "b" / "why" / "summary.json").write_text(json.dumps(other))
+    among_options = {"fused": {"accuracy": half}, "blind": {"accuracy": third}}
+    for path, found in {
+        "monitor.json": {"monitors": {"steps": {"over_steps": half}}},
+        "probe.json": {"all": {"action only": third, "both": half}},
+        "lies/summary.json": {"lie": {"arms": {"fused": {"does": half, "told": third}}}},
+        "choice/summary.json": {"arms": among_options},
+    }.items():
+        (tmp_path / "a" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / path).write_text(json.dumps(found))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results: readers -->\nstale\n<!-- end of results -->\n")
+    place = ["--readme", str(readme), "--section", "readers"]
+    readers_report.main([f"A={tmp_path / 'a'}", f"B={tmp_path / 'b'}", *place])
+    assert readme.read_text().splitlines()[1:-1] == [
+        "| % right (95 %) | A | B |",
+        "| --- | --- | --- |",
+        "| questions, episodes | 1,200, 30 | 1,200, 30 |",
+        "| **fused** | 50.0 (40.0 to 60.0) | 50.0 (40.0 to 60.0) |",
+        "| ... another episode's cache |  | 50.0 (40.0 to 60.0) |",
+        "| linear probe of the same cache | 50.0 (40.0 to 60.0) |  |",
+        "| ... and tuned on such words (LoRA) |  | 50.0 (40.0 to 60.0) |",
+        "| among options only | fused 50.0, blind 33.3 |  |",
+        "| instruction swapped after the fact: tells what it does | 50.0 (40.0 to 60.0) |  |",
+        "| ... what it was told | 33.3 (30.0 to 40.0) |  |",
+        "| ... AUROC, counting steps | 0.50 (0.40 to 0.60) |  |",
+        "| what goes wrong? | 33.3 (30.0 to 40.0) | 50.0 (40.0 to 60.0) |",
+    ]
+    with pytest.raises(InputError, match="expected TITLE=RUN"):
+        readers_report.main(["A", *place])

@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mm_c2c.config import load_config
+from mm_c2c.errors import run_main
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.dry_run import blank_trainer
 from mm_c2c.training.kept import KeptCaches
@@ -82,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,7 +21,7 @@ from typing import Any
 
 from mm_c2c.bench.visitors import serve_page
 from mm_c2c.config import from_command_line
-from mm_c2c.errors import ConfigError, UnsupportedError
+from mm_c2c.errors import ConfigError, UnsupportedError, run_main
 
 _PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 _NOW = "performance.now()"
@@ -97,4 +97,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

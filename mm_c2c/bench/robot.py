@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.config import from_command_line
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, run_main
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.geometry import find
 from mm_c2c.link import LinkConfig
@@ -158,4 +158,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -44,7 +44,7 @@ from mm_c2c.demo.pair import (
     reference_setting,
     suggestions,
 )
-from mm_c2c.errors import ConfigError, MMC2CError
+from mm_c2c.errors import ConfigError, MMC2CError, run_main
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.reference.models import load_bridge
 
@@ -334,4 +334,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

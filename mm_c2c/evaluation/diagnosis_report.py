@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, run_main
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attribute, overlay
@@ -333,4 +333,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mm_c2c.errors import run_main
 from mm_c2c.evaluation import monitor, probe
 from mm_c2c.evaluation.command import run_section
-from mm_c2c.evaluation.render import pipe_table
+from mm_c2c.evaluation.render import pipe_table, span
 from mm_c2c.evaluation.report import lie_table, markdown
 from mm_c2c.evaluation.results import read_summary
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
@@ -67,7 +68,7 @@ def why_table(run: Path) -> str:
         hits = np.array([is_right(row["answers"][arm], row["gold"]) for row in rows])
         whole = accuracy(hits, draws)
         parts = [f"{100 * hits[golds == gold].mean():.1f}" for gold, _ in counts.most_common()]
-        spread = f"{100 * whole.value:.1f} ({100 * whole.low:.1f} to {100 * whole.high:.1f})"
+        spread = span((whole.value, whole.low, whole.high))
         table.append([arm.replace("_", " "), spread, *parts])
     return pipe_table(table)
 
@@ -78,4 +79,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

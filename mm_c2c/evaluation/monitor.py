@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError, run_main
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
@@ -399,4 +399,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

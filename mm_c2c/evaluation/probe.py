@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, run_main
 from mm_c2c.evaluation.command import run_measurement
 from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.run import portable, source_name
@@ -391,4 +391,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

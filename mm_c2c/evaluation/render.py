@@ -34,6 +34,16 @@ def pipe_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def percent(share: float | None) -> str:
+    """A share in %, without the sign."""
+    return "n/a" if share is None else f"{100 * share:.1f}"
+
+
+def span(values: Sequence[float | None]) -> str:
+    """A share and the two ends of its interval, in %."""
+    return "{} ({} to {})".format(*map(percent, values))
+
+
 def html_table(rows: Sequence[Sequence[str]]) -> str:
     """A table of plain cells, of which any may have several lines; the first row is its head."""
     head, *body = [[html.escape(cell) for cell in row] for row in rows]

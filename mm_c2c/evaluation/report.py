@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import argparse
 import html
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_c2c.errors import MismatchError
+from mm_c2c.errors import MismatchError, run_main
 from mm_c2c.evaluation.render import (
     AXIS_POINTS,
     html_page,
     html_table,
     new_figure,
+    percent,
     pipe_table,
     quieten,
+    span,
     svg,
     write_readme,
 )
@@ -204,7 +205,7 @@ def plot_kind(summary: dict[str, Any], kind: str | None = None) -> str:
     axes.grid(axis="x", color="0.9")
     axes.set_title(f"{kind or 'all'} (n = {count:,})", fontsize=AXIS_POINTS + 1)
     quieten(axes)
-    told = "; ".join(f"{_short(name)} {_span(values)}" for name, values in rows.items())
+    told = "; ".join(f"{_short(name)} {span(values)}" for name, values in rows.items())
     return svg(figure, f"{kind or 'All'} questions, {_AXIS}: {told}")
 
 
@@ -230,7 +231,7 @@ def plot_times(summary: dict[str, Any]) -> str:
             color=f"C{index}",
             label=_short(name),
         )
-        told.append(f"{_short(name)} {_span(values)} after {row['ttft_ms']:.0f} ms")
+        told.append(f"{_short(name)} {span(values)} after {row['ttft_ms']:.0f} ms")
     axes.set_xlabel("first token, ms (median)", fontsize=AXIS_POINTS)
     axes.set_ylabel(_AXIS, fontsize=AXIS_POINTS)
     axes.set_ylim(0, 100)
@@ -314,13 +315,13 @@ def _row(summary: dict[str, Any], name: str) -> list[str]:
 def _accuracy_cells(summary: dict[str, Any], name: str) -> list[str]:
     row = summary["arms"][name]
     value, low, high = row["accuracy"]
-    cells = [_percent(value), f"{_percent(low)} to {_percent(high)}"]
-    cells.append(_percent(row["in_a_sentence"][0]))
+    cells = [percent(value), f"{percent(low)} to {percent(high)}"]
+    cells.append(percent(row["in_a_sentence"][0]))
     if _VQA in _head(summary):
-        cells.append(_percent(row["vqa_accuracy"][0]))
+        cells.append(percent(row["vqa_accuracy"][0]))
     if _BESIDE in summary:
         other = summary[_BESIDE]["arms"].get(name)
-        cells.append(_span(other["accuracy"]) if other else "")
+        cells.append(span(other["accuracy"]) if other else "")
     return cells
 
 
@@ -328,8 +329,8 @@ def _kind_cells(summary: dict[str, Any], name: str, *, spans: bool = False) -> l
     """Accuracy in each kind of question, with its interval in a line of its own or without."""
     cells = []
     for value, low, high in summary["arms"][name]["kinds"].values():
-        below = f"\n{_percent(low)} to {_percent(high)}" if spans else ""
-        cells.append(_percent(value) + below)
+        below = f"\n{percent(low)} to {percent(high)}" if spans else ""
+        cells.append(percent(value) + below)
     return cells
 
 
@@ -352,20 +353,20 @@ def _findings(summary: dict[str, Any]) -> list[str]:
         value, low, high = recovered["share"]
         lines.append(
             f"Know but cannot tell: of {recovered['n']} questions that the source answers right "
-            f"and its caption relay does not, fused answers {_percent(value)} % "
-            f"({_percent(low)} to {_percent(high)})."
+            f"and its caption relay does not, fused answers {percent(value)} % "
+            f"({percent(low)} to {percent(high)})."
         )
     if swap := summary.get("swap"):
         truth, known = swap["truth"], swap.get("source_right")
         line = (
             f"Swapped picture, of {truth['n']} questions that two pictures answer differently: "
-            f"{_percent(truth['follow'])} % of the answers are true of the swapped one, "
-            f"{_percent(truth['stay'])} % of the own one"
+            f"{percent(truth['follow'])} % of the answers are true of the swapped one, "
+            f"{percent(truth['stay'])} % of the own one"
         )
         if known:
             line += (
                 f"; of the {known['n']} that the source answers right for both, "
-                f"{_percent(known['follow'])} % and {_percent(known['stay'])} %"
+                f"{percent(known['follow'])} % and {percent(known['stay'])} %"
             )
         lines.append(f"{line}.")
     time = summary["time"]
@@ -400,7 +401,7 @@ def _decoding(summary: dict[str, Any]) -> str:
         where = "" if derived == asked else f" for {derived:,} of them"
         line += f", which are all answers of the same kind in the file{where}"
     if choice["guess"] is not None:
-        line += f"; a guess is right in {_percent(choice['guess'])} %"
+        line += f"; a guess is right in {percent(choice['guess'])} %"
     return f"{line}."
 
 
@@ -435,7 +436,7 @@ def _lie_head(summary: dict[str, Any]) -> str:
 def _lie_rows(summary: dict[str, Any]) -> list[list[str]]:
     rows = [["", "what it does", "what it was told", "neither"]]
     for name, shares in summary["lie"]["arms"].items():
-        cells = [_span(shares[key]) for key in ("does", "told", "neither")]
+        cells = [span(shares[key]) for key in ("does", "told", "neither")]
         rows.append([_plain(_NAMES.get(name, name)), *cells])
     return rows
 
@@ -443,17 +444,9 @@ def _lie_rows(summary: dict[str, Any]) -> list[list[str]]:
 def _lie_shares(summary: dict[str, Any]) -> dict[str, str]:
     arms = summary.get("lie", {}).get("arms", {})
     return {
-        name: ", ".join(f"{key} {_span(values)}" for key, values in shares.items())
+        name: ", ".join(f"{key} {span(values)}" for key, values in shares.items())
         for name, shares in arms.items()
     }
-
-
-def _percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f}"
-
-
-def _span(values: Sequence[float | None]) -> str:
-    return "{} ({} to {})".format(*map(_percent, values))
 
 
 def _short(name: str) -> str:
@@ -476,4 +469,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_c2c.errors import run_main
 from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.results import read_summary
@@ -94,4 +95,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

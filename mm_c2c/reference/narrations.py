@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mm_c2c.errors import run_main
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.reference.babyai import questions as babyai
 from mm_c2c.reference.metaworld import questions as metaworld
@@ -83,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, run_main
 from mm_c2c.reference.concepts import CONCEPTS
 from mm_c2c.reference.scenes import Scene, Sticker, render, sample_scene
 from mm_c2c.reference.stickers import DEV_STYLE, TEST_STYLE, TRAIN_STYLES, load_stickers
@@ -181,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

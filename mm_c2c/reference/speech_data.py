@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_c2c.errors import FetchError, MMC2CError
+from mm_c2c.errors import FetchError, run_main
 from mm_c2c.recordings import SAMPLING_RATE, write_wav
 from mm_c2c.reference.fetch import build_once, cache_home, pip_download
 
@@ -173,26 +173,21 @@ def resample(samples: NDArray[np.float64], rate: int) -> NDArray[np.float32]:
     return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write all three files; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write all three files."""
     parser = argparse.ArgumentParser(
         prog="python -m mm_c2c.reference.speech_data", description="Write spoken sentences."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for files and recordings")
     parser.add_argument("--count", type=int, default=1000, help="sentences to train on")
     args = parser.parse_args(argv)
-    try:
-        espeak = Espeak(espeak_path())
-        train, unseen = draw_facts(args.count)
-        write_split(args.out, "train", train, VOICES, espeak.speak)
-        write_split(args.out, "unseen_sentence", unseen, VOICES, espeak.speak)
-        write_split(args.out, "unseen_voice", unseen, UNSEEN_VOICES, espeak.speak)
-    except MMC2CError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
-        return 1
+    espeak = Espeak(espeak_path())
+    train, unseen = draw_facts(args.count)
+    write_split(args.out, "train", train, VOICES, espeak.speak)
+    write_split(args.out, "unseen_sentence", unseen, VOICES, espeak.speak)
+    write_split(args.out, "unseen_voice", unseen, UNSEEN_VOICES, espeak.speak)
     sys.stdout.write(f"{len(train)} sentences to train on, {len(unseen)} to test, in {args.out}\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

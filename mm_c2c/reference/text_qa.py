@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm_c2c.errors import FetchError
+from mm_c2c.errors import FetchError, run_main
 from mm_c2c.reference.fetch import pip_download
 
 MAX_CHARS = 240
@@ -163,21 +163,15 @@ def load_choices(path: Path) -> list[Choice]:
     return [Choice(row["kind"], row["stem"], tuple(row["options"]), row["number"]) for row in rows]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write both files; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write both files."""
     parser = argparse.ArgumentParser(
         prog="python -m mm_c2c.reference.text_qa", description="Write questions without pictures."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for both files")
     out = parser.parse_args(argv).out
-    try:
-        counts = write_sets(out)
-    except FetchError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
-        return 1
-    sys.stdout.write(json.dumps(counts) + "\n")
-    return 0
+    sys.stdout.write(json.dumps(write_sets(out)) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

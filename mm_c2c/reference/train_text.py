@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import DTYPES, from_command_line, from_dict
-from mm_c2c.errors import ConfigError, MMC2CError
+from mm_c2c.config import DTYPES, from_dict
+from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms.own_source import own_source
 from mm_c2c.evaluation.results import hold
 from mm_c2c.reference import gemma
 from mm_c2c.reference.fetch import HUB_ID
 from mm_c2c.reference.models import load_target
+from mm_c2c.reference.trainer import run
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import TextSource
 from mm_c2c.target import Target
@@ -38,8 +38,6 @@ from mm_c2c.training.data import open_examples
 from mm_c2c.training.loop import build_accelerator, cosine_rate
 from mm_c2c.training.objective import Objective, draw_questions
 from mm_c2c.training.run import run_loop
-
-PROGRAM = "python -m mm_c2c.reference.train_text"
 
 
 def load_text_source(config: ModelConfig, target: Target) -> TextSource:
@@ -188,7 +186,9 @@ def load_bridges(folder: Path) -> dict[str, Bridge]:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise ConfigError(f"{folder} holds no training of {PROGRAM}: it has no config.json")
+        raise ConfigError(
+            f"{folder} holds no training of mm_c2c.reference.train_text: it has no config.json"
+        )
     config = from_dict(TrainingConfig, json.loads(path.read_text(encoding="utf-8")))
     target = load_target(dtype=DTYPES[config.target.dtype])
     sources = {name: load_text_source(model, target) for name, model in config.sources.items()}
@@ -199,16 +199,5 @@ def load_bridges(folder: Path) -> dict[str, Bridge]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train by a config; returns the exit status."""
-    config = from_command_line(TrainingConfig, argv, file=True)
-    try:
-        train(config)
-    except MMC2CError as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(TrainingConfig, train)

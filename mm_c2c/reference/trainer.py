@@ -12,7 +12,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 
 from mm_c2c.config import from_command_line
-from mm_c2c.errors import ConfigError, MMC2CError
+from mm_c2c.errors import ConfigError, run_main
 from mm_c2c.training.loop import Loop, cosine_rate
 
 C = TypeVar("C")
@@ -73,7 +73,4 @@ def run(kind: type[C], action: Callable[[C], None]) -> None:
     """`CONFIG [key=value ...]`: do something by the config that the command line names."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     config = from_command_line(kind, file=True)
-    try:
-        action(config)
-    except MMC2CError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    run_main(lambda: action(config))

@@ -10,7 +10,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, run_main
 
 
 def append_log(path: Path, row: Mapping[str, float]) -> None:
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mm_c2c.errors import run_main
 from mm_c2c.reference.babyai.levels import (
     ACTIONS,
     EASY,
@@ -214,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

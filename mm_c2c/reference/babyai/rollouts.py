@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_c2c.errors import run_main
 from mm_c2c.reference.babyai.levels import (
     LEVELS,
     VIEW_CELLS,
@@ -289,4 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, run_main
 from mm_c2c.reference.metaworld.tasks import ACTION_DIM, MAX_STEPS, SPLITS, TASKS, MetaWorldEnv
 
 logger = logging.getLogger(__name__)
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

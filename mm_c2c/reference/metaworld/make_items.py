@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from mm_c2c.errors import run_main
 from mm_c2c.reference.metaworld.demonstrations import read_shard, shards_of
 from mm_c2c.reference.metaworld.questions import (
     HORIZON,
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mm_c2c.errors import run_main
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.reference.metaworld.demonstrations import read_shard, save_shard, shards_of
 from mm_c2c.reference.metaworld.policy import EXECUTED, load_policy, to_actions
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,0 +1,107 @@
+"""Readers of policies side by side, in one section of a README.
+
+    python -m mm_c2c.evaluation.readers_report TITLE=RUN ... --readme FILE --section NAME
+
+Each RUN is a folder as `intent_report` takes it, and `choice` in it a run with `decoding=choice`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_c2c.errors import InputError, run_main
+from mm_c2c.evaluation.render import percent, pipe_table, span, write_readme
+from mm_c2c.evaluation.results import read_summary
+
+_ARMS = {
+    "fused": "**fused**",
+    "prefix_only": "... without the policy's state and actions",
+    "shuffled": "... another episode's cache",
+    "zeroed": "... empty cache",
+}
+_WORDS = {
+    "description_and_instruction_options": "target told in words what camera and policy read",
+    "tuned_description": "... and tuned on such words (LoRA)",
+}
+_MONITORS = {
+    "fused": "will it fail? AUROC, fused",
+    "policy": "... AUROC, the policy's own uncertainty",
+    "caption_relay": "... AUROC, target told in words",
+    "steps": "... AUROC, counting steps",
+}
+
+
+def readers_table(runs: Mapping[str, Path]) -> str:
+    """What was measured of each reader, in Markdown: % right with 95 % intervals.
+
+    Args:
+        runs: folders by the title of their column.
+
+    Raises:
+        InputError: a run is not finished.
+    """
+    columns = [_column(run) for run in runs.values()]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return pipe_table([["% right (95 %)", *runs], *(row for row in rows if any(row[1:]))])
+
+
+def _column(run: Path) -> dict[str, str]:
+    """All cells; those of what was not measured are empty."""
+    summary = read_summary(run)
+    arms = summary["arms"]
+    probe = _read(run / "probe.json").get("all", {})
+    among_options = _read(run / "choice" / "summary.json").get("arms", {})
+    lies = _read(run / "lies" / "summary.json").get("lie", {}).get("arms", {}).get("fused", {})
+    monitors = _read(run / "monitor.json").get("monitors", {})
+    reasons = (_read(run / "why" / "summary.json") or summary)["arms"]
+    why = {name: reasons.get(name, {}).get("kinds", {}).get("why") for name in ("fused", "zeroed")}
+    return {
+        "questions, episodes": f"{summary['n']:,}, {summary['episodes']}",
+        **{name: _cell(arms.get(key, {}).get("accuracy")) for key, name in _ARMS.items()},
+        "linear probe of the same cache": _cell(probe.get("both")),
+        **{name: _cell(arms.get(key, {}).get("in_a_sentence")) for key, name in _WORDS.items()},
+        "among options only": ", ".join(
+            f"{name} {percent(arm['accuracy'][0])}" for name, arm in among_options.items()
+        ),
+        "instruction swapped after the fact: tells what it does": _cell(lies.get("does")),
+        "... what it was told": _cell(lies.get("told")),
+        **{
+            name: "{:.2f} ({:.2f} to {:.2f})".format(*monitors[key]["over_steps"])
+            if key in monitors
+            else ""
+            for key, name in _MONITORS.items()
+        },
+        "what goes wrong?": _cell(why["fused"]),
+        "... what goes wrong, empty cache": _cell(why["zeroed"]),
+    }
+
+
+def _cell(values: Sequence[float] | None) -> str:
+    return span(values) if values else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="TITLE=RUN")
+    parser.add_argument("--readme", type=Path, required=True, help="the file to write into")
+    parser.add_argument("--section", required=True, help="which of its sections")
+    args = parser.parse_args(argv)
+    runs = dict(text.partition("=")[::2] for text in args.runs)
+    if not all(runs.values()):
+        raise InputError(f"expected TITLE=RUN, got {' '.join(args.runs)!r}")
+    table = readers_table({title: Path(run) for title, run in runs.items()})
+    write_readme(args.readme, table, args.section)
+
+
+if __name__ == "__main__":
+    run_main(main)
