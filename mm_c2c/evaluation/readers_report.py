@@ -28,8 +28,9 @@ _WORDS = {
     "tuned_description": "... and tuned on such words (LoRA)",
 }
 _MONITORS = {
-    "fused": "will it fail? AUROC, fused",
+    "fused": "will it succeed? AUROC, fused",
     "policy": "... AUROC, the policy's own uncertainty",
+    "probe": "... AUROC, linear probe of the same cache",
     "caption_relay": "... AUROC, target told in words",
     "steps": "... AUROC, counting steps",
 }
@@ -65,7 +66,8 @@ def _column(run: Path) -> dict[str, str]:
         "linear probe of the same cache": _cell(probe.get("both")),
         **{name: _cell(arms.get(key, {}).get("in_a_sentence")) for key, name in _WORDS.items()},
         "among options only": ", ".join(
-            f"{name} {percent(arm['accuracy'][0])}" for name, arm in among_options.items()
+            f"{name.replace('_', ' ')} {percent(arm['accuracy'][0])}"
+            for name, arm in among_options.items()
         ),
         "instruction swapped after the fact: tells what it does": _cell(lies.get("does")),
         "... what it was told": _cell(lies.get("told")),
