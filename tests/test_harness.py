@@ -48,7 +48,7 @@ def text_bridge(
 def lm_eval_model(bridge: Bridge, batch_size: int = 8) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the harness and what it imports warn of themselves
-        pytest.importorskip("lm_eval")
+        pytest.importorskip("lm_eval", reason="make test-harness has lm-eval")
         from mm_c2c.evaluation.harness.lm_eval_model import BridgeLM
     return BridgeLM(bridge, batch_size)
 
@@ -176,7 +176,7 @@ def test_a_bridge_is_found_by_the_function_that_makes_it(
 def lmms_eval_model(bridge: Bridge, pictures: list[Image.Image]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the harness and what it imports warn of themselves
-        pytest.importorskip("lmms_eval")
+        pytest.importorskip("lmms_eval", reason="make test-harness has lmms-eval")
         from mm_c2c.evaluation.harness.lmms_eval_model import BridgeLMM
     model = BridgeLMM(bridge, batch_size=2)
     model.task_dict = {"tiny": {"test": pictures}}
@@ -210,7 +210,9 @@ def test_the_entry_point_leads_lmms_eval_to_the_bridge() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the harness and what it imports warn of themselves
-        registry_v2 = pytest.importorskip("lmms_eval.models.registry_v2")
+        registry_v2 = pytest.importorskip(
+            "lmms_eval.models.registry_v2", reason="make test-harness has lmms-eval"
+        )
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
     from importlib.metadata import EntryPoint
 

@@ -150,7 +150,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """`datasets.load_dataset` that knows the sets' names, and notes what is asked of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it imports warns of itself
-        datasets = pytest.importorskip("datasets")
+        datasets = pytest.importorskip("datasets", reason="make test-harness has datasets")
     known = {sets.HUB_SETS[name].hub_id: configs for name, configs in ROWS.items()}
     asked: list[tuple[Any, ...]] = []
 
