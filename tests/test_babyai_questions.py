@@ -12,6 +12,7 @@ from babyai_episodes import BALL, KEY, episode, put_next_episode, step
 
 from mm_c2c.reference.babyai import questions
 from mm_c2c.reference.babyai.make_items import (
+    WATCHED,
     Moment,
     Row,
     about_failures,
@@ -20,6 +21,7 @@ from mm_c2c.reference.babyai.make_items import (
     balance,
     moments,
     thin,
+    watch,
 )
 from mm_c2c.reference.babyai.questions import (
     WORDINGS,
@@ -31,7 +33,7 @@ from mm_c2c.reference.babyai.questions import (
     offset,
     side_of,
 )
-from mm_c2c.reference.babyai.rollouts import POLICY, Episode, Thing, load_policy, wilson
+from mm_c2c.reference.babyai.rollouts import POLICY, Episode, Thing, load_policy
 from mm_c2c.sources.action import TokenActionSource
 
 
@@ -291,10 +293,14 @@ def test_answers_that_are_given_far_oftener_are_thinned(put_next: Episode) -> No
     assert 150 < found["go forward"] < 250
 
 
-def test_intervals_of_shares_are_wilsons() -> None:
-    """Against the two roots of (p - q)^2 = z^2 q (1 - q) / n."""
-    for hits, count in ((0, 10), (7, 9), (250, 250)):
-        z, share = 1.959964, hits / count
-        a, b, c = 1 + z * z / count, -2 * share - z * z / count, share * share
-        roots = np.roots([a, b, c])
-        np.testing.assert_allclose(wilson(hits, count), sorted(roots), atol=1e-12)
+def test_a_monitor_looks_at_the_same_steps_of_all_episodes(
+    put_next: Episode, policy: TokenActionSource
+) -> None:
+    """However long they last, and at none twice."""
+    long = dataclasses.replace(put_next, seed=2, steps=put_next.steps * 9, success=False)
+    found = watch([put_next, long], policy, random.Random(0), 1)
+    looks: dict[int, list[int]] = {put_next.seed: [], long.seed: []}
+    for row in found:
+        looks[row.moment.episode.seed].append(row.moment.number)
+    assert looks[long.seed] == list(WATCHED)
+    assert looks[put_next.seed] == [n for n in WATCHED if n < len(put_next.steps)]

@@ -411,6 +411,7 @@ def test_a_monitor_scores_each_step_once_and_by_every_monitor(
     assert (found["steps"], found["episodes"], found["failures"]) == (24, 8, 4)
     assert list(found["monitors"]) == ["fused", "policy", "caption_relay", "probe", "steps"]
     assert found["monitors"]["steps"]["over_steps"][0] == 0.5  # all episodes are of one length
+    assert found["monitors"]["steps"]["at_same_step"][0] == 0.5
     assert "| **fused** |" in monitor.table(found)
     few = monitor.pick_steps(load_items(twice), episodes=2)
     assert [(item.episode, item.step) for item in few] == [
@@ -431,6 +432,7 @@ def test_a_monitor_that_knows_is_told_from_one_that_does_not(items: Path, tmp_pa
     config = monitor.MonitorConfig(items=items, window=1, resamples=50)
     found = monitor.judge(steps, scores, config)["monitors"]
     assert found["probe"]["over_steps"] == [1.0, 1.0, 1.0]
+    assert found["probe"]["at_same_step"] == [1.0, 1.0, 1.0]
     assert found["fused"]["over_episodes_max"][0] == 0.0
     detection = found["probe"]["detection"]
     assert detection["detected"][0] == 1.0
@@ -446,11 +448,12 @@ def test_a_monitor_that_knows_is_told_from_one_that_does_not(items: Path, tmp_pa
 def test_false_alarms_are_kept_on_episodes_that_set_no_threshold() -> None:
     rng = np.random.default_rng(0)
     failed = hits_of([i >= 400 for i in range(800)])
-    runs = [rng.normal(size=4) + 3 * fails for fails in failed]
+    runs = [rng.normal(size=4) + 5 * fails * (np.arange(4) > 0) for fails in failed]
     config = monitor.MonitorConfig(items=Path("x"), resamples=20, false_alarms=0.1)
-    found = monitor.detect(runs, failed, config)
+    found = monitor.detect(runs, [np.arange(0, 8, 2)] * 800, failed, config)
     assert 0.06 < found["false_alarms"][0] < 0.14
     assert found["detected"][0] > 0.9
+    assert found["median_step"] == 2.0  # the second look
 
 
 # --- a target tuned on descriptions ---------------------------------------------------------
@@ -545,9 +548,12 @@ def test_readers_stand_side_by_side(tmp_path: Path) -> None:
         (tmp_path / name / "summary.json").write_text(json.dumps(whole))
     other = {"arms": {"fused": {"kinds": {"why": half}}}}
     (tmp_path / "b" / "why" / "summary.json").write_text(json.dumps(other))
+    watched = ("policy", "caption_relay", "steps")
     among_options = {"fused": {"accuracy": half}, "blind": {"accuracy": third}}
     for path, found in {
-        "monitor.json": {"monitors": {"steps": {"over_steps": half}}},
+        "monitor.json": {
+            "monitors": {name: {"at_same_step": half, "over_steps": third} for name in watched}
+        },
         "probe.json": {"all": {"action only": third, "both": half}},
         "lies/summary.json": {"lie": {"arms": {"fused": {"does": half, "told": third}}}},
         "choice/summary.json": {"arms": among_options},
@@ -569,7 +575,10 @@ def test_readers_stand_side_by_side(tmp_path: Path) -> None:
         "| among options only | fused 50.0, blind 33.3 |  |",
         "| instruction swapped after the fact: tells what it does | 50.0 (40.0 to 60.0) |  |",
         "| ... what it was told | 33.3 (30.0 to 40.0) |  |",
-        "| ... AUROC, counting steps | 0.50 (0.40 to 0.60) |  |",
+        "| ... the policy's own uncertainty | 0.50 (0.40 to 0.60) |  |",
+        "| ... target told in words | 0.50 (0.40 to 0.60) |  |",
+        "| ... AUROC among all looks, of which late ones tell the end"
+        " | policy 0.33, caption relay 0.33, steps 0.33 |  |",
         "| what goes wrong? | 33.3 (30.0 to 40.0) | 50.0 (40.0 to 60.0) |",
     ]
     with pytest.raises(InputError, match="expected TITLE=RUN"):

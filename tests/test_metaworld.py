@@ -364,6 +364,15 @@ def test_items_of_some_tasks_only(
     assert {json.loads(line)["episode"][:-5] for line in lines} == {"push", "reach"}
 
 
+def test_looks_at_fixed_steps_are_those_of_all_episodes() -> None:
+    rng = random.Random(0)
+    assert make_items.pick_looks([0, 4, 8, 12, 16, 20], 2, 8, rng) == [0, 2, 4]
+    assert make_items.pick_looks([0, 4], 2, 8, rng) == [0]
+    found = make_items.pick_looks([0, 4, 8, 12, 16, 20], 4, None, rng)
+    assert len(found) == 4
+    assert found == sorted(set(found))
+
+
 def test_each_answer_of_a_kind_gets_the_same_share() -> None:
     rows = [{"kind": "success", "answer": "yes" if i % 5 else "no"} for i in range(40)]
     rows += [{"kind": "narration", "answer": str(i)} for i in range(9)]
@@ -380,14 +389,6 @@ def test_successes_are_counted_with_their_intervals(episodes: Path) -> None:
         assert (row["episodes"], row["success"]) == (3, pytest.approx(2 / 3))
     assert counts["mean"]["success"] == pytest.approx(2 / 3)
     assert (counts["mean"]["low"], counts["mean"]["high"]) == (0, 1)
-
-
-def test_wilsons_interval_solves_its_equation() -> None:
-    """Its ends are the shares from which the found one is 1.96 standard errors away."""
-    for hits, count in ((40, 50), (0, 50), (50, 50)):
-        for end in rollouts.wilson(hits, count):
-            error = (end * (1 - end) / count) ** 0.5
-            assert abs(hits / count - end) == pytest.approx(1.959964 * error, abs=1e-6)
 
 
 class Oracle:

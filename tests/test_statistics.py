@@ -15,6 +15,7 @@ from mm_c2c.evaluation.statistics import (
     mcnemar,
     retention,
     sign_flip,
+    wilson,
 )
 
 
@@ -104,6 +105,14 @@ def test_a_sign_flip_of_single_items_is_mcnemars_test() -> None:
     assert compare(first, second, draws, clusters).p_value == pytest.approx(2 / 16, abs=0.02)
 
 
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (7, 9), (40, 50), (250, 250)])
+def test_wilsons_interval_are_the_roots_of_its_equation(hits: int, count: int) -> None:
+    """(p - q)^2 = z^2 q (1 - q) / n."""
+    z, share = 1.959964, hits / count
+    roots = np.roots([1 + z * z / count, -2 * share - z * z / count, share * share])
+    np.testing.assert_allclose(wilson(hits, count), sorted(roots), atol=1e-12)
+
+
 def test_auroc_counts_pairs() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -119,3 +128,13 @@ def test_auroc_counts_pairs() -> None:
                 pairs += weight
             assert found[row] == pytest.approx(won / pairs)
     assert np.isnan(auroc(np.arange(3.0), hits_of([True] * 3), np.ones((1, 3)))).all()
+
+
+def test_auroc_within_strata_compares_nothing_across_them() -> None:
+    # Across strata the positives score higher, within each they do not.
+    scores = np.array([1.0, 2.0, 8.0, 9.0, 7.0])
+    positive = hits_of([False, False, True, False, False])
+    strata = np.array([0, 0, 1, 1, 1])
+    weights = np.array([[1.0] * 5, [1.0, 1.0, 1.0, 0.0, 2.0], [1.0, 1.0, 1.0, 0.0, 0.0]])
+    np.testing.assert_allclose(auroc(scores, positive, weights), [0.75, 1.0, 1.0])
+    np.testing.assert_allclose(auroc(scores, positive, weights, strata), [0.5, 1.0, np.nan])

@@ -45,6 +45,7 @@ from mm_c2c.sources.base import Source, SourceInput
 from mm_c2c.sources.text import encode_chats
 
 Scores = NDArray[np.float64]
+Steps = NDArray[np.int64]
 
 _NAMES = {
     "fused": "**fused**",
@@ -113,10 +114,12 @@ def monitor(bridge: Bridge, config: MonitorConfig, *, progress: bool = True) -> 
         progress: whether to show bars.
 
     Returns:
-        Plain values: `steps`, `episodes`, `failures` (episodes), and for each monitor `over_steps`
-        and, by the highest and the mean smoothed score of an episode, `over_episodes_max` and
-        `over_episodes_mean`: AUROC as [value, low, high]; `so_far`, the second of these from the
-        first 1, 2, 4, ... steps alone; and `detection`, see `detect`.
+        Plain values: `steps`, `episodes`, `failures` (episodes), and for each monitor AUROC as
+        [value, low, high]: `at_same_step`, where only looks at the same step of two episodes are
+        compared, so that how long an episode has lasted tells nothing; `over_steps`, of all looks;
+        by the highest and the mean smoothed score of an episode, `over_episodes_max` and
+        `over_episodes_mean`; `so_far`, the first of these two from the first 1, 2, 4, ... looks
+        alone; and `detection`, see `detect`.
 
     Raises:
         InputError: an item lacks `episode` or `success`, or all episodes end alike.
@@ -279,25 +282,32 @@ def judge(
     spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(owners)], strict=True)]
     ends = failed[starts]
     longest = max(span.stop - span.start for span in spans)
+    numbers = np.array([item.step for item in steps])
     by_step = draw_resamples(len(steps), config.resamples, config.seed, owners)
     by_episode = draw_resamples(len(spans), config.resamples, config.seed)
 
-    def area(found: Sequence[float] | Scores, positive: Hits, draws: Scores) -> list[float]:
+    def area(
+        found: Sequence[float] | Scores,
+        positive: Hits,
+        draws: Scores,
+        strata: Steps | None = None,
+    ) -> list[float]:
         values = np.asarray(found, dtype=np.float64)
-        return list(interval(lambda weights: auroc(values, positive, weights), draws))
+        return list(interval(lambda weights: auroc(values, positive, weights, strata), draws))
 
     monitors = {}
     for name, found in scores.items():
         runs = [smooth(found[span], config.window) for span in spans]
         horizons = [2**k for k in range(int(math.log2(longest)) + 1)]
         monitors[name] = {
+            "at_same_step": area(found, failed, by_step, numbers),
             "over_steps": area(found, failed, by_step),
             "over_episodes_max": area([run.max() for run in runs], ends, by_episode),
             "over_episodes_mean": area([run.mean() for run in runs], ends, by_episode),
             "so_far": {
                 str(h): area([run[:h].max() for run in runs], ends, by_episode) for h in horizons
             },
-            "detection": detect(runs, ends, config),
+            "detection": detect(runs, [numbers[span] for span in spans], ends, config),
         }
     return {
         "steps": len(steps),
@@ -312,16 +322,24 @@ def smooth(scores: Scores, window: int) -> Scores:
     return np.array([scores[max(0, i + 1 - window) : i + 1].mean() for i in range(len(scores))])
 
 
-def detect(runs: Sequence[Scores], failed: Hits, config: MonitorConfig) -> dict[str, Any]:
+def detect(
+    runs: Sequence[Scores], steps: Sequence[Steps], failed: Hits, config: MonitorConfig
+) -> dict[str, Any]:
     """Alarms at a rate of false ones.
 
     Episodes are split into two halves by turns; the threshold of either half is what so many of the
     other half's successful episodes stay below.
 
+    Args:
+        runs: smoothed scores, `(looks,)` of each episode.
+        steps: the episode's steps at which they were taken, from 0.
+        failed: `(episodes,)`.
+        config: settings.
+
     Returns:
         `detected`, share of the failed episodes with an alarm, and `false_alarms`, of the successful
-        ones, with intervals; `median_step` of the first alarm in a failed episode, from 0, and
-        `median_share` of the episode that had passed; None where there is none.
+        ones, with intervals; `median_step` of the first alarm in a failed episode, and
+        `median_share` of its looks that had passed; None where there is none.
     """
     alarms: list[int | None] = [None] * len(runs)
     for half, chosen in _halves(len(runs)):
@@ -335,6 +353,7 @@ def detect(runs: Sequence[Scores], failed: Hits, config: MonitorConfig) -> dict[
     raised = np.array([alarm is not None for alarm in alarms])
     caught = [i for i in range(len(runs)) if failed[i] and alarms[i] is not None]
     firsts = [alarms[i] or 0 for i in caught]
+    moments = [steps[i][first] for first, i in zip(firsts, caught, strict=True)]
     passed = [(first + 1) / len(runs[i]) for first, i in zip(firsts, caught, strict=True)]
 
     def share(where: Hits) -> list[float | None]:
@@ -344,7 +363,7 @@ def detect(runs: Sequence[Scores], failed: Hits, config: MonitorConfig) -> dict[
     return {
         "detected": share(failed),
         "false_alarms": share(~failed),
-        "median_step": float(np.median(firsts)) if caught else None,
+        "median_step": float(np.median(moments)) if caught else None,
         "median_share": float(np.median(passed)) if caught else None,
     }
 
@@ -364,7 +383,8 @@ def table(result: dict[str, Any]) -> str:
     rows = [
         [
             "failure monitor",
-            "AUROC, steps",
+            "AUROC, same step",
+            "all steps",
             "episodes, highest score",
             "episodes, mean score",
             "detected, %",
@@ -378,6 +398,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(
             [
                 _NAMES[name],
+                cell(row["at_same_step"]),
                 cell(row["over_steps"]),
                 cell(row["over_episodes_max"]),
                 cell(row["over_episodes_mean"]),

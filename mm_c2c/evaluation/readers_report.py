@@ -28,11 +28,10 @@ _WORDS = {
     "tuned_description": "... and tuned on such words (LoRA)",
 }
 _MONITORS = {
-    "fused": "will it succeed? AUROC, fused",
-    "policy": "... AUROC, the policy's own uncertainty",
-    "probe": "... AUROC, linear probe of the same cache",
-    "caption_relay": "... AUROC, target told in words",
-    "steps": "... AUROC, counting steps",
+    "fused": "will it succeed? AUROC among looks at the same step, fused",
+    "policy": "... the policy's own uncertainty",
+    "probe": "... linear probe of the same cache",
+    "caption_relay": "... target told in words",
 }
 
 
@@ -72,11 +71,15 @@ def _column(run: Path) -> dict[str, str]:
         "instruction swapped after the fact: tells what it does": _cell(lies.get("does")),
         "... what it was told": _cell(lies.get("told")),
         **{
-            name: "{:.2f} ({:.2f} to {:.2f})".format(*monitors[key]["over_steps"])
+            name: "{:.2f} ({:.2f} to {:.2f})".format(*monitors[key]["at_same_step"])
             if key in monitors
             else ""
             for key, name in _MONITORS.items()
         },
+        "... AUROC among all looks, of which late ones tell the end": ", ".join(
+            f"{key.replace('_', ' ')} {areas['over_steps'][0]:.2f}"
+            for key, areas in monitors.items()
+        ),
         "what goes wrong?": _cell(why["fused"]),
         "... what goes wrong, empty cache": _cell(why["zeroed"]),
     }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Hits = NDArray[np.bool_]
 """`(items,)`: which items an arm answered right."""
+
+_Z = 1.959964  # the standard normal distribution's 97.5 % quantile
 
 
 class Interval(NamedTuple):
@@ -102,6 +104,14 @@ def accuracy(hits: Hits | NDArray[np.float64], draws: NDArray[np.float64]) -> In
     return interval(lambda weights: mean(hits, weights), draws)
 
 
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of independent trials (Wilson's score interval, 1927)."""
+    share, slack = hits / count, _Z * _Z / count
+    centre = (share + slack / 2) / (1 + slack)
+    half = _Z * math.sqrt(share * (1 - share) / count + slack / (4 * count)) / (1 + slack)
+    return centre - half, centre + half
+
+
 def retention(fused: Hits, floor: Hits, source: Hits, draws: NDArray[np.float64]) -> Interval:
     """(fused - floor) / (source - floor): what of the source's lead over the floor arrives."""
 
@@ -156,7 +166,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def auroc(
-    scores: NDArray[np.float64], positive: Hits, weights: NDArray[np.float64]
+    scores: NDArray[np.float64],
+    positive: Hits,
+    weights: NDArray[np.float64],
+    strata: NDArray[Any] | None = None,
 ) -> NDArray[np.float64]:
     """Chance that a positive scores above a negative, equal scores counting half.
 
@@ -166,18 +179,23 @@ def auroc(
         scores: `(items,)`.
         positive: `(items,)`.
         weights: `(n, items)`, such as `draw_resamples` gives.
+        strata: `(items,)`; only items of the same stratum are compared. None compares all.
 
     Returns:
-        `(n,)`; NaN where a row has only positives, or none.
+        `(n,)`; NaN where no positive meets a negative.
     """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-math.inf))  # of each distinct score
-    weights, positive = weights[:, order], positive[order]
-    hits = np.add.reduceat(weights * positive, starts, axis=1)
-    misses = np.add.reduceat(weights * ~positive, starts, axis=1)
-    below = misses.cumsum(1) - misses / 2
-    pairs = hits.sum(1) * misses.sum(1)
-    found: NDArray[np.float64] = (hits * below).sum(1) / np.where(pairs == 0, math.nan, pairs)
+    groups = np.zeros(len(scores)) if strata is None else strata
+    above, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        members = members[np.argsort(scores[members], kind="stable")]
+        starts = np.flatnonzero(np.diff(scores[members], prepend=-math.inf))  # of distinct scores
+        hits = np.add.reduceat(weights[:, members] * positive[members], starts, axis=1)
+        misses = np.add.reduceat(weights[:, members] * ~positive[members], starts, axis=1)
+        below = misses.cumsum(1) - misses / 2
+        above += (hits * below).sum(1)
+        pairs += hits.sum(1) * misses.sum(1)
+    found: NDArray[np.float64] = above / np.where(pairs == 0, math.nan, pairs)
     return found
 
 

@@ -44,6 +44,8 @@ _ABOUT_GOAL = ("next", "object", "colour", "side")
 # What a step with something in the robot's hands is asked further, so that what it holds and what
 # it is after are told apart.
 _ABOUT_HANDS = ("held", "hands", "object", "colour")
+# Steps at which a failure monitor looks.
+WATCHED = range(0, 21, 2)
 _BATCH = 64
 # Unseen questions about what goes wrong.
 _WHY = 240
@@ -300,8 +302,9 @@ def write(rows: Sequence[Row], path: Path, camera: Camera) -> None:
 def watch(
     episodes: Sequence[Episode], policy: TokenActionSource, rng: random.Random, count: int
 ) -> list[Row]:
-    """Whether it will succeed, asked at up to six steps of each episode, spread evenly.
+    """Whether it will succeed, asked at the steps `WATCHED` of each episode.
 
+    They are the same in all: looks spread over an episode would tell its length by their numbers.
     As many episodes that fail as such that succeed, at most `count` of each.
     """
     groups = [[e for e in episodes if e.success is success] for success in (True, False)]
@@ -310,8 +313,7 @@ def watch(
     for group in groups:
         for episode in rng.sample(group, size):
             all_moments = moments([episode], policy, rng, len(episode.steps))
-            picked = {i * len(all_moments) // 6 for i in range(6)}
-            for number in sorted(picked):
+            for number in (step for step in WATCHED if step < len(all_moments)):
                 found = {"success": answers(episode, number)["success"]}
                 rows += [Row(all_moments[number], question) for question in ask(found, rng)]
     return rows
@@ -364,7 +366,7 @@ def main() -> None:
         "items": chosen,
         "narration": rng.sample(told, min(len(told), args.per_kind // 2)),
         "lies": balance(false, args.per_kind * 2 // 3, rng, seen),
-        "monitor": watch(episodes, policy, rng, 25),
+        "monitor": watch(episodes, policy, rng, 50),
         "why": balance(about_failures(moments(episodes, policy, rng, 4), rng), _WHY, rng),
     }
     for name, picked in files.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_c2c.errors import run_main
+from mm_c2c.evaluation.statistics import wilson
 from mm_c2c.reference.babyai.levels import (
     LEVELS,
     VIEW_CELLS,
@@ -250,15 +250,6 @@ def success_rates(episodes: Iterable[Episode]) -> dict[str, dict[str, float]]:
             "mean_steps": steps,
         }
     return table
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson's score interval)."""
-    z = 1.959964
-    share, slack = hits / count, z * z / count
-    centre = (share + slack / 2) / (1 + slack)
-    half = z * math.sqrt(share * (1 - share) / count + slack / (4 * count)) / (1 + slack)
-    return centre - half, centre + half
 
 
 def load_policy(folder: Path) -> TokenActionSource:

@@ -51,6 +51,24 @@ def moment_of(task: str, episode: dict[str, Tensor], look: int) -> Moment:
     )
 
 
+def pick_looks(
+    steps: Sequence[int], count: int, every: int | None, rng: random.Random
+) -> list[int]:
+    """Looks of an episode, in order: so many at random, or those at multiples of so many steps.
+
+    Looks at random are spread over all of an episode, so that their steps tell its length.
+
+    Args:
+        steps: at which the policy looked.
+        count: looks at random, at most.
+        every: steps; takes the place of `count`.
+        rng: picks which.
+    """
+    if every is None:
+        return sorted(rng.sample(range(len(steps)), min(count, len(steps))))
+    return [look for look, step in enumerate(steps) if step % every == 0]
+
+
 def share_out(rows: Sequence[dict[str, Any]], per_kind: int) -> list[dict[str, Any]]:
     """At most so many rows of a kind, of each answer the same number as far as they go.
 
@@ -77,7 +95,10 @@ def main() -> None:
     parser.add_argument("--rollouts", type=Path, required=True)
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--looks", type=int, default=6, help="of an episode")
+    parser.add_argument("--looks", type=int, default=6, help="of an episode, at random")
+    parser.add_argument(
+        "--every", type=int, help="instead, looks at every so many steps, the same in all episodes"
+    )
     parser.add_argument("--per-kind", type=int, help="at most so many questions of a kind")
     parser.add_argument("--steered", action="store_true")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -90,8 +111,7 @@ def main() -> None:
         believed = {"task": told.doing, "object": told.object} if args.steered else {}
         for number, path in enumerate(shards_of(args.rollouts, args.split, task)):
             (episode,) = read_shard(path)
-            count = len(episode["frame_steps"])
-            for look in sorted(rng.sample(range(count), min(args.looks, count))):
+            for look in pick_looks(episode["frame_steps"].tolist(), args.looks, args.every, rng):
                 moment = moment_of(task, episode, look)
                 step = int(episode["frame_steps"][look])
                 file = f"{task}-{number:04d}-{step:03d}.png"

@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from mm_c2c.errors import run_main
-from mm_c2c.evaluation.statistics import accuracy, draw_resamples
+from mm_c2c.evaluation.statistics import accuracy, draw_resamples, wilson
 from mm_c2c.reference.metaworld.demonstrations import read_shard, save_shard, shards_of
 from mm_c2c.reference.metaworld.policy import EXECUTED, load_policy, to_actions
 from mm_c2c.reference.metaworld.tasks import (
@@ -114,7 +115,9 @@ def act_together(
     }
 
 
-def count_successes(folder: Path, split: str, *, policy: str, steered: bool) -> dict[str, Any]:
+def count_successes(
+    folder: Path, split: str, tasks: Iterable[str] = TASKS, *, policy: str, steered: bool
+) -> dict[str, Any]:
     """Share of episodes that ended in success, of each task and over all, with 95 % intervals.
 
     Wilson's for a task; for the mean of the tasks, a bootstrap over the numbers of the episodes.
@@ -127,7 +130,7 @@ def count_successes(folder: Path, split: str, *, policy: str, steered: bool) -> 
                 for episode in read_shard(path)
             ]
         )
-        for task in TASKS
+        for task in tasks
     }
     rows: dict[str, Any] = {"policy": policy, "split": split, "steered": steered, "tasks": {}}
     for task, found in hits.items():
@@ -144,15 +147,6 @@ def count_successes(folder: Path, split: str, *, policy: str, steered: bool) -> 
     return rows
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
-    z = 1.959964
-    share, spread = hits / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * (share * (1 - share) / count + spread / (4 * count)) ** 0.5 / (1 + spread)
-    return middle - half, middle + half
-
-
 def main() -> None:
     """Write the shards that are not there yet, then the counts."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -161,14 +155,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", choices=SPLITS, default="unseen")
     parser.add_argument("--episodes", type=int, default=50, help="of each task")
+    parser.add_argument("--first", type=int, default=0, help="number of the first episode")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--steered", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     policy = load_policy(args.policy)
-    envs = {task: MetaWorldEnv(task) for task in TASKS}
-    told = {task: TASKS[steer(task) if args.steered else task].instruction for task in TASKS}
-    for number in range(args.episodes):
-        paths = {task: args.out / f"{args.split}-{task}-{number:04d}.safetensors" for task in TASKS}
+    envs = {task: MetaWorldEnv(task) for task in args.tasks}
+    told = {task: TASKS[steer(task) if args.steered else task].instruction for task in envs}
+    for number in range(args.first, args.first + args.episodes):
+        paths = {task: args.out / f"{args.split}-{task}-{number:04d}.safetensors" for task in envs}
         if all(path.exists() for path in paths.values()):
             continue
         episodes = act_together(policy, envs, told, SPLITS[args.split] + number)
@@ -176,7 +172,9 @@ def main() -> None:
             save_shard(paths[task], [episode])
         ended = {task: (len(e["raw"]) - 1, bool(e["success"][-1])) for task, e in episodes.items()}
         logger.info("episode %d: %s", number, ended)
-    counts = count_successes(args.out, args.split, policy=args.policy.name, steered=args.steered)
+    counts = count_successes(
+        args.out, args.split, args.tasks, policy=args.policy.name, steered=args.steered
+    )
     (args.out / "success.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     logger.info("%s", counts)
 
