@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from policies import WORDS, assert_reading_changes_nothing
 from smolvla import ACTION_DIM, CHUNK, Smol, build_lerobot_smol, build_smol, pair_mask
-from test_sources_action import WORDS, assert_reading_changes_nothing
 from torch import Tensor
 from transformers import DynamicCache
 
