@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from bridge_rigs import LazySources, Rig
 from families_views import build_llava, build_paligemma
 from PIL import Image
+from policies import build_pi0, observe
 from tiny_vlm import TinyVLM, build_frozen, special_ids, train_tokenizer
 from transformers import (
     LlamaConfig,
@@ -32,6 +33,8 @@ from transformers import (
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.reference.models import SOURCE_NAME
+from mm_c2c.sources import SourceInput
+from mm_c2c.sources.action import PI0Source
 from mm_c2c.sources.vlm import VLMSource
 
 torch.set_num_threads(1)
@@ -191,3 +194,14 @@ def bridge(
     link = LinkConfig(source=SOURCE_NAME, geometry="slots", rows=2, cols=2, fuser=fuser)
     config = BridgeConfig(links=(link,), slot_token="a")
     return Bridge(target, {SOURCE_NAME: source}, config).eval()
+
+
+@pytest.fixture
+def pi0() -> PI0Source:
+    return build_pi0()
+
+
+@pytest.fixture
+def observations(pictures: list[Image.Image]) -> list[SourceInput]:
+    """Two cameras and a short instruction; one camera and a long one."""
+    return observe(pictures)

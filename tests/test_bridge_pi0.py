@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from policies import CHUNK, WORDS, assert_reading_changes_nothing, build_pi0, observe
+from policies import CHUNK, WORDS, assert_reading_changes_nothing
 from torch import Tensor
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
@@ -20,16 +19,6 @@ from mm_c2c.rope import derotate
 from mm_c2c.sources import Source, SourceInput
 from mm_c2c.sources.action import PI0Source
 from mm_c2c.sources.vlm import VLMSource
-
-
-@pytest.fixture
-def pi0() -> PI0Source:
-    return build_pi0()
-
-
-@pytest.fixture
-def observations(pictures: list[Image.Image]) -> list[SourceInput]:
-    return observe(pictures)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from policies import ACTION_DIM, CHUNK, WORDS, assert_reading_changes_nothing, build_pi0, observe
+from policies import ACTION_DIM, CHUNK, WORDS, assert_reading_changes_nothing
 
 from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target, load_cache, save_cache
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, zeroed
@@ -16,16 +15,6 @@ from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.rope import derotate
 from mm_c2c.sources import Source, SourceInput
 from mm_c2c.sources.action import PI0Source
-
-
-@pytest.fixture
-def pi0() -> PI0Source:
-    return build_pi0()
-
-
-@pytest.fixture
-def observations(pictures: list[Image.Image]) -> list[SourceInput]:
-    return observe(pictures)
 
 
 def test_pi0_marks_cameras_words_state_and_actions(
