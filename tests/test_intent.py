@@ -433,6 +433,9 @@ def test_a_monitor_that_knows_is_told_from_one_that_does_not(items: Path, tmp_pa
     found = monitor.judge(steps, scores, config)["monitors"]
     assert found["probe"]["over_steps"] == [1.0, 1.0, 1.0]
     assert found["probe"]["at_same_step"] == [1.0, 1.0, 1.0]
+    assert found["probe"]["fused_ahead"] == [-1.0, -1.0, -1.0]  # it is always wrong
+    assert found["policy"]["fused_ahead"][0] == pytest.approx(-2 / 3)
+    assert found["fused"]["fused_ahead"] == [0.0, 0.0, 0.0]
     assert found["fused"]["over_episodes_max"][0] == 0.0
     detection = found["probe"]["detection"]
     assert detection["detected"][0] == 1.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def monitor(bridge: Bridge, config: MonitorConfig, *, progress: bool = True) -> 
     Returns:
         Plain values: `steps`, `episodes`, `failures` (episodes), and for each monitor AUROC as
         [value, low, high]: `at_same_step`, where only looks at the same step of two episodes are
-        compared, so that how long an episode has lasted tells nothing; `over_steps`, of all looks;
+        compared, so that how long an episode has lasted tells nothing; `fused_ahead`, by how much
+        the fused cache is above it there, on the same draws; `over_steps`, of all looks;
         by the highest and the mean smoothed score of an episode, `over_episodes_max` and
         `over_episodes_mean`; `so_far`, the first of these two from the first 1, 2, 4, ... looks
         alone; and `detection`, see `detect`.
@@ -286,21 +288,24 @@ def judge(
     by_step = draw_resamples(len(steps), config.resamples, config.seed, owners)
     by_episode = draw_resamples(len(spans), config.resamples, config.seed)
 
-    def area(
-        found: Sequence[float] | Scores,
-        positive: Hits,
-        draws: Scores,
-        strata: Steps | None = None,
-    ) -> list[float]:
+    def area(found: Sequence[float] | Scores, positive: Hits, draws: Scores) -> list[float]:
         values = np.asarray(found, dtype=np.float64)
-        return list(interval(lambda weights: auroc(values, positive, weights, strata), draws))
+        return list(interval(lambda weights: auroc(values, positive, weights), draws))
+
+    def at_same_step(found: Scores, weights: Scores) -> Scores:
+        return auroc(found, failed, weights, numbers)
+
+    def lead(found: Scores) -> list[float]:
+        fused = scores["fused"]
+        return list(interval(lambda w: at_same_step(fused, w) - at_same_step(found, w), by_step))
 
     monitors = {}
     for name, found in scores.items():
         runs = [smooth(found[span], config.window) for span in spans]
         horizons = [2**k for k in range(int(math.log2(longest)) + 1)]
         monitors[name] = {
-            "at_same_step": area(found, failed, by_step, numbers),
+            "at_same_step": list(interval(partial(at_same_step, found), by_step)),
+            "fused_ahead": lead(found),
             "over_steps": area(found, failed, by_step),
             "over_episodes_max": area([run.max() for run in runs], ends, by_episode),
             "over_episodes_mean": area([run.mean() for run in runs], ends, by_episode),
@@ -384,7 +389,8 @@ def table(result: dict[str, Any]) -> str:
         [
             "failure monitor",
             "AUROC, same step",
-            "all steps",
+            "fused ahead by",
+            "AUROC, all steps",
             "episodes, highest score",
             "episodes, mean score",
             "detected, %",
@@ -399,6 +405,9 @@ def table(result: dict[str, Any]) -> str:
             [
                 _NAMES[name],
                 cell(row["at_same_step"]),
+                ""
+                if name == "fused"
+                else "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["fused_ahead"]),
                 cell(row["over_steps"]),
                 cell(row["over_episodes_max"]),
                 cell(row["over_episodes_mean"]),

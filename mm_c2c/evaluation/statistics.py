@@ -109,7 +109,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     share, slack = hits / count, _Z * _Z / count
     centre = (share + slack / 2) / (1 + slack)
     half = _Z * math.sqrt(share * (1 - share) / count + slack / (4 * count)) / (1 + slack)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def retention(fused: Hits, floor: Hits, source: Hits, draws: NDArray[np.float64]) -> Interval:
