@@ -98,7 +98,7 @@ def test_a_search_scores_every_prompt_and_its_winner_serves_the_arm(
         items=items, requests=("Say.", "Of {question}"), templates=templates,
         limit=3, examples=2, batch_size=2, resamples=20,
     )  # fmt: skip
-    out = tmp_path / "prompts.json"
+    out = tmp_path / "found" / "prompts.json"
     result = search_prompts(bridge, config, out, progress=False)
     assert len(result["table"]) == 2 * 2 * 4
     assert [row["accuracy"][0] for row in result["table"]] == [1.0] * 4 + [0.0] * 12

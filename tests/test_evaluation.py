@@ -14,6 +14,7 @@ from PIL import Image
 from mm_c2c import Bridge, SourceInput
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.evaluation import command
 from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Reply, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
@@ -210,6 +211,31 @@ def test_a_folder_that_another_process_writes_in_is_refused(
     # Killed, it could not tidy up: the lock's file is still there, and stops nobody.
     assert (out / ".lock").exists()
     assert evaluate(bridge, config, out, progress=False)["n"] == 5
+
+
+def test_the_place_of_a_result_is_made_before_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A measurement takes minutes; that it has nowhere to go is said before, not after them."""
+    monkeypatch.setattr(command, "load_pair", lambda _: None)
+    out = tmp_path / "made" / "found.json"
+
+    def measure(*_: object) -> dict[str, int]:
+        assert out.parent.is_dir()
+        return {"n": 7}
+
+    def run(where: Path) -> None:
+        arguments = [f"items={tmp_path}", "--out", str(where)]
+        command.run_measurement(EvaluationConfig, measure, lambda r: f"n = {r['n']}", "", arguments)
+
+    run(out)
+    assert json.loads(out.read_text()) == {"n": 7}
+    assert capsys.readouterr().out == "n = 7\n"
+    with pytest.raises(InputError, match="cannot make the folder"):
+        run(out / "in_a_file" / "found.json")
+    with pytest.raises(InputError, match="got the folder"):
+        run(out.parent)
+    assert capsys.readouterr().out == ""
 
 
 def test_other_weights_do_not_go_on_with_a_run(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mm_c2c.bridge import Bridge
 from mm_c2c.config import parse_overrides
 from mm_c2c.evaluation.render import write_readme
-from mm_c2c.evaluation.results import write_json
+from mm_c2c.evaluation.results import make_room, write_json
 from mm_c2c.reference.models import load_bridge, load_saved_bridge
 
 C = TypeVar("C")
@@ -26,16 +26,21 @@ def run_measurement(
     """`key=value ... [--out FILE]`: measure something of a bridge and print it.
 
     `kind` has `bridge`, `source_model` and `target_model`; `about` is what `--help` says.
+
+    Raises:
+        InputError: the folder of `--out` cannot be made; nothing was measured then.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("overrides", nargs="+", metavar="key=value")
     parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
     args = parser.parse_args(argv)
     config = parse_overrides(kind, args.overrides)
+    if args.out:
+        make_room(args.out)
     result = measure(load_pair(config), config)
+    print(table(result))  # noqa: T201
     if args.out:
         write_json(args.out, result)
-    print(table(result))  # noqa: T201
 
 
 def load_pair(config: Any) -> Bridge:

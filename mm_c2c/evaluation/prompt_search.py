@@ -18,7 +18,7 @@ from mm_c2c.config import to_dict
 from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation.arms import captions, target_answers
 from mm_c2c.evaluation.arms.prompts import OPTIONS_LINE, Example, RelayPrompt
-from mm_c2c.evaluation.results import write_json
+from mm_c2c.evaluation.results import make_room, write_json
 from mm_c2c.evaluation.run import to_asked
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, is_right_in_a_sentence, load_items
@@ -86,9 +86,11 @@ def search_prompts(
         a sentence, and among those with the most exact ones; the first of equals.
 
     Raises:
-        InputError: too few items to take examples from.
+        InputError: too few items to take examples from, or no folder for `out` can be made.
     """
     scored, shown = _split(load_items(config.items), config)
+    if out is not None:
+        make_room(out)
     draws = draw_resamples(len(scored), config.resamples, config.seed)
     table: list[dict[str, Any]] = []
     total = 4 * len(config.requests) * len(config.templates)

@@ -110,6 +110,20 @@ def read_summary(run: Path, command: str = "mm-c2c evaluate --out") -> dict[str,
     return found
 
 
+def make_room(path: Path) -> None:
+    """Make the folder of a file that is to be written after long work, before the work.
+
+    Raises:
+        InputError: it cannot be made, or the file is a folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    if path.is_dir():
+        raise InputError(f"expected a file to write to, got the folder {path}")
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_suffix(".part")
