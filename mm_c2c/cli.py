@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mm_c2c.bridge import Bridge
 
 ASK_ARMS = ("fused", "blind", "caption_relay", "source")
-QUICK_ITEMS = 140
+QUICK_ITEMS = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
