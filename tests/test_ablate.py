@@ -127,6 +127,9 @@ def test_trainings_pause_to_be_judged_and_their_curves_are_compared(
     assert "| 240 | 50.0 (" in report
     assert "45.0 %, which is 90 % of where the first ends" in report
     assert "is reached by whole after 160 scenes, by raw keys after 160 scenes." in report
+    # What was judged stays in the result of a process that is to judge elsewhere, or nothing more.
+    ablate.ablate(AblationConfig(**{**settings, "judged_at": ()}))
+    assert json.loads((config.out / "ablations.json").read_text(encoding="utf-8")) == result
 
 
 def test_unknown_variants_and_settings_are_refused(config: AblationConfig) -> None:

@@ -125,7 +125,9 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     """
     found = {name: _judged(config, name) for name in config.variants}
     first = {s: _hits(run, "fused") for s, run in found[next(iter(found))].items()}
-    curves = {name: _curve(config, name) for name in config.variants} if config.judged_at else {}
+    curves = {name: _curve(config, name) for name in config.variants}
+    if all(len(curve) < 2 for curve in curves.values()):
+        curves = {}  # judged at their ends alone
     result: dict[str, Any] = {"questions": 0, "variants": {}, "curves": curves}
     for number, (name, runs) in enumerate(found.items()):
         if not runs:
@@ -169,7 +171,12 @@ def _curve(config: AblationConfig, name: str) -> list[dict[str, Any]]:
     """A variant's accuracy after each number of steps at which it was judged."""
     trainings = [config.training(name, seed) for seed in config.seeds]
     curve = []
-    for steps in sorted({*config.judged_at, trainings[0].steps}):
+    paused = {
+        int(folder.name.rpartition("-")[2])
+        for training in trainings
+        for folder in training.out.glob("evaluation-[0-9]*")
+    }
+    for steps in sorted({*paused, trainings[0].steps}):
         folders = [_judgement(t, steps) for t in trainings if _is_judged(t, steps)]
         if folders:
             hits = [_hits({"rows": _rows(folder)}, "fused") for folder in folders]
