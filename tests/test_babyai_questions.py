@@ -15,13 +15,16 @@ from mm_c2c.reference.babyai.make_items import (
     WATCHED,
     Moment,
     Row,
+    about_ends,
     about_failures,
     about_hands,
     about_sentences,
     balance,
+    carrying,
     moments,
     thin,
     watch,
+    watched,
 )
 from mm_c2c.reference.babyai.questions import (
     WORDINGS,
@@ -237,14 +240,14 @@ def rows_of(episode: Episode, counts: dict[str, int]) -> list[Row]:
 def test_steps_with_something_in_the_hands_are_asked_what_it_is(
     put_next: Episode, policy: TokenActionSource
 ) -> None:
-    carrying = [n for n, step in enumerate(put_next.steps) if step.carrying]
-    found = moments([put_next], policy, random.Random(0), 99, carrying=True)
-    assert [moment.number for moment in found] == carrying
+    numbers = [n for n, step in enumerate(put_next.steps) if step.carrying]
+    found = moments([put_next], policy, random.Random(0), 99, carrying)
+    assert [moment.number for moment in found] == numbers
     rows = about_hands(found, random.Random(0))
     assert {row.question.kind for row in rows} == {"hands", "object", "colour"}
-    held = [row for row in rows if row.question.answer == put_next.steps[carrying[0]].carrying]
-    assert len(held) == len(carrying)
-    assert not moments([put_next], policy, random.Random(0), 0, carrying=True)
+    held = [row for row in rows if row.question.answer == put_next.steps[numbers[0]].carrying]
+    assert len(held) == len(numbers)
+    assert not moments([put_next], policy, random.Random(0), 0, carrying)
 
 
 def test_what_goes_wrong_is_asked_of_every_moment(
@@ -258,6 +261,26 @@ def test_what_goes_wrong_is_asked_of_every_moment(
     assert [row.moment for row in rows] == found
     assert [row.question.answer for row in rows] == ["nothing"] * 3 + ["wrong object"] * 3
     assert {row.question.kind for row in rows} == {"why"}
+
+
+def test_how_it_ends_is_asked_in_all_words_where_a_monitor_looks(
+    put_next: Episode, policy: TokenActionSource
+) -> None:
+    failed = dataclasses.replace(
+        put_next,
+        seed=2,
+        steps=put_next.steps * 9,
+        success=False,
+        mission="put the red ball next to the grey box",
+    )
+    found = moments([failed], policy, random.Random(0), 99, watched)
+    assert [moment.number for moment in found] == list(WATCHED)
+    rows = about_ends(found[:1])
+    assert [(row.question.question, row.question.answer) for row in rows] == [
+        *((words, "no") for words in WORDINGS["success"]),
+        *((words, "wrong object") for words in WORDINGS["why"]),
+    ]
+    assert len(moments([failed], policy, random.Random(0), 4, watched)) == 4
 
 
 def test_sentences_are_asked_for_in_every_wording(

@@ -364,6 +364,16 @@ def test_items_of_some_tasks_only(
     assert {json.loads(line)["episode"][:-5] for line in lines} == {"push", "reach"}
 
 
+def test_looks_end_at_a_step(
+    episodes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["make_items", "--rollouts", str(episodes), "--split", "unseen", "--every", "4"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--until", "7", "--out", str(tmp_path / "items")])
+    make_items.main()
+    lines = (tmp_path / "items" / "items.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in lines} == {0, 4}
+
+
 def test_looks_at_fixed_steps_are_those_of_all_episodes() -> None:
     rng = random.Random(0)
     assert make_items.pick_looks([0, 4, 8, 12, 16, 20], 2, 8, rng) == [0, 2, 4]

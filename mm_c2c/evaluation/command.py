@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import parse_overrides
+from mm_c2c.config import DTYPES, parse_overrides
 from mm_c2c.evaluation.render import write_readme
 from mm_c2c.evaluation.results import make_room, write_json
 from mm_c2c.reference.models import load_bridge, load_saved_bridge
@@ -44,10 +44,14 @@ def run_measurement(
 
 
 def load_pair(config: Any) -> Bridge:
-    """The bridge that a config with `bridge`, `source_model` and `target_model` names."""
+    """The bridge that a config with `bridge`, `source_model` and `target_model` names.
+
+    Its target has the config's `dtype`, float32 where it has none.
+    """
+    dtype = DTYPES[getattr(config, "dtype", "float32")]
     if config.bridge is None:
-        return load_bridge()
-    return load_saved_bridge(config.bridge, config.source_model, config.target_model)
+        return load_bridge(dtype=dtype)
+    return load_saved_bridge(config.bridge, config.source_model, config.target_model, dtype)
 
 
 def run_section(

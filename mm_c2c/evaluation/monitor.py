@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
+from mm_c2c.config import WIDE_DTYPES, check_one_of
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError, run_main
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
@@ -68,6 +69,7 @@ class MonitorConfig:
         bridge: as in `EvaluationConfig`.
         source_model: likewise.
         target_model: likewise.
+        dtype: likewise.
         source: likewise.
         train: JSONL of steps to fit the linear probe on; None leaves that monitor out.
         description_adapter: folder of a LoRA, as in `Setting`; None leaves that monitor out.
@@ -86,6 +88,7 @@ class MonitorConfig:
     bridge: str | None = None
     source_model: str | None = None
     target_model: str | None = None
+    dtype: str = "float32"
     source: str | None = None
     train: Path | None = None
     description_adapter: Path | None = None
@@ -104,6 +107,7 @@ class MonitorConfig:
             raise ConfigError("window and batch_size must be at least 1, draws at least 2")
         if not 0 <= self.false_alarms < 1:
             raise ConfigError(f"false_alarms must be in [0, 1), got {self.false_alarms}")
+        check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
 
 def monitor(bridge: Bridge, config: MonitorConfig, *, progress: bool = True) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from mm_c2c.errors import run_main
 from mm_c2c.reference.babyai.levels import ACTIONS, Camera
 from mm_c2c.reference.babyai.questions import (
     MOTIONS,
+    OPTIONS,
     WORDINGS,
     Question,
     answers,
@@ -90,13 +91,20 @@ def moments(
     policy: TokenActionSource,
     rng: random.Random,
     per_episode: int,
-    *,
-    carrying: bool = False,
+    among: Callable[[Episode], Sequence[int]] = lambda episode: range(len(episode.steps)),
 ) -> list[Moment]:
-    """Steps of each episode, drawn at random, in order; all, or those that carry something."""
+    """Steps of each episode, drawn at random, in order.
+
+    Args:
+        episodes: in which to look.
+        policy: who acted in them.
+        rng: picks the steps.
+        per_episode: how many, at most.
+        among: which steps of an episode there are to pick from; all, where nothing else is said.
+    """
     found = []
     for episode in episodes:
-        numbers = [n for n, step in enumerate(episode.steps) if step.carrying or not carrying]
+        numbers = among(episode)
         for number in sorted(rng.sample(numbers, min(per_episode, len(numbers)))):
             step = episode.steps[number]
             tokens = tuple(policy.bins.vocab_size - 1 - action for action in step.chunk)
@@ -110,6 +118,16 @@ def moments(
                 )
             )
     return found
+
+
+def carrying(episode: Episode) -> list[int]:
+    """Its steps with something in the robot's hands."""
+    return [number for number, step in enumerate(episode.steps) if step.carrying]
+
+
+def watched(episode: Episode) -> list[int]:
+    """Those of the steps `WATCHED` that it has."""
+    return [number for number in WATCHED if number < len(episode.steps)]
 
 
 def swap(
@@ -209,6 +227,20 @@ def about_sentences(found: Sequence[Moment], count: int) -> list[Row]:
         if sentence is not None
         for words in itertools.islice(itertools.cycle(wordings), count)
     ]
+
+
+def about_ends(found: Sequence[Moment]) -> list[Row]:
+    """Whether and why its episode will fail, asked of each moment in all words."""
+    rows = []
+    for moment in found:
+        ends = {"success": answers(moment.episode, moment.number)["success"]}
+        ends["why"] = failure(moment.episode)
+        rows += [
+            Row(moment, Question(kind, words, answer, OPTIONS[kind]))
+            for kind, answer in ends.items()
+            for words in WORDINGS[kind]
+        ]
+    return rows
 
 
 def about_failures(found: Sequence[Moment], rng: random.Random) -> list[Row]:
@@ -312,10 +344,9 @@ def watch(
     rows = []
     for group in groups:
         for episode in rng.sample(group, size):
-            all_moments = moments([episode], policy, rng, len(episode.steps))
-            for number in (step for step in WATCHED if step < len(all_moments)):
-                found = {"success": answers(episode, number)["success"]}
-                rows += [Row(all_moments[number], question) for question in ask(found, rng)]
+            for moment in moments([episode], policy, rng, len(WATCHED), watched):
+                found = {"success": answers(episode, moment.number)["success"]}
+                rows += [Row(moment, question) for question in ask(found, rng)]
     return rows
 
 
@@ -337,7 +368,19 @@ def main() -> None:
         help="further steps of an episode of `train`, at most, with something in its hands",
     )
     parser.add_argument(
+        "--watched",
+        type=int,
+        default=0,
+        help="further steps of an episode of `train`, at most, where a monitor looks: how it ends",
+    )
+    parser.add_argument(
         "--narrated", type=float, default=0.5, help="sentences about a step of `train`, on average"
+    )
+    parser.add_argument(
+        "--monitored",
+        type=int,
+        default=50,
+        help="unseen episodes to watch that fail; as many others",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -352,7 +395,8 @@ def main() -> None:
         asked_for = max(1, math.ceil(args.narrated))
         rows += about_sentences(found, asked_for - 1)
         rows.sort(key=lambda row: (row.moment.name, row.moment.text))  # one example a moment
-        rows += about_hands(moments(episodes, policy, rng, args.carrying, carrying=True), rng)
+        rows += about_hands(moments(episodes, policy, rng, args.carrying, carrying), rng)
+        rows += about_ends(moments(episodes, policy, rng, args.watched, watched))
         write(thin(rows, rng, args.narrated / asked_for), args.out / "items.jsonl", camera)
         return
     rows = [Row(moment, question) for moment in found for question in questions_of(moment, rng)]
@@ -366,7 +410,7 @@ def main() -> None:
         "items": chosen,
         "narration": rng.sample(told, min(len(told), args.per_kind // 2)),
         "lies": balance(false, args.per_kind * 2 // 3, rng, seen),
-        "monitor": watch(episodes, policy, rng, 50),
+        "monitor": watch(episodes, policy, rng, args.monitored),
         "why": balance(about_failures(moments(episodes, policy, rng, 4), rng), _WHY, rng),
     }
     for name, picked in files.items():

@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument(
         "--every", type=int, help="instead, looks at every so many steps, the same in all episodes"
     )
+    parser.add_argument("--until", type=int, help="no look later than this step")
     parser.add_argument("--per-kind", type=int, help="at most so many questions of a kind")
     parser.add_argument("--steered", action="store_true")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -111,9 +112,13 @@ def main() -> None:
         believed = {"task": told.doing, "object": told.object} if args.steered else {}
         for number, path in enumerate(shards_of(args.rollouts, args.split, task)):
             (episode,) = read_shard(path)
-            for look in pick_looks(episode["frame_steps"].tolist(), args.looks, args.every, rng):
-                moment = moment_of(task, episode, look)
-                step = int(episode["frame_steps"][look])
+            steps = [
+                step
+                for step in episode["frame_steps"].tolist()
+                if args.until is None or step <= args.until
+            ]
+            for look in pick_looks(steps, args.looks, args.every, rng):
+                moment, step = moment_of(task, episode, look), steps[look]
                 file = f"{task}-{number:04d}-{step:03d}.png"
                 Image.fromarray(episode["images"][look].numpy()).save(args.out / file)
                 state = state_of(np.asarray(episode["raw"][step]))
