@@ -112,6 +112,7 @@ class Loop:
             gauges: further columns of the log, given the seconds since the last row.
 
         Raises:
+            ConfigError: more steps were done in the folder already.
             TrainingError: gradients that are not finite and `on_nan` is `stop`, or a checkpoint
                 that could not be written; the last one is whole.
         """
@@ -128,6 +129,11 @@ class Loop:
         self.out.mkdir(parents=True, exist_ok=True)
         log = self.out / "log.csv"
         first = keeper.restore(rng)
+        if first > self.steps:
+            raise ConfigError(
+                f"{self.out}: expected a training of at most {self.steps} steps to go on with, but "
+                f"{first} are done there; ask for as many or more, or train in another folder"
+            )
         if first and accelerator.is_main_process:
             cut_log(log, first)
             logger.info("resumed at step %d", first)
