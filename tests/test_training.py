@@ -203,7 +203,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(
     train_fuser.train(paused)
     gone_on = weights(paused.out / "bridge")
     assert all(whole[name].equal(gone_on[name]) for name in whole)
-    with pytest.raises(ConfigError, match="at most 2 steps .* 3 are done"):
+    with pytest.raises(ConfigError, match=r"at most 2 steps .* 3 are done"):
         train_fuser.train(paused, until=2)
     assert read_log(paused.out / "log.csv")["step"] == [1, 2, 3]
     with pytest.raises(ConfigError, match="other parts"):

@@ -65,7 +65,8 @@ class MonitorConfig:
 
     Attributes:
         items: JSONL of items with `episode`, `step` and `success`; each step is scored once,
-            whatever questions it comes with.
+            whatever questions it comes with. What an episode is called before its last hyphen is
+            its task, as in `push-0004`.
         bridge: as in `EvaluationConfig`.
         source_model: likewise.
         target_model: likewise.
@@ -121,8 +122,9 @@ def monitor(bridge: Bridge, config: MonitorConfig, *, progress: bool = True) -> 
     Returns:
         Plain values: `steps`, `episodes`, `failures` (episodes), and for each monitor AUROC as
         [value, low, high]: `at_same_step`, where only looks at the same step of two episodes are
-        compared, so that how long an episode has lasted tells nothing; `fused_ahead`, by how much
-        the fused cache is above it there, on the same draws; `over_steps`, of all looks;
+        compared, so that how long an episode has lasted tells nothing; `in_same_task`, where both
+        are of one task too, so that its difficulty tells nothing; `over_steps`, of all looks;
+        `fused_ahead`, by how much the fused cache is above it in each of these, on the same draws;
         by the highest and the mean smoothed score of an episode, `over_episodes_max` and
         `over_episodes_mean`; `so_far`, the first of these two from the first 1, 2, 4, ... looks
         alone; and `detection`, see `detect`.
@@ -289,33 +291,41 @@ def judge(
     ends = failed[starts]
     longest = max(span.stop - span.start for span in spans)
     numbers = np.array([item.step for item in steps])
+    tasks = np.unique([name.rpartition("-")[0] for name in owners], return_inverse=True)[1]
+    alike = {
+        "at_same_step": numbers,
+        "in_same_task": tasks * (numbers.max() + 1) + numbers,
+        "over_steps": None,
+    }
     by_step = draw_resamples(len(steps), config.resamples, config.seed, owners)
     by_episode = draw_resamples(len(spans), config.resamples, config.seed)
 
-    def area(found: Sequence[float] | Scores, positive: Hits, draws: Scores) -> list[float]:
+    def area(found: Scores, strata: Steps | None, weights: Scores) -> Scores:
+        return auroc(found, failed, weights, strata)
+
+    def lead(found: Scores, strata: Steps | None, weights: Scores) -> Scores:
+        return area(scores["fused"], strata, weights) - area(found, strata, weights)
+
+    def over_episodes(found: Sequence[float]) -> list[float]:
         values = np.asarray(found, dtype=np.float64)
-        return list(interval(lambda weights: auroc(values, positive, weights), draws))
-
-    def at_same_step(found: Scores, weights: Scores) -> Scores:
-        return auroc(found, failed, weights, numbers)
-
-    def lead(found: Scores) -> list[float]:
-        fused = scores["fused"]
-        return list(interval(lambda w: at_same_step(fused, w) - at_same_step(found, w), by_step))
+        return list(interval(lambda weights: auroc(values, ends, weights), by_episode))
 
     monitors = {}
     for name, found in scores.items():
         runs = [smooth(found[span], config.window) for span in spans]
         horizons = [2**k for k in range(int(math.log2(longest)) + 1)]
         monitors[name] = {
-            "at_same_step": list(interval(partial(at_same_step, found), by_step)),
-            "fused_ahead": lead(found),
-            "over_steps": area(found, failed, by_step),
-            "over_episodes_max": area([run.max() for run in runs], ends, by_episode),
-            "over_episodes_mean": area([run.mean() for run in runs], ends, by_episode),
-            "so_far": {
-                str(h): area([run[:h].max() for run in runs], ends, by_episode) for h in horizons
+            **{
+                key: list(interval(partial(area, found, strata), by_step))
+                for key, strata in alike.items()
             },
+            "fused_ahead": {
+                key: list(interval(partial(lead, found, strata), by_step))
+                for key, strata in alike.items()
+            },
+            "over_episodes_max": over_episodes([run.max() for run in runs]),
+            "over_episodes_mean": over_episodes([run.mean() for run in runs]),
+            "so_far": {str(h): over_episodes([run[:h].max() for run in runs]) for h in horizons},
             "detection": detect(runs, [numbers[span] for span in spans], ends, config),
         }
     return {
@@ -389,32 +399,35 @@ def table(result: dict[str, Any]) -> str:
         digits = 2 if scale == 1 else 0
         return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*(scale * v for v in values), d=digits)
 
+    def ahead(name: str, values: Sequence[float]) -> str:
+        return "" if name == "fused" else "{:+.2f} ({:+.2f} to {:+.2f})".format(*values)
+
     rows = [
         [
             "failure monitor",
             "AUROC, same step",
             "fused ahead by",
+            "AUROC, same step and task",
+            "fused ahead by",
             "AUROC, all steps",
             "episodes, highest score",
-            "episodes, mean score",
             "detected, %",
             "false alarms, %",
             "first alarm, median step",
         ]
     ]
     for name, row in result["monitors"].items():
-        found = row["detection"]
+        found, leads = row["detection"], row["fused_ahead"]
         step = "" if found["median_step"] is None else f"{found['median_step']:.0f}"
         rows.append(
             [
                 _NAMES[name],
                 cell(row["at_same_step"]),
-                ""
-                if name == "fused"
-                else "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["fused_ahead"]),
+                ahead(name, leads["at_same_step"]),
+                cell(row["in_same_task"]),
+                ahead(name, leads["in_same_task"]),
                 cell(row["over_steps"]),
                 cell(row["over_episodes_max"]),
-                cell(row["over_episodes_mean"]),
                 cell(found["detected"], 100),
                 cell(found["false_alarms"], 100),
                 step,

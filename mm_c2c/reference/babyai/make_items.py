@@ -5,8 +5,8 @@
 
 `train` writes `items.jsonl`. `unseen` writes `items.jsonl`, balanced over kinds and their answers;
 `narration.jsonl`, one sentence each; `lies.jsonl`, whose instruction was swapped after the fact: the
-policy acted under its own, and its action tokens are those; `monitor.jsonl`, which asks about
-episodes again and again whether they will succeed; and `why.jsonl`, what will go wrong.
+policy acted under its own, and its action tokens are those; `why.jsonl`, what will go wrong; and
+`monitor.jsonl`, which asks about episodes again and again whether they will succeed.
 """
 
 from __future__ import annotations
@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument(
         "--monitored",
         type=int,
-        default=50,
+        default=300,
         help="unseen episodes to watch that fail; as many others",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -410,8 +410,8 @@ def main() -> None:
         "items": chosen,
         "narration": rng.sample(told, min(len(told), args.per_kind // 2)),
         "lies": balance(false, args.per_kind * 2 // 3, rng, seen),
-        "monitor": watch(episodes, policy, rng, args.monitored),
         "why": balance(about_failures(moments(episodes, policy, rng, 4), rng), _WHY, rng),
+        "monitor": watch(episodes, policy, rng, args.monitored),
     }
     for name, picked in files.items():
         write(picked, args.out / f"{name}.jsonl", camera)

@@ -1,0 +1,339 @@
+"""What a training learns from: parts left out at random, kept caches, texts of a source."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_vlm import TinyVLM
+from training_rigs import TINY, WORDS, assert_same, go, save_settings
+
+from mm_c2c import FuserConfig, LinkConfig
+from mm_c2c.cache import CacheShape
+from mm_c2c.config import load_config, override
+from mm_c2c.errors import ConfigError, InputError
+from mm_c2c.sources.base import SourceInput
+from mm_c2c.training.config import DropConfig, TrainingConfig
+from mm_c2c.training.data import open_examples
+from mm_c2c.training.kept import KeptCaches, row_key
+from mm_c2c.training.log import read_log
+from mm_c2c.training.loop import build_accelerator
+from mm_c2c.training.models import load_source, load_target
+from mm_c2c.training.objective import Asked, Objective
+from mm_c2c.training.run import Trainer
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture
+def settings(
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    tiny_llava: TinyVLM,
+    pictures: list[Image.Image],
+    tmp_path: Path,
+) -> list[str]:
+    return save_settings(tiny_target, tiny_target_tokenizer, tiny_llava, pictures, tmp_path)
+
+
+@pytest.fixture
+def config(settings: list[str]) -> TrainingConfig:
+    return load_config(TrainingConfig, TINY, settings)
+
+
+# --- what is left out at random -----------------------------------------------------------
+
+
+def test_dropped_links_leave_all_their_slots(config: TrainingConfig) -> None:
+    """In all rows, so that nothing is learned; in some, whole links."""
+    still = ["optimizer.name=adamw", "optimizer.weight_decay=0", "phases.reconstruct.steps=0"]
+    config = override(config, [*still, "drop.sources=0", "drop.links=1"])
+    before = go(config)
+    assert_same(go(override(config, ["phases.generate.steps=3"])), before)
+    drop = DropConfig(sources=0, slots=0.2, links=0.5, named={"eyes_aligned": 0.0})
+    objective = Objective(None, None, drop)  # type: ignore[arg-type]
+    rng = random.Random(0)
+    shape = CacheShape(num_layers=1, num_key_value_heads=1, head_dim=2)
+    fuser = FuserConfig(source=shape, target=shape)
+    link = LinkConfig(source="eyes", geometry="slots", rows=5, cols=10, fuser=fuser)
+    rows = [objective._kept_slots(link, rng) for _ in range(200)]
+    dropped = [row for row in rows if not any(row)]
+    assert 70 < len(dropped) < 130
+    assert 0.75 < sum(map(sum, rows)) / (50 * (200 - len(dropped))) < 0.85
+    spared = replace(objective, drop=DropConfig(links=1.0, named={link.name: 0.0}))
+    assert all(spared._kept_slots(link, rng))
+
+
+def test_a_link_is_dropped_by_its_name(config: TrainingConfig) -> None:
+    still = ["optimizer.name=adamw", "optimizer.weight_decay=0", "phases.reconstruct.steps=0"]
+    config = override(config, [*still, "drop.sources=0"])
+    before = go(override(config, ["drop.links=1"]))
+    named = ["drop.named.eyes_slots=1.0", "phases.generate.steps=3"]
+    assert_same(go(override(config, named)), before)
+    with pytest.raises(ConfigError, match=r"a link of drop.named must be one of .*eyes_slots"):
+        go(override(config, ["drop.named.eyes=1.0"]))
+    with pytest.raises(ConfigError, match=r"drop.named.eyes must be in \[0, 1\], got 2"):
+        override(config, ["drop.named.eyes=2.0"])
+
+
+def test_frozen_weights_stay_while_others_move(config: TrainingConfig, tmp_path: Path) -> None:
+    first = go(override(config, ["phases.generate.steps=3"]))
+    again = ["frozen=[eyes_slots.projection.head_]", "phases.generate.steps=6"]
+    start = [f"start={config.out / 'bridge'}", f"out={tmp_path / 'more'}"]
+    after = go(override(config, [*again, *start]))
+    moved = {name for name, weight in after.items() if not torch.equal(weight, first[name])}
+    heads = {name for name in after if name.startswith("eyes_slots.projection.head_")}
+    assert heads
+    assert not moved & heads
+    assert len(moved) > len(heads) / 2
+    with pytest.raises(ConfigError, match="no weight's name begins with 'ears'; links: eyes_slots"):
+        go(override(config, ["frozen=[ears]"]))
+
+
+def test_dropped_slots_and_sources_leave_their_mark(config: TrainingConfig) -> None:
+    still = ["optimizer.name=adamw", "optimizer.weight_decay=0", "phases.reconstruct.steps=0"]
+    config = override(config, [*still, "drop.sources=0", "drop.slots=1"])
+    before = go(config)
+    assert_same(go(override(config, ["phases.generate.steps=3"])), before)
+    # With the slots in place, the same steps move weights.
+    after = go(override(config, ["phases.generate.steps=4", "drop.slots=0"]))
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_packed_questions_cost_what_they_cost_one_by_one(config: TrainingConfig) -> None:
+    """The loss and its gradients, also where an example has fewer questions than another."""
+    quiet = ["drop.sources=0.5", "drop.links=0.3", "data.questions=3", "batch_size=3"]
+    config = override(config, [*quiet, "phases.reconstruct.steps=0"])
+    sources = {name: load_source(model) for name, model in config.sources.items()}
+    found = []
+    for packed in (False, True):
+        accelerator = build_accelerator(config.out, cpu=True)
+        examples = open_examples(config.data, config.seed)
+        trainer = Trainer(
+            replace(config, packed=packed),
+            accelerator,
+            load_target(config.target),
+            sources,
+            examples,
+        )
+        torch.manual_seed(0)
+        for weight in trainer.bridge.fusers.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+        loss = trainer.loss(0, random.Random(0))
+        loss.backward()
+        found.append([loss, *(w.grad for w in trainer.bridge.fusers.parameters())])
+        assert trainer.gauges(1.0)["tokens_per_s"] > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["drop.questions=0.5", "links.eyes.geometry=aligned"])
+def test_packing_wants_slots_that_are_question_blind(config: TrainingConfig, other: str) -> None:
+    with pytest.raises(ConfigError, match="packed"):
+        override(config, ["packed=true", other])
+
+
+def test_sources_may_hear_the_question(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    prefill = Trainer.prefill
+
+    def listen(self: Trainer, name: str, looks: list[SourceInput]) -> Any:
+        heard.extend(look.text for look in looks)
+        return prefill(self, name, looks)
+
+    monkeypatch.setattr(Trainer, "prefill", listen)
+    go(override(config, ["drop.questions=0"]))
+    assert set(heard) <= set(WORDS)
+    assert len(set(heard)) > 1
+    heard.clear()
+    go(override(config, ["out=" + str(config.out / "blind")]))
+    assert set(heard) == {""}
+
+
+@pytest.mark.parametrize("pooling", ["window", "resampler"])
+def test_examples_of_unlike_numbers_of_pictures_are_learned_from_as_each_alone(
+    config: TrainingConfig, tmp_path: Path, pooling: str
+) -> None:
+    """The loss and its gradients, with and without kept caches, and while parts are dropped."""
+    path = Path(config.data.path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        first = int(row.pop("image").partition(".")[0])
+        row["images"] = [f"{picture}.png" for picture in range(first, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {**config.links["eyes"], "images": 3, "pooling": pooling}
+    config = replace(config, batch_size=3, links={"eyes": shape})
+    sources = {name: load_source(model) for name, model in config.sources.items()}
+    accelerator = build_accelerator(config.out, cpu=True)
+    examples = open_examples(config.data, config.seed)
+    assert {len(examples.at(place).images) for place in range(3)} == {1, 2, 3}
+
+    def gradients(*settings: str) -> list[torch.Tensor]:
+        """Of one step, in pieces of as many examples as there are."""
+        chosen = override(config, list(settings))
+        trainer = Trainer(chosen, accelerator, load_target(config.target), sources, examples)
+        torch.manual_seed(0)
+        for weight in trainer.bridge.fusers.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+        total = sum(
+            trainer.loss(piece, random.Random(0)) / chosen.accumulation
+            for piece in range(chosen.accumulation)
+        )
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        return [total, *(weight.grad for weight in trainer.bridge.fusers.parameters())]
+
+    whole = gradients("drop.sources=0", "drop.slots=0")
+    assert all(part.isfinite().all() for part in whole)
+    kept = f"kept.folder={tmp_path / 'kept'}"
+    for settings in (["accumulation=3"], [kept], [kept], [kept, "accumulation=3"]):
+        found = gradients("drop.sources=0", "drop.slots=0", *settings)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    dropped = gradients("drop.sources=0.5", "drop.slots=0.5")
+    found = gradients("drop.sources=0.5", "drop.slots=0.5", "accumulation=3")
+    torch.testing.assert_close(found, dropped, rtol=1e-4, atol=1e-5)
+    assert not dropped[0].isclose(whole[0])
+    assert all(weight.isfinite().all() for weight in go(config).values())
+
+
+# --- kept caches --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prefills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows that sources have read, a call each."""
+    from mm_c2c.sources.vlm import VLMSource
+
+    calls: list[int] = []
+    prefill = VLMSource.prefill
+
+    def count(self: VLMSource, inputs: Any) -> Any:
+        calls.append(len(inputs))
+        return prefill(self, inputs)
+
+    monkeypatch.setattr(VLMSource, "prefill", count)
+    return calls
+
+
+def test_later_epochs_do_not_run_the_source(
+    config: TrainingConfig, prefills: list[int], tmp_path: Path
+) -> None:
+    plain = go(replace(config, out=tmp_path / "plain"))
+    assert sum(prefills) == 8
+    prefills.clear()
+    kept = override(config, [f"kept.folder={tmp_path / 'kept'}"])
+    found = go(kept)
+    assert sum(prefills) == 3  # one for each example
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+    prefills.clear()
+    assert_same(go(replace(kept, out=tmp_path / "again")), found)
+    assert not prefills
+
+
+def test_kept_caches_stay_within_their_budget_and_survive_damage(
+    config: TrainingConfig, pictures: list[Image.Image], tmp_path: Path, prefills: list[int]
+) -> None:
+    source = load_source(config.sources["eyes"])
+    looks = [SourceInput(images=(picture,)) for picture in pictures[:2]]
+    keys = [row_key("a", look) for look in looks]
+    assert len({*keys, row_key("b", looks[0]), row_key("a", replace(looks[0], text="x"))}) == 4
+    acted = {row_key("a", replace(looks[0], action_tokens=torch.tensor([i]))) for i in range(2)}
+    assert len({*keys, *acted}) == 4
+
+    def fetch(kept: KeptCaches, order: list[int]) -> Any:
+        return kept.fetch(
+            [keys[at] for at in order],
+            lambda rows: source.prefill([looks[order[row]] for row in rows]),
+        )
+
+    whole = source.prefill(looks)
+    folder = tmp_path / "kept"
+    fetch(KeptCaches(folder, 10**9), [0, 1])
+    prefills.clear()
+    found = fetch(KeptCaches(folder, 10**9, process=1), [1, 0])
+    assert not prefills  # another process's are read too
+    for (keys_, values), (k, v) in zip(found.layers, whole.layers, strict=True):
+        torch.testing.assert_close(keys_, k[[1, 0]])
+        torch.testing.assert_close(values, v[[1, 0]])
+    assert found.grids == whole.grids[::-1]
+    assert found.patches.equal(whole.patches[[1, 0]])
+
+    fetch(KeptCaches(tmp_path / "none", whole.num_bytes - 1), [0, 1])
+    assert not list((tmp_path / "none").glob("*.safetensors"))
+
+    (shard,) = folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:100])
+    prefills.clear()
+    fetch(KeptCaches(folder, 10**9), [0, 1])
+    assert prefills == [2]
+
+
+# --- two texts, and what is learned -------------------------------------------------------
+
+
+@pytest.fixture
+def text_config(
+    config: TrainingConfig, tiny_text_source: Any, tiny_text_source_tokenizer: Any, tmp_path: Path
+) -> TrainingConfig:
+    """A text source whose words are aligned with the target's."""
+    tiny_text_source.save_pretrained(tmp_path / "reader")
+    tiny_text_source_tokenizer.save_pretrained(tmp_path / "reader")
+    rows = [
+        {"question": question, "answer": "red", "caption": "a red square", "text": "see : red"}
+        for question in WORDS
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        f"sources={{reader: {{model: {tmp_path / 'reader'}}}}}",
+        "links={words: {source: reader, geometry: aligned, fuser: {hidden_size: 16, rank: 4}}}",
+        f"data.path={tmp_path / 'texts.jsonl'}",
+        "drop.slots=0",
+    ]
+    return override(config, settings)
+
+
+def test_words_of_a_text_source_are_trained_on(text_config: TrainingConfig) -> None:
+    first = go(override(text_config, ["phases.generate.steps=0"]))
+    after = go(text_config)
+    assert any(not first[name].equal(after[name]) for name in first)
+
+
+def test_answers_may_be_the_sources_own(
+    text_config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, answers = Objective.generate, []
+
+    def look(self: Objective, fused: Any, asked: Asked) -> torch.Tensor:
+        answers.extend(turn.answer for turn in asked.turns)
+        return read(self, fused, asked)
+
+    monkeypatch.setattr(Objective, "generate", look)
+    go(override(text_config, ["phases.generate.distill=1"]))
+    assert answers
+    assert "red" not in answers
+
+
+def test_both_phases_lower_their_loss(config: TrainingConfig, tmp_path: Path) -> None:
+    steps = ["drop.sources=0", "drop.slots=0", "batch_size=3", "optimizer.learning_rate=0.02"]
+    for phase, other in (("reconstruct", "generate"), ("generate", "reconstruct")):
+        name = f"out={tmp_path / phase}"
+        tuned = override(
+            config, [*steps, name, f"phases.{phase}.steps=20", f"phases.{other}.steps=0"]
+        )
+        go(tuned)
+        losses = read_log(tmp_path / phase / "log.csv")["loss"]
+        assert losses[-1] < 0.997 * losses[0], phase
+
+
+def test_a_true_description_is_asked_for(text_config: TrainingConfig, tmp_path: Path) -> None:
+    path = Path(text_config.data.path)
+    path.write_text(path.read_text().replace("caption", "legend"))
+    with pytest.raises(InputError, match="wants a `caption` in each example"):
+        go(text_config)
