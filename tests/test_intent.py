@@ -325,7 +325,15 @@ def test_readers_stand_side_by_side(tmp_path: Path) -> None:
     among_options = {"fused": {"accuracy": half}, "blind": {"accuracy": third}}
     for path, found in {
         "monitor.json": {
-            "monitors": {name: {"at_same_step": half, "over_steps": third} for name in watched}
+            "monitors": {
+                name: {
+                    "at_same_step": half,
+                    "in_same_task": [0.25, 0.2, 0.3],
+                    "over_steps": third,
+                    "fused_ahead": {"at_same_step": [0.1, -0.01, 0.2], "in_same_task": half},
+                }
+                for name in watched
+            }
         },
         "probe.json": {"all": {"action only": third, "both": half}},
         "lies/summary.json": {"lie": {"arms": {"fused": {"does": half, "told": third}}}},
@@ -350,6 +358,11 @@ def test_readers_stand_side_by_side(tmp_path: Path) -> None:
         "| ... what it was told | 33.3 (30.0 to 40.0) |  |",
         "| ... the policy's own uncertainty | 0.50 (0.40 to 0.60) |  |",
         "| ... target told in words | 0.50 (0.40 to 0.60) |  |",
+        "| ... fused ahead of that uncertainty | +0.10 (-0.01 to +0.20) |  |",
+        "| ... the same, among looks at the same step of the same task"
+        " | +0.50 (+0.40 to +0.60) |  |",
+        "| ... AUROC at the same step of the same task"
+        " | policy 0.25, caption relay 0.25, steps 0.25 |  |",
         "| ... AUROC among all looks, of which late ones tell the end"
         " | policy 0.33, caption relay 0.33, steps 0.33 |  |",
         "| what goes wrong? | 33.3 (30.0 to 40.0) | 50.0 (40.0 to 60.0) |",

@@ -33,6 +33,10 @@ _MONITORS = {
     "probe": "... linear probe of the same cache",
     "caption_relay": "... target told in words",
 }
+_LEADS = {
+    "at_same_step": "... fused ahead of that uncertainty",
+    "in_same_task": "... the same, among looks at the same step of the same task",
+}
 
 
 def readers_table(runs: Mapping[str, Path]) -> str:
@@ -70,18 +74,33 @@ def _column(run: Path) -> dict[str, str]:
         ),
         "instruction swapped after the fact: tells what it does": _cell(lies.get("does")),
         "... what it was told": _cell(lies.get("told")),
+        **_monitor_cells(monitors),
+        "what goes wrong?": _cell(why["fused"]),
+        "... what goes wrong, empty cache": _cell(why["zeroed"]),
+    }
+
+
+def _monitor_cells(monitors: Mapping[str, Any]) -> dict[str, str]:
+    """AUROC of each monitor, and how far fused is ahead of what the policy itself tells."""
+
+    def all_of(key: str) -> str:
+        areas = [f"{name.replace('_', ' ')} {row[key][0]:.2f}" for name, row in monitors.items()]
+        return ", ".join(areas)
+
+    leads = monitors.get("policy", {}).get("fused_ahead", {})
+    return {
         **{
             name: "{:.2f} ({:.2f} to {:.2f})".format(*monitors[key]["at_same_step"])
             if key in monitors
             else ""
             for key, name in _MONITORS.items()
         },
-        "... AUROC among all looks, of which late ones tell the end": ", ".join(
-            f"{key.replace('_', ' ')} {areas['over_steps'][0]:.2f}"
-            for key, areas in monitors.items()
-        ),
-        "what goes wrong?": _cell(why["fused"]),
-        "... what goes wrong, empty cache": _cell(why["zeroed"]),
+        **{
+            name: "{:+.2f} ({:+.2f} to {:+.2f})".format(*leads[key]) if leads else ""
+            for key, name in _LEADS.items()
+        },
+        "... AUROC at the same step of the same task": all_of("in_same_task"),
+        "... AUROC among all looks, of which late ones tell the end": all_of("over_steps"),
     }
 
 
