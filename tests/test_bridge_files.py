@@ -25,6 +25,7 @@ from mm_c2c.errors import (
     ConfigError,
     MismatchError,
 )
+from mm_c2c.reference.average import average
 from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.target import Target
 
@@ -217,3 +218,26 @@ def test_weights_of_another_fuser_are_refused(rig: Rig, saved: Path) -> None:
     edit_header(saved, "bridge", "links", "0", "fuser", "preset", value="c2c")
     with pytest.raises(MismatchError, match=r"missing weights \['eyes_slots\..*unknown ones"):
         load(rig, saved)
+
+
+def test_an_average_lies_half_way_and_wants_one_bridge_twice(rig: Rig, tmp_path: Path) -> None:
+    bridge = rig.bridge([("eyes", "slots")])
+    bridge.save_pretrained(tmp_path / "before", torch.float16)
+    before = load_file(tmp_path / "before" / "model.safetensors")
+    with torch.no_grad():
+        for weight in bridge.parameters():
+            weight.add_(1.0)
+    bridge.save_pretrained(tmp_path / "after")
+    average(tmp_path / "before", tmp_path / "after", tmp_path / "mean")
+    mean = load_file(tmp_path / "mean" / "model.safetensors")
+    trained = {name for name, _ in bridge.fusers.named_parameters()}
+    for name, value in before.items():
+        expected = value.float() + (0.5 if name in trained else 0.0)
+        torch.testing.assert_close(mean[name].float(), expected, atol=2e-3, rtol=0)
+        assert mean[name].dtype == torch.float16
+    loaded = Bridge.from_pretrained(tmp_path / "mean", rig.target, rig.sources)
+    assert loaded.config == bridge.config
+    rig.bridge([("eyes", "slots"), ("reader", "aligned")]).save_pretrained(tmp_path / "other")
+    with pytest.raises(MismatchError, match="differ in bridge"):
+        average(tmp_path / "before", tmp_path / "other", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
