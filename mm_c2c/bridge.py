@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -42,6 +41,7 @@ from mm_c2c.pretrained import (
     check_shape,
     read_header,
     read_weights,
+    write_tensors,
 )
 from mm_c2c.prompt import Prompt
 from mm_c2c.sources.base import Source, SourceInput, count_positions, full_cache
@@ -310,9 +310,7 @@ class Bridge(nn.Module):
             "target": self.target.origin._asdict(),
             "sources": {name: s.origin._asdict() for name, s in self.sources.items()},
         }
-        scratch = folder / (WEIGHTS_NAME + ".part")
-        save_file(weights, scratch, {"format": "pt"})
-        scratch.replace(folder / WEIGHTS_NAME)
+        write_tensors(folder / WEIGHTS_NAME, weights)
         (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
     def push_to_hub(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_c2c.cache import CacheOrigin, CacheShape
@@ -37,14 +38,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
     """Weights from a safetensors file, strictly those that the module has."""
-    expected = module.state_dict()
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise MismatchError(f"{path} is missing or unreadable: {error}") from error
-    except SafetensorError as error:
-        raise MismatchError(f"{path} is damaged or cut off: {error}; fetch it again") from error
+    expected, found = module.state_dict(), read_tensors(path)
     if found.keys() != expected.keys():
         missing = sorted(expected.keys() - found.keys())
         extra = sorted(found.keys() - expected.keys())
@@ -55,6 +49,24 @@ def read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
                 f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             )
     return {name: tensor.float() for name, tensor in found.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise MismatchError(f"{path} is missing or unreadable: {error}") from error
+    except SafetensorError as error:
+        raise MismatchError(f"{path} is damaged or cut off: {error}; fetch it again") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; a process that is stopped leaves what was there whole."""
+    scratch = path.with_name(path.name + ".part")
+    save_file(tensors, scratch, {"format": "pt"})
+    scratch.replace(path)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

@@ -29,6 +29,7 @@ from mm_c2c.evaluation.render import (
     AXIS_POINTS,
     html_page,
     html_table,
+    interval_text,
     new_figure,
     pipe_table,
     quieten,
@@ -300,7 +301,7 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
 
 def _kept(retention: list[float | None]) -> str:
     known = [value for value in retention if value is not None]
-    return "{:.2f} ({:.2f} to {:.2f})".format(*known) if known else "n/a"
+    return interval_text(known) if known else "n/a"
 
 
 def _pictures(seen: Look) -> dict[str, Image.Image]:

@@ -38,7 +38,7 @@ from mm_c2c.evaluation.probe import (
     hold_out,
     read_features,
 )
-from mm_c2c.evaluation.render import pipe_table
+from mm_c2c.evaluation.render import interval_text, pipe_table
 from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, mean
 from mm_c2c.evaluation.tasks import Item, load_items
@@ -291,19 +291,19 @@ def judge(
     ends = failed[starts]
     longest = max(span.stop - span.start for span in spans)
     numbers = np.array([item.step for item in steps])
-    tasks = np.unique([name.rpartition("-")[0] for name in owners], return_inverse=True)[1]
+    tasks = [name.rpartition("-")[0] for name in owners]
     alike = {
         "at_same_step": numbers,
-        "in_same_task": tasks * (numbers.max() + 1) + numbers,
+        "in_same_task": np.array([f"{t} {n}" for t, n in zip(tasks, numbers, strict=True)]),
         "over_steps": None,
     }
     by_step = draw_resamples(len(steps), config.resamples, config.seed, owners)
     by_episode = draw_resamples(len(spans), config.resamples, config.seed)
 
-    def area(found: Scores, strata: Steps | None, weights: Scores) -> Scores:
+    def area(found: Scores, strata: NDArray[Any] | None, weights: Scores) -> Scores:
         return auroc(found, failed, weights, strata)
 
-    def lead(found: Scores, strata: Steps | None, weights: Scores) -> Scores:
+    def lead(found: Scores, strata: NDArray[Any] | None, weights: Scores) -> Scores:
         return area(scores["fused"], strata, weights) - area(found, strata, weights)
 
     def over_episodes(found: Sequence[float]) -> list[float]:
@@ -395,12 +395,11 @@ def _halves(count: int) -> Iterator[tuple[int, range]]:
 def table(result: dict[str, Any]) -> str:
     """The monitors side by side, in Markdown."""
 
-    def cell(values: Sequence[float], scale: int = 1) -> str:
-        digits = 2 if scale == 1 else 0
-        return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*(scale * v for v in values), d=digits)
-
     def ahead(name: str, values: Sequence[float]) -> str:
-        return "" if name == "fused" else "{:+.2f} ({:+.2f} to {:+.2f})".format(*values)
+        return "" if name == "fused" else interval_text(values, sign="+")
+
+    def share(values: Sequence[float]) -> str:
+        return interval_text([100 * value for value in values], digits=0)
 
     rows = [
         [
@@ -422,14 +421,14 @@ def table(result: dict[str, Any]) -> str:
         rows.append(
             [
                 _NAMES[name],
-                cell(row["at_same_step"]),
+                interval_text(row["at_same_step"]),
                 ahead(name, leads["at_same_step"]),
-                cell(row["in_same_task"]),
+                interval_text(row["in_same_task"]),
                 ahead(name, leads["in_same_task"]),
-                cell(row["over_steps"]),
-                cell(row["over_episodes_max"]),
-                cell(found["detected"], 100),
-                cell(found["false_alarms"], 100),
+                interval_text(row["over_steps"]),
+                interval_text(row["over_episodes_max"]),
+                share(found["detected"]),
+                share(found["false_alarms"]),
                 step,
             ]
         )

@@ -27,7 +27,7 @@ from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache
 from mm_c2c.errors import ConfigError, run_main
 from mm_c2c.evaluation.command import run_measurement
-from mm_c2c.evaluation.render import pipe_table
+from mm_c2c.evaluation.render import pipe_table, span
 from mm_c2c.evaluation.run import portable, source_name
 from mm_c2c.evaluation.statistics import Interval, accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
@@ -373,15 +373,11 @@ def _score(
 
 def table(result: dict[str, Any]) -> str:
     """Accuracy by kind and part, in Markdown."""
-
-    def cell(values: Sequence[float]) -> str:
-        return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in values))
-
     parts = list(result["all"])
     rows = [["linear probe", "n", *parts]]
-    rows.append(["all", f"{result['n']:,}", *(cell(result["all"][part]) for part in parts)])
+    rows.append(["all", f"{result['n']:,}", *(span(result["all"][part]) for part in parts)])
     for kind, row in result["kinds"].items():
-        rows.append([kind, f"{row['n']:,}", *(cell(row[part]) for part in parts)])
+        rows.append([kind, f"{row['n']:,}", *(span(row[part]) for part in parts)])
     return pipe_table(rows)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_c2c.errors import InputError, run_main
-from mm_c2c.evaluation.render import percent, pipe_table, span, write_readme
+from mm_c2c.evaluation.render import interval_text, percent, pipe_table, span, write_readme
 from mm_c2c.evaluation.results import read_summary
 
 _ARMS = {
@@ -90,13 +90,11 @@ def _monitor_cells(monitors: Mapping[str, Any]) -> dict[str, str]:
     leads = monitors.get("policy", {}).get("fused_ahead", {})
     return {
         **{
-            name: "{:.2f} ({:.2f} to {:.2f})".format(*monitors[key]["at_same_step"])
-            if key in monitors
-            else ""
+            name: interval_text(monitors[key]["at_same_step"]) if key in monitors else ""
             for key, name in _MONITORS.items()
         },
         **{
-            name: "{:+.2f} ({:+.2f} to {:+.2f})".format(*leads[key]) if leads else ""
+            name: interval_text(leads[key], sign="+") if leads else ""
             for key, name in _LEADS.items()
         },
         "... AUROC at the same step of the same task": all_of("in_same_task"),

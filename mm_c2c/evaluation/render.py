@@ -44,6 +44,12 @@ def span(values: Sequence[float | None]) -> str:
     return "{} ({} to {})".format(*map(percent, values))
 
 
+def interval_text(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """A number and the two ends of its interval; `sign="+"` writes that of positive ones too."""
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in values)
+    return f"{value} ({low} to {high})"
+
+
 def html_table(rows: Sequence[Sequence[str]]) -> str:
     """A table of plain cells, of which any may have several lines; the first row is its head."""
     head, *body = [[html.escape(cell) for cell in row] for row in rows]

@@ -20,6 +20,7 @@ from mm_c2c.evaluation.render import (
     AXIS_POINTS,
     html_page,
     html_table,
+    interval_text,
     new_figure,
     percent,
     pipe_table,
@@ -345,7 +346,7 @@ def _findings(summary: dict[str, Any]) -> list[str]:
     lines = []
     for floor, kept in summary.get("retention", {}).items():
         over = {"over_blind": "blind", "over_zeroed": "empty cache"}[floor]
-        shown = "n/a" if None in kept else "{:.2f} ({:.2f} to {:.2f})".format(*kept)
+        shown = "n/a" if None in kept else interval_text(kept)
         lines.append(f"Retention, (fused - {over}) / (source - {over}): {shown}.")
     if _BESIDE in summary:
         lines += _found_among_options(summary[_BESIDE])
@@ -386,7 +387,7 @@ def _found_among_options(choice: dict[str, Any]) -> list[str]:
         )
     kept = choice.get("retention", {}).get("over_blind", [None])
     if None not in kept:
-        parts.append("retention over blind {:.2f} ({:.2f} to {:.2f})".format(*kept))
+        parts.append(f"retention over blind {interval_text(kept)}")
     return [f"Among options: {', '.join(parts)}."] if parts else []
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mm_c2c.errors import InputError, run_main
 from mm_c2c.evaluation.command import run_section
-from mm_c2c.evaluation.render import pipe_table
+from mm_c2c.evaluation.render import interval_text, pipe_table, span
 
 _COMMAND = "python -m mm_c2c.reference.ablate"
 _SHARE = 0.9
@@ -69,14 +69,12 @@ def _row(name: str, variant: dict[str, Any]) -> list[str]:
         ", ".join(map(str, variant["seeds"])),
         ", ".join(f"{100 * share:.1f}" for share in variant["each"]),
         _interval(variant["accuracy"]),
-        "" if gap is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in gap)),
+        "" if gap is None else interval_text([100 * value for value in gap], 1, "+"),
     ]
 
 
 def _interval(share: Sequence[float] | None) -> str:
-    if share is None:
-        return ""
-    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in share))
+    return "" if share is None else span(share)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,17 +13,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
 from mm_c2c.errors import MismatchError, run_main
-from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_header
+from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_header, read_tensors, write_tensors
 
 
 def average(first: Path, second: Path, out: Path) -> None:
     """Write `out`, a saved bridge as the first one is.
 
     Raises:
-        MismatchError: one is no saved bridge, or their links or models differ.
+        MismatchError: one is no saved bridge or damaged, or their links or models differ.
     """
     headers = [read_header(folder) for folder in (first, second)]
     differ = [key for key in headers[0] if headers[0][key] != headers[1].get(key)]
@@ -32,10 +30,10 @@ def average(first: Path, second: Path, out: Path) -> None:
             f"{first} and {second} differ in {', '.join(differ)}; expected one bridge before and "
             "after a training"
         )
-    ours, theirs = (load_file(folder / WEIGHTS_NAME) for folder in (first, second))
-    mean = {name: (ours[name].float() + theirs[name].float()) / 2 for name in ours}
+    ours, theirs = (read_tensors(folder / WEIGHTS_NAME) for folder in (first, second))
+    mean = {name: ((ours[name].float() + theirs[name].float()) / 2).half() for name in ours}
     out.mkdir(parents=True, exist_ok=True)
-    save_file({name: w.half() for name, w in mean.items()}, out / WEIGHTS_NAME, {"format": "pt"})
+    write_tensors(out / WEIGHTS_NAME, mean)
     shutil.copyfile(first / CONFIG_NAME, out / CONFIG_NAME)
 
 

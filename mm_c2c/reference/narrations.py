@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mm_c2c.errors import run_main
+from mm_c2c.evaluation.render import interval_text
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.reference.babyai import questions as babyai
 from mm_c2c.reference.metaworld import questions as metaworld
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = [f"| {len(rows)} sentences | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
     for arm in rows[0]["answers"]:
         found = score(rows, arm, patterns)
-        cells = ["{:.1f} ({:.1f} to {:.1f})".format(*found[name]) for name in names]
+        cells = [interval_text(found[name], digits=1) for name in names]
         table.append(f"| {arm} | {' | '.join(cells)} |")
     sys.stdout.write("\n".join(table) + "\n")
 

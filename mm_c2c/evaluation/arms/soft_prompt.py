@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,6 +21,7 @@ from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting
 from mm_c2c.perception import Perception
+from mm_c2c.pretrained import write_tensors
 from mm_c2c.sources.base import Source
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -108,9 +109,7 @@ class Connector(nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         """Write the shape and the weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / (_WEIGHTS + ".part")
-        save_file(self.state_dict(), scratch, {"format": "pt"})
-        scratch.replace(folder / _WEIGHTS)
+        write_tensors(folder / _WEIGHTS, self.state_dict())
         text = json.dumps(asdict(self.config), indent=2) + "\n"
         (folder / _CONFIG).write_text(text, encoding="utf-8")
 
