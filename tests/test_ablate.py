@@ -132,6 +132,17 @@ def test_trainings_pause_to_be_judged_and_their_curves_are_compared(
     assert json.loads((config.out / "ablations.json").read_text(encoding="utf-8")) == result
 
 
+def test_a_curve_waits_for_its_variant_to_end(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    config = AblationConfig(**{**vars(config), "seeds": (0,), "judged_at": (10, 20)})
+    ablate.judge(config.training("raw keys", 0), config.items, 10)  # and still at work
+    ablate.ablate(AblationConfig(**{**vars(config), "only": ("whole",)}))
+    result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))
+    assert [*result["curves"]] == [*result["variants"]] == ["whole"]
+    assert "is reached by whole after 160 scenes." in ablation_report(config.out)
+
+
 def test_unknown_variants_and_settings_are_refused(config: AblationConfig) -> None:
     with pytest.raises(ConfigError, match="no variant is named hole; known: whole"):
         AblationConfig(**{**vars(config), "only": ("hole",)})

@@ -121,11 +121,12 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
         `each`: a seed's share of right answers, and of them all, as [value, low, high] of a
         bootstrap over questions, `accuracy`, `zeroed` (over an empty cache) and, but for the first
         variant, `over_first`: how far it is above that, of the seeds that both have. `curves`, by
-        variant: `steps`, `scenes` seen in them and `accuracy`, of all seeds judged there.
+        variant judged at its end: `steps`, `scenes` seen in them and `accuracy`, of all seeds
+        judged there.
     """
     found = {name: _judged(config, name) for name in config.variants}
     first = {s: _hits(run, "fused") for s, run in found[next(iter(found))].items()}
-    curves = {name: _curve(config, name) for name in config.variants}
+    curves = {name: _curve(config, name) for name, runs in found.items() if runs}
     if all(len(curve) < 2 for curve in curves.values()):
         curves = {}  # judged at their ends alone
     result: dict[str, Any] = {"questions": 0, "variants": {}, "curves": curves}
