@@ -187,6 +187,10 @@ def test_a_connector_answers_from_a_folder_row_by_row(
     said = bridge.generate(seen, questions, max_new_tokens=12, do_sample=False)
     assert [reply.answer for reply in together] == [text.strip() for text in said]
 
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(MismatchError, match="damaged or cut off"):
+        Connector.from_pretrained(tmp_path, bridge)
     header = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**header, "target": "another"}))
     with pytest.raises(MismatchError, match="another"):

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors.torch import load_file
 
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.report import brief
 from mm_c2c.evaluation.results import read_summary
 from mm_c2c.hub import CARD_NAME, is_repo_id
-from mm_c2c.pretrained import WEIGHTS_NAME, fingerprint, read_header
+from mm_c2c.pretrained import WEIGHTS_NAME, fingerprint, read_header, read_tensors
 from mm_c2c.sources import SOURCES
 
 _TASK = "visual-question-answering"
@@ -59,7 +58,7 @@ def write_card(
         MismatchError: the folder holds no bridge, or the run was of other weights.
     """
     header = read_header(folder)
-    weights = load_file(_weights_file(folder))
+    weights = read_tensors(_weights_file(folder))
     summary = None if evaluation is None else _own_summary(evaluation, fingerprint(weights))
     name = name or folder.resolve().name
     data = ModelCardData(

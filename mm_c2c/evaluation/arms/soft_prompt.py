@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,7 +20,7 @@ from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting
 from mm_c2c.perception import Perception
-from mm_c2c.pretrained import write_tensors
+from mm_c2c.pretrained import read_weights, write_tensors
 from mm_c2c.sources.base import Source
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -118,7 +117,7 @@ class Connector(nn.Module):
         """Load a connector for exactly the target it was trained for.
 
         Raises:
-            MismatchError: files are missing, or it belongs to another target.
+            MismatchError: files are missing or damaged, or it belongs to another target.
         """
         missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
         if missing:
@@ -130,7 +129,7 @@ class Connector(nn.Module):
                 f"{folder}: the connector was trained for {connector.config.target!r}, got "
                 f"{bridge.target.origin.model!r}"
             )
-        connector.load_state_dict(load_file(folder / _WEIGHTS))
+        connector.load_state_dict(read_weights(folder / _WEIGHTS, connector))
         return connector.eval()
 
 
