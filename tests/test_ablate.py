@@ -143,6 +143,38 @@ def test_a_curve_waits_for_its_variant_to_end(
     assert "is reached by whole after 160 scenes." in ablation_report(config.out)
 
 
+def test_what_was_judged_elsewhere_stands_for_its_training(
+    config: AblationConfig, trained: list[FuserTrainingConfig], tmp_path: Path
+) -> None:
+    config = AblationConfig(**{**vars(config), "judged_at": (10,)})
+    ablate.ablate(config)
+    done = len(trained)
+    elsewhere = AblationConfig(**{**vars(config), "out": tmp_path / "elsewhere"})
+    elsewhere.out.mkdir()
+    (config.out / "judgements.json").rename(elsewhere.out / "judgements.json")
+    ablate.ablate(elsewhere)
+    assert len(trained) == done
+    first, second = (
+        json.loads((c.out / "ablations.json").read_text("utf-8")) for c in (config, elsewhere)
+    )
+    assert first == second
+    assert [point["steps"] for point in second["curves"]["whole"]] == [10, 30]
+    ablate.ablate(AblationConfig(**{**vars(elsewhere), "seeds": (0, 1, 2)}))
+    assert [t.seed for t in trained[done:]] == [2, 2, 2, 2]  # to the pause and to the end
+
+
+def test_variants_judged_by_other_questions_are_not_compared(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    ablate.ablate(config)
+    path = config.out / "judgements.json"
+    known = json.loads(path.read_text("utf-8"))
+    known["raw_keys-7"] = {"parameters": 1, "right": {"end": {"fused": "01", "zeroed": "00"}}}
+    path.write_text(json.dumps(known), encoding="utf-8")
+    with pytest.raises(ConfigError, match="judged by 2 and 4 questions"):
+        ablate.tabulate(config)
+
+
 def test_unknown_variants_and_settings_are_refused(config: AblationConfig) -> None:
     with pytest.raises(ConfigError, match="no variant is named hole; known: whole"):
         AblationConfig(**{**vars(config), "only": ("hole",)})

@@ -14,7 +14,7 @@ from mm_c2c.errors import InputError
 from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, load_items, normalise
 from mm_c2c.reference import make_items, models
 from mm_c2c.reference.concepts import CONCEPTS, GROUPS
-from mm_c2c.reference.knowledge import FACTS
+from mm_c2c.reference.knowledge import FACTS, draw_knowledge
 from mm_c2c.reference.scene_data import SPLITS
 from mm_c2c.reference.scenes import (
     KINDS,
@@ -180,11 +180,28 @@ def test_the_shipped_knowledge_items_are_balanced_and_true() -> None:
         place = re.search(r"the thing (.*?)(?: alive| fly| have wheels)?\?$", item.question)
         assert place is not None
         (name,) = re.findall(rf"(?:^|, )(?:an? )?(\w+) {place[1]}[,.]", item.description or "")
-        fact = FACTS[item.kind]
-        assert name in (fact.true_of if item.answer == "yes" else fact.false_of)
+        assert name in FACTS[item.kind].names(item.answer, taught=False)
 
 
 def test_no_fact_is_both_true_and_false() -> None:
     for fact in FACTS.values():
         assert not fact.true_of & fact.false_of
         assert fact.true_of | fact.false_of <= {concept.name for concept in CONCEPTS}
+
+
+def test_training_never_asks_what_the_knowledge_items_ask() -> None:
+    for fact in FACTS.values():
+        for answer, names in (("yes", fact.true_of), ("no", fact.false_of)):
+            asked, kept = fact.names(answer, taught=True), fact.names(answer, taught=False)
+            assert not set(asked) & set(kept)
+            assert {*asked, *kept} == names
+            assert abs(len(asked) - len(kept)) <= 1
+
+
+def test_training_draws_every_fact_and_answer_alike_often() -> None:
+    rng = random.Random(0)
+    drawn = [draw_knowledge(sample_scene(rng, NAMES, STYLES), rng) for _ in range(4000)]
+    counts = Counter((q.kind, q.answer) for questions in drawn for q in questions)
+    assert set(counts) == {(kind, answer) for kind in FACTS for answer in ("yes", "no")}
+    mean = counts.total() / len(counts)
+    assert all(mean / 2 < count < 2 * mean for count in counts.values()), counts

@@ -16,9 +16,10 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import FILES, Asked, Setting, build_arm
 from mm_c2c.reference import train_baseline, train_fuser, train_source
 from mm_c2c.reference.concepts import CONCEPTS
+from mm_c2c.reference.knowledge import FACTS
 from mm_c2c.reference.models import SOURCE_NAME, load_source
 from mm_c2c.reference.scene_data import read_shard, write_shard
-from mm_c2c.reference.scenes import CAPTION_REQUEST
+from mm_c2c.reference.scenes import CAPTION_REQUEST, Question
 from mm_c2c.reference.tower import EfficientNetLite0
 from mm_c2c.reference.train_baseline import BaselineTrainingConfig
 from mm_c2c.reference.train_fuser import FuserTrainingConfig
@@ -238,6 +239,24 @@ def test_a_shuffled_training_shows_each_scene_the_next_ones_cache(
             assert not own.layers[0].values[0].equal(own.layers[0].values[1])
     with pytest.raises(ConfigError, match="at least 2 scenes"):
         replace(config, shuffled=True, scenes=1)
+
+
+def test_a_training_asks_what_no_picture_shows_only_when_told_to(
+    fuser_config: FuserTrainingConfig, targets: list[Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(fuser_config, reconstruct_steps=0, steps=3, scenes=4)
+    learn, kinds = train_fuser.answer_loss, set()
+
+    def note(bridge: Bridge, perception: Any, asked: list[list[Question]]) -> torch.Tensor:
+        kinds.update(question.kind for questions in asked for question in questions)
+        return learn(bridge, perception, asked)
+
+    monkeypatch.setattr(train_fuser, "answer_loss", note)
+    for knowledge in (False, True):
+        kinds.clear()
+        train_fuser.train(replace(config, knowledge=knowledge, out=config.out / str(knowledge)))
+        assert "caption" in kinds
+        assert bool(kinds & set(FACTS)) == knowledge
 
 
 def test_a_reader_describes_a_picture_as_the_source_does() -> None:

@@ -33,7 +33,7 @@ ITEMS = HERE / "unseen_style" / "items.jsonl"
 GENERIC = (
     "How many things are there?",
     "What is on the left?",
-    "What is on the right?",
+    "Can you eat the thing on the right?",
     "What kind of thing is at the top?",
     "Is there a dog?",
     "Which is the odd one out?",

@@ -5,7 +5,8 @@
 
 A variant's training is that of `train_fuser`, its judge `mm-c2c evaluate` over one file of items.
 What was trained and evaluated already is not done again, so that several processes may share the
-seeds of one config. `ablations.json` holds what has come out so far.
+seeds of one config. `ablations.json` holds what has come out so far, and `judgements.json` which
+questions were answered right: laid into an empty folder, it stands for the trainings.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from mm_c2c.reference.train_fuser import FuserTrainingConfig
 from mm_c2c.reference.trainer import run
 
 _RESAMPLES = 10_000
+_JUDGEMENTS = "judgements.json"
+_END = "end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +95,13 @@ def ablate(config: AblationConfig) -> None:
     for seed in config.seeds:
         for name in config.only or config.variants:
             training = config.training(name, seed)
+            right = read_judgements(config.out).get(training.out.name, {"right": {}})["right"]
             for steps in sorted({*config.judged_at, training.steps}):
-                if steps <= training.steps and not _is_judged(training, steps):
+                at = _END if steps == training.steps else str(steps)
+                if steps <= training.steps and at not in right:
                     train_fuser.train(training, training.reconstruct_steps + steps)
                     judge(training, config.items, steps)
+            write_json(config.out / _JUDGEMENTS, read_judgements(config.out))
             write_json(config.out / "ablations.json", tabulate(config))
 
 
@@ -114,7 +120,7 @@ def judge(training: FuserTrainingConfig, items: Path, steps: int) -> None:
 
 
 def tabulate(config: AblationConfig) -> dict[str, Any]:
-    """What has come out so far, of every seed that lies in the folder.
+    """What has come out so far, of every seed that was judged.
 
     Returns:
         `questions`, how many; for each of the `variants` its `settings`, `parameters`, `seeds`,
@@ -123,21 +129,30 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
         variant, `over_first`: how far it is above that, of the seeds that both have. `curves`, by
         variant judged at its end: `steps`, `scenes` seen in them and `accuracy`, of all seeds
         judged there.
+
+    Raises:
+        ConfigError: not all were asked as many questions.
     """
-    found = {name: _judged(config, name) for name in config.variants}
-    first = {s: _hits(run, "fused") for s, run in found[next(iter(found))].items()}
-    curves = {name: _curve(config, name) for name, runs in found.items() if runs}
+    known = read_judgements(config.out)
+    counts = {len(right["fused"]) for run in known.values() for right in run["right"].values()}
+    if len(counts) > 1:
+        raise ConfigError(
+            f"{config.out}: judged by {' and '.join(map(str, sorted(counts)))} questions, which "
+            "cannot be compared; judge all variants by the same items, in a folder of their own"
+        )
+    found = {name: _by_seed(config, name, known) for name in config.variants}
+    first = {seed: _hits(run, _END, "fused") for seed, run in found[next(iter(found))].items()}
+    curves = {name: _curve(config, name, known) for name, runs in found.items() if runs}
     if all(len(curve) < 2 for curve in curves.values()):
         curves = {}  # judged at their ends alone
-    result: dict[str, Any] = {"questions": 0, "variants": {}, "curves": curves}
+    questions = counts.pop() if counts else 0
+    result: dict[str, Any] = {"questions": questions, "variants": {}, "curves": curves}
+    draws = draw_resamples(questions, _RESAMPLES, seed=0) if questions else None
     for number, (name, runs) in enumerate(found.items()):
-        if not runs:
+        if draws is None or not runs:
             continue
-        hits = {seed: _hits(run, "fused") for seed, run in runs.items()}
-        zeroed = [_hits(run, "zeroed") for run in runs.values()]
-        count = len(zeroed[0])
-        draws = draw_resamples(count, _RESAMPLES, seed=0)
-        result["questions"] = count
+        hits = {seed: _hits(run, _END, "fused") for seed, run in runs.items()}
+        zeroed = [_hits(run, _END, "zeroed") for run in runs.values()]
         row: dict[str, Any] = {
             "settings": config.variants[name],
             "parameters": next(iter(runs.values()))["parameters"],
@@ -153,38 +168,58 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     return result
 
 
-def _judged(config: AblationConfig, name: str) -> dict[int, dict[str, Any]]:
-    """By seed: a variant's answers and the number of its parameters."""
-    runs = {}
-    for folder in sorted(config.out.glob(f"{config.folder(name, 0).name[:-1]}[0-9]*")):
-        if not (folder / "evaluation" / "summary.json").is_file():
-            continue
-        with safe_open(folder / "bridge" / "model.safetensors", "pt") as weights:
-            sizes = [math.prod(weights.get_slice(key).get_shape()) for key in weights.keys()]  # noqa: SIM118 -- no mapping: it cannot be iterated
-        runs[int(folder.name.rpartition("-")[2])] = {
-            "rows": _rows(folder / "evaluation"),
-            "parameters": sum(sizes),
+def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
+    """What `judgements.json` keeps, and what lies in the folders of trainings beside it.
+
+    Returns:
+        By the name of a training's folder: `parameters` and, by answer steps or `end`, in `right`
+        for each arm a digit a question, 1 where it was answered right.
+    """
+    path = out / _JUDGEMENTS
+    known: dict[str, dict[str, Any]] = {}
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    for summary in sorted(out.glob("*/evaluation*/summary.json")):
+        training = summary.parent.parent
+        run = known.setdefault(training.name, {"right": {}})
+        run["parameters"] = _count_parameters(training / "bridge" / "model.safetensors")
+        rows = _rows(summary.parent)
+        run["right"][summary.parent.name.partition("-")[2] or _END] = {
+            arm: "".join(str(int(is_right(row["answers"][arm], row["gold"]))) for row in rows)
+            for arm in rows[0]["answers"]
         }
-    return runs
+    return known
 
 
-def _curve(config: AblationConfig, name: str) -> list[dict[str, Any]]:
+def _by_seed(
+    config: AblationConfig, name: str, known: Mapping[str, dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """A variant's trainings that were judged at their end."""
+    prefix = config.folder(name, 0).name[:-1]
+    seeds = sorted(
+        int(folder.removeprefix(prefix))
+        for folder, run in known.items()
+        if folder.startswith(prefix)
+        and folder.removeprefix(prefix).isdigit()
+        and _END in run["right"]
+    )
+    return {seed: known[f"{prefix}{seed}"] for seed in seeds}
+
+
+def _curve(
+    config: AblationConfig, name: str, known: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
     """A variant's accuracy after each number of steps at which it was judged."""
-    trainings = [config.training(name, seed) for seed in config.seeds]
+    runs = list(_by_seed(config, name, known).values())
+    training = config.training(name, 0)
+    paused = {int(steps) for run in runs for steps in run["right"] if steps != _END}
     curve = []
-    paused = {
-        int(folder.name.rpartition("-")[2])
-        for training in trainings
-        for folder in training.out.glob("evaluation-[0-9]*")
-    }
-    for steps in sorted({*paused, trainings[0].steps}):
-        folders = [_judgement(t, steps) for t in trainings if _is_judged(t, steps)]
-        if folders:
-            hits = [_hits({"rows": _rows(folder)}, "fused") for folder in folders]
-            draws = draw_resamples(len(hits[0]), _RESAMPLES, seed=0)
-            share = accuracy(np.mean(hits, axis=0), draws)
-            scenes = steps * trainings[0].scenes
-            curve.append({"steps": steps, "scenes": scenes, "accuracy": share})
+    for steps in sorted({*paused, training.steps}):
+        at = _END if steps == training.steps else str(steps)
+        hits = [_hits(run, at, "fused") for run in runs if at in run["right"]]
+        draws = draw_resamples(len(hits[0]), _RESAMPLES, seed=0)
+        share = accuracy(np.mean(hits, axis=0), draws)
+        curve.append({"steps": steps, "scenes": steps * training.scenes, "accuracy": share})
     return curve
 
 
@@ -193,16 +228,18 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _hits(run: dict[str, Any], arm: str) -> NDArray[np.float64]:
-    return np.array([float(is_right(row["answers"][arm], row["gold"])) for row in run["rows"]])
+def _hits(run: Mapping[str, Any], at: str, arm: str) -> NDArray[np.float64]:
+    return np.array([float(digit) for digit in run["right"][at][arm]])
+
+
+def _count_parameters(path: Path) -> int:
+    with safe_open(path, "pt") as weights:
+        names = weights.keys()
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def _judgement(training: FuserTrainingConfig, steps: int) -> Path:
     return training.out / ("evaluation" if steps == training.steps else f"evaluation-{steps}")
-
-
-def _is_judged(training: FuserTrainingConfig, steps: int) -> bool:
-    return (_judgement(training, steps) / "summary.json").is_file()
 
 
 if __name__ == "__main__":

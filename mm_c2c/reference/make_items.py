@@ -3,7 +3,7 @@
 python -m mm_c2c.reference.make_items --split unseen_style --out FOLDER --artwork FOLDER
 
 `--stickers 5 6` makes scenes of so many, in turn. `--knowledge` writes `knowledge.jsonl` instead,
-about the pictures that are there.
+about the pictures that are there, of what training never asks.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def write_knowledge(split: str, out: Path, per_kind: int, artworks: Artworks) ->
     found: dict[tuple[str, str], list[dict[str, str]]] = {}
     for path in sorted(out.glob("*.webp")):
         scene = make_scene(split, int(path.stem), artworks)
-        for question in knowledge_questions(scene):
+        for question in knowledge_questions(scene, taught=False):
             row = {"image": path.name, **question._asdict(), "caption": caption(scene)}
             found.setdefault((question.kind, question.answer), []).append(row)
     rows = []

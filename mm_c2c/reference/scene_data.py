@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -168,7 +167,7 @@ def main() -> None:
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
     tower = EfficientNetLite0().eval().requires_grad_(requires_grad=False)
     tower.load_state_dict(load_file(args.tower))
     tower = tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

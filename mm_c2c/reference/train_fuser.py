@@ -26,6 +26,7 @@ from mm_c2c.evaluation.arms import CAPTION_TOKENS
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import Perception
+from mm_c2c.reference.knowledge import draw_knowledge
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
 from mm_c2c.reference.packing import Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, ScenePool
@@ -76,6 +77,7 @@ class FuserTrainingConfig(TrainerConfig):
         steps: steps of the second phase: cross-entropy of the answers.
         scenes: pictures a step.
         questions: questions a picture; a request to describe it comes on top.
+        knowledge: questions whose answer is not in the picture come beside them.
         learning_rate: after the warm-up; falls to zero along a cosine. Matrices follow Muon, the
             rest AdamW.
         easy_steps: steps in which only scenes of one and two stickers are shown.
@@ -106,6 +108,7 @@ class FuserTrainingConfig(TrainerConfig):
     steps: int = 400
     scenes: int = 8
     questions: int = 4
+    knowledge: bool = False
     learning_rate: float = 2e-3
     warmup: int = 20
     easy_steps: int = 60
@@ -332,7 +335,10 @@ def train(config: FuserTrainingConfig, until: int | None = None) -> None:
         perception = bridge.fuse_slots({SOURCE_NAME: cache})
         if reconstruct:
             return reconstruct_loss(bridge, words(), perception, scenes, config.rows)
-        return answer_loss(bridge, perception, draw_questions(scenes, rng, config.questions))
+        asked = draw_questions(scenes, rng, config.questions)
+        if config.knowledge:
+            asked = [q + draw_knowledge(s, rng) for s, q in zip(scenes, asked, strict=True)]
+        return answer_loss(bridge, perception, asked)
 
     def save(_: object) -> None:
         bridge.save_pretrained(config.out / "bridge", dtype=torch.float16)
