@@ -134,6 +134,8 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
         ConfigError: not all were asked as many questions.
     """
     known = read_judgements(config.out)
+    if not known:
+        return {"questions": 0, "variants": {}, "curves": {}}
     counts = {len(right["fused"]) for run in known.values() for right in run["right"].values()}
     if len(counts) > 1:
         raise ConfigError(
@@ -145,11 +147,11 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     curves = {name: _curve(config, name, known) for name, runs in found.items() if runs}
     if all(len(curve) < 2 for curve in curves.values()):
         curves = {}  # judged at their ends alone
-    questions = counts.pop() if counts else 0
+    questions = counts.pop()
     result: dict[str, Any] = {"questions": questions, "variants": {}, "curves": curves}
-    draws = draw_resamples(questions, _RESAMPLES, seed=0) if questions else None
+    draws = draw_resamples(questions, _RESAMPLES, seed=0)
     for number, (name, runs) in enumerate(found.items()):
-        if draws is None or not runs:
+        if not runs:
             continue
         hits = {seed: _hits(run, _END, "fused") for seed, run in runs.items()}
         zeroed = [_hits(run, _END, "zeroed") for run in runs.values()]
@@ -195,15 +197,10 @@ def _by_seed(
     config: AblationConfig, name: str, known: Mapping[str, dict[str, Any]]
 ) -> dict[int, dict[str, Any]]:
     """A variant's trainings that were judged at their end."""
-    prefix = config.folder(name, 0).name[:-1]
-    seeds = sorted(
-        int(folder.removeprefix(prefix))
-        for folder, run in known.items()
-        if folder.startswith(prefix)
-        and folder.removeprefix(prefix).isdigit()
-        and _END in run["right"]
-    )
-    return {seed: known[f"{prefix}{seed}"] for seed in seeds}
+    prefix = config.folder(name, 0).name.removesuffix("0")
+    seeds = [folder.removeprefix(prefix) for folder in known if folder.startswith(prefix)]
+    runs = {int(seed): known[prefix + seed] for seed in seeds if seed.isdigit()}
+    return {seed: run for seed, run in sorted(runs.items()) if _END in run["right"]}
 
 
 def _curve(
