@@ -14,6 +14,7 @@ _TITLES = {
     "": "Scenes in a style that no training showed",
     "choice": "The same, answered among options",
     "crowded": "Five and six stickers, where training had one to four",
+    "knowledge_choice": "Knowledge, answered with yes or no",
     "own_source": "A control: the target as its own source",
     "soft_prompt": "Beside a soft-prompt connector",
 }
