@@ -171,10 +171,8 @@ def _convert_items(kinds: Sequence[Any], values: Sequence[Any], name: str) -> tu
     )
 
 
-def _set(data: dict[str, Any], assignment: str) -> None:
-    key, sign, text = assignment.partition("=")
-    if not sign or not key:
-        raise ConfigError(f"expected key=value, got {assignment!r}")
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key.sub` in nested mappings; those that are missing are made."""
     *parents, last = key.split(".")
     for parent in parents:
         if data.get(parent) is None:
@@ -182,7 +180,15 @@ def _set(data: dict[str, Any], assignment: str) -> None:
         data = data[parent]
         if not isinstance(data, dict):
             raise ConfigError(f"{key}: {parent!r} is not a mapping")
+    data[last] = value
+
+
+def _set(data: dict[str, Any], assignment: str) -> None:
+    key, sign, text = assignment.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"expected key=value, got {assignment!r}")
     try:
-        data[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{assignment!r}: the value is not valid YAML: {error}") from error
+    set_key(data, key, value)

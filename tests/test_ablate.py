@@ -13,10 +13,14 @@ from safetensors.torch import save_file
 
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError, InputError
-from mm_c2c.reference import ablate
+from mm_c2c.reference import ablate, train_baseline, train_fuser
 from mm_c2c.reference.ablate import AblationConfig
 from mm_c2c.reference.ablate_report import ablation_report
+from mm_c2c.reference.train_baseline import BaselineTrainingConfig
 from mm_c2c.reference.train_fuser import FuserTrainingConfig
+from mm_c2c.reference.variants import Variant
+from mm_c2c.training import run as training_run
+from mm_c2c.training.config import TrainingConfig
 
 GOLD = ["cat", "dog", "2", "left"]
 
@@ -43,16 +47,18 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[FuserTrainingConfig]:
     """What was trained; a variant with raw keys gets one question right, others two and then all."""
     done: list[FuserTrainingConfig] = []
 
-    def judge(training: FuserTrainingConfig, items: Path, steps: int) -> None:
-        right = 1 if training.raw_keys else 2 + 2 * training.seed
+    def judge(variant: Variant, items: Path, steps: int) -> None:
+        training = variant.training
+        right = 1 if getattr(training, "raw_keys", False) else 2 + 2 * training.seed
         last = steps == training.steps
         right = right if last else steps // 10
         folder = training.out / ("evaluation" if last else f"evaluation-{steps}")
         folder.mkdir(parents=True)
         rows: list[dict[str, Any]] = [
-            {"gold": gold, "answers": {"fused": gold if i < right else "?", "zeroed": "?"}}
-            for i, gold in enumerate(GOLD)
+            {"gold": gold, "answers": dict.fromkeys(variant.arms, "?")} for gold in GOLD
         ]
+        for row in rows[:right]:
+            row["answers"][variant.arms[0]] = row["gold"]
         lines = [json.dumps(row) for row in rows]
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / "summary.json").write_text("{}", encoding="utf-8")
@@ -61,7 +67,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[FuserTrainingConfig]:
             {"a": torch.zeros(2, 3), "b": torch.zeros(4)}, training.out / "bridge/model.safetensors"
         )
 
-    monkeypatch.setattr(ablate.train_fuser, "train", lambda config, until: done.append(config))
+    monkeypatch.setattr(train_fuser, "train", lambda config, until: done.append(config))
     monkeypatch.setattr(ablate, "judge", judge)
     return done
 
@@ -109,13 +115,13 @@ def test_trainings_pause_to_be_judged_and_their_curves_are_compared(
 ) -> None:
     pauses: list[tuple[bool, int]] = []
     monkeypatch.setattr(
-        ablate.train_fuser, "train", lambda config, until: pauses.append((config.raw_keys, until))
+        train_fuser, "train", lambda config, until: pauses.append((config.raw_keys, until))
     )
-    variants = {"whole": {}, "raw keys": {"raw_keys": True, "steps": 50}}
-    settings = {**vars(config), "variants": variants, "seeds": (0,), "judged_at": (10, 20, 40)}
+    two = {"whole": {}, "raw keys": {"raw_keys": True, "steps": 50}}
+    settings = {**vars(config), "variants": two, "seeds": (0,), "judged_at": (10, 20, 40)}
     config = AblationConfig(**settings)
     ablate.ablate(config)
-    before = config.training("whole", 0).reconstruct_steps
+    before = config.variant("whole", 0).training.reconstruct_steps
     steps = [(False, 10), (False, 20), (False, 30), *((True, n) for n in (10, 20, 40, 50))]
     assert pauses == [(raw, before + n) for raw, n in steps]
     result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))
@@ -136,7 +142,7 @@ def test_a_curve_waits_for_its_variant_to_end(
     config: AblationConfig, trained: list[FuserTrainingConfig]
 ) -> None:
     config = AblationConfig(**{**vars(config), "seeds": (0,), "judged_at": (10, 20)})
-    ablate.judge(config.training("raw keys", 0), config.items, 10)  # and still at work
+    ablate.judge(config.variant("raw keys", 0), config.items, 10)  # and still at work
     ablate.ablate(AblationConfig(**{**vars(config), "only": ("whole",)}))
     result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))
     assert [*result["curves"]] == [*result["variants"]] == ["whole"]
@@ -182,6 +188,66 @@ def test_unknown_variants_and_settings_are_refused(config: AblationConfig) -> No
         AblationConfig(**{**vars(config), "variants": {"typo": {"raw_kees": True}}})
     with pytest.raises(ConfigError, match="at least one name"):
         AblationConfig(**{**vars(config), "variants": {}})
+
+
+def test_a_base_with_links_is_trained_by_the_general_trainer(
+    config: AblationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {
+        "sources": {"eyes": {"model": "eyes"}},
+        "target": {"model": "llm"},
+        "links": {"eyes": {"geometry": "slots", "fuser": {"hidden_size": 4, "rank": 2}}},
+        "data": {"path": "items.jsonl"},
+        "out": "nowhere",
+        "phases": {"generate": {"steps": 30, "warmup": 1}},
+    }
+    config.base.write_text(yaml.safe_dump(base), encoding="utf-8")
+    two = {"distilled": {"phases.generate.distill": 0.5, "target.model": "third"}, "slots": {}}
+    shared = {"target": {"model": "other"}, "batch_size": 4}
+    settings = {**vars(config), "shared": shared, "variants": two, "seeds": (0, 3)}
+    config = AblationConfig(**settings)
+    done: list[TrainingConfig] = []
+    monkeypatch.setattr(training_run, "train", done.append)
+    judged: list[int] = []
+    monkeypatch.setattr(ablate, "judge", lambda variant, items, steps: judged.append(steps))
+    config.out.mkdir()
+    ablate.ablate(config)
+    assert [(t.phases.generate.distill, t.target.model, t.seed) for t in done] == [
+        *((0.5, "third", 0), (0.0, "other", 0)),
+        *((0.5, "third", 3), (0.0, "other", 3)),
+    ]
+    assert {(t.batch_size, t.phases.generate.warmup) for t in done} == {(4, 1)}
+    assert len({t.out for t in done}) == 4
+    assert judged == [30] * 4
+    with pytest.raises(ConfigError, match="judged_at: the trainer of 'distilled'"):
+        AblationConfig(**{**settings, "judged_at": (10,)})
+    with pytest.raises(ConfigError, match=r"unknown key 'phases.generate.distil'"):
+        AblationConfig(**{**settings, "variants": {"typo": {"phases.generate.distil": 0.5}}})
+
+
+def test_a_baseline_is_a_variant_with_a_base_of_its_own(
+    config: AblationConfig, trained: list[FuserTrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"kind": "tuned_relay", "data": "scenes", "source": "source", "out": "nowhere"}
+    path = config.base.parent / "relay.yaml"
+    path.write_text(yaml.safe_dump({**base, "scenes": 2}), encoding="utf-8")
+    relay = {"base": str(path), "learning_rate": 2e-3}
+    settings = {**vars(config), "variants": {"whole": {}, "relay": relay}, "seeds": (1,)}
+    config = AblationConfig(**settings)
+    done: list[BaselineTrainingConfig] = []
+    monkeypatch.setattr(train_baseline, "train", done.append)
+    ablate.ablate(config)
+    ((training,), variant) = done, config.variant("relay", 1)
+    assert (training.steps, training.learning_rate, training.seed) == (400, 2e-3, 1)  # not 30
+    assert (variant.steps, variant.scenes, variant.arms) == (400, 2, ("tuned_relay",))
+    assert variant.files == {"adapter": training.out / "tuned_relay"}
+    result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))["variants"]
+    assert [result[name]["accuracy"][0] for name in ("whole", "relay")] == [1.0, 1.0]
+    assert ("zeroed" in result["whole"], "zeroed" in result["relay"]) == (True, False)
+    assert "| relay | `base=" in ablation_report(config.out)
+    with pytest.raises(ConfigError, match="the trainer of 'relay' does not pause"):
+        AblationConfig(**{**settings, "judged_at": (10,)})
+    AblationConfig(**{**settings, "judged_at": (10,), "only": ("whole",)})
 
 
 def test_a_report_wants_results(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from mm_c2c import Bridge
 from mm_c2c.cache import fork
-from mm_c2c.reference.packing import Turn, block_mask, pack
+from mm_c2c.reference.packing import Turn, block_mask, pack, split_beginning
 from mm_c2c.reference.scenes import Question
-from mm_c2c.reference.train_fuser import answer_loss
+from mm_c2c.reference.train_fuser import answer_loss, turns_loss
 
 
 def test_each_question_starts_behind_the_prefix_and_answers_for_itself() -> None:
@@ -18,6 +19,32 @@ def test_each_question_starts_behind_the_prefix_and_answers_for_itself() -> None
     assert packed.segments.tolist() == [[0, 0, 0, 1], [0, 0, -1, -1]]
     assert packed.position_ids.tolist() == [[10, 11, 12, 10], [10, 11, 0, 0]]
     assert packed.labels.tolist() == [[-100, 7, 8, 4], [2, 1, -100, -100]]
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_a_beginning_that_questions_share_is_read_once_for_the_same_loss(
+    bridge: Bridge, done: int
+) -> None:
+    model = bridge.target.model
+    ids = torch.randint(3, 30, (2, 3), generator=torch.Generator().manual_seed(0))
+    model_cache = model(ids, use_cache=True).past_key_values
+
+    def loss(turns: list[list[Turn]], beginnings: list[list[int]] | None = None) -> float:
+        cache = fork(model_cache) if done else DynamicCache(config=model.config)
+        return turns_loss(model, turns, cache, done, beginnings).item()
+
+    apart = [[Turn([5, 6, 7], [8, 3]), Turn([5, 6, 9, 4], [7])], [Turn([4, 3], [2, 1])]]
+    shared = [[Turn([7], [8, 3]), Turn([9, 4], [7])], [Turn([4, 3], [2, 1])]]
+    with torch.inference_mode():
+        assert loss(shared, [[5, 6], []]) == pytest.approx(loss(apart), abs=1e-6)
+        assert loss(shared, [[5, 7], []]) != pytest.approx(loss(apart), abs=1e-6)
+
+
+def test_prompts_are_parted_where_they_differ_or_at_their_last_token() -> None:
+    assert split_beginning([[1, 2, 3], [1, 2, 4, 5]]) == ([1, 2], [[3], [4, 5]])
+    assert split_beginning([[1, 2], [1, 2, 3]]) == ([1], [[2], [2, 3]])
+    assert split_beginning([[1, 2, 3]]) == ([1, 2], [[3]])
+    assert split_beginning([[1], [2]]) == ([], [[1], [2]])
 
 
 def test_a_token_sees_the_prefix_and_what_came_before_in_its_own_question() -> None:

@@ -3,7 +3,8 @@
     python -m mm_c2c.reference.ablate configs/ablations.yaml [key=value ...]
     python -m mm_c2c.reference.ablate_report RUNS --readme FILE --section NAME
 
-A variant's training is that of `train_fuser`, its judge `mm-c2c evaluate` over one file of items.
+A variant's trainer is `train_fuser`, `train_baseline` or `mm-c2c train`, whichever its settings are
+for; its judge is `mm-c2c evaluate` over one file of items.
 What was trained and evaluated already is not done again, so that several processes may share the
 seeds of one config. `ablations.json` holds what has come out so far, and `judgements.json` which
 questions were answered right: laid into an empty folder, it stands for the trainings.
@@ -11,6 +12,7 @@ questions were answered right: laid into an empty folder, it stands for the trai
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -24,21 +26,19 @@ import yaml
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from mm_c2c.bridge import Bridge
-from mm_c2c.config import DTYPES, from_dict
+from mm_c2c.config import set_key
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import write_json
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.evaluation.tasks import is_right
-from mm_c2c.reference import train_fuser
-from mm_c2c.reference.models import SOURCE_NAME, load_source, load_target
-from mm_c2c.reference.train_fuser import FuserTrainingConfig
 from mm_c2c.reference.trainer import run
+from mm_c2c.reference.variants import Variant, build_variant
 
 _RESAMPLES = 10_000
 _JUDGEMENTS = "judgements.json"
 _END = "end"
+_CONTROL = "zeroed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,15 @@ class AblationConfig:
     """Variants of one short training.
 
     Attributes:
-        base: the training that all share, a file of `train_fuser`; its `out` is not used.
-        shared: settings that take the place of the file's in every variant.
+        base: the training that all share, a trainer's YAML file; its `out` is not used.
+        shared: settings that take the place of the file's in every variant, `key` or `key.sub`.
         variants: by name, settings that take the place of the shared ones; the first is what the
-            others are compared with.
+            others are compared with. One with a `base` of its own shares nothing.
         items: JSONL of the questions that judge.
         out: where trainings, evaluations and the result go.
         seeds: of the trainings.
-        judged_at: answer steps after which trainings are judged too, for their learning curves.
+        judged_at: answer steps after which fusers of `train_fuser` are judged too, for their
+            learning curves.
         only: names of the variants to train; all when empty.
     """
 
@@ -74,16 +75,24 @@ class AblationConfig:
             raise ConfigError(
                 f"only: no variant is named {', '.join(unknown)}; known: {', '.join(self.variants)}"
             )
-        for name in self.variants:
-            self.training(name, 0)
+        variants = {name: self.variant(name, 0) for name in self.variants}
+        for name in self.only or self.variants:
+            if self.judged_at and not variants[name].pauses:
+                raise ConfigError(
+                    f"judged_at: the trainer of {name!r} does not pause; leave judged_at empty, or "
+                    "name others in only"
+                )
 
-    def training(self, name: str, seed: int) -> FuserTrainingConfig:
+    def variant(self, name: str, seed: int) -> Variant:
         """The training of one variant with one seed."""
-        base = yaml.safe_load(self.base.read_text(encoding="utf-8"))
-        settings: Mapping[str, Any] = {**base, **self.shared, **self.variants[name]}
-        return from_dict(
-            FuserTrainingConfig, {**settings, "seed": seed, "out": self.folder(name, seed)}
-        )
+        own = dict(self.variants[name])
+        base = Path(own.pop("base", self.base))
+        shared = self.shared if base == self.base else {}
+        settings = yaml.safe_load(base.read_text(encoding="utf-8"))
+        place = {"seed": seed, "out": self.folder(name, seed)}
+        for key, value in {**shared, **own, **place}.items():
+            set_key(settings, key, copy.deepcopy(value))
+        return build_variant(settings)
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a variant's training lies; its evaluation is in `evaluation` there."""
@@ -94,29 +103,25 @@ def ablate(config: AblationConfig) -> None:
     """Train and evaluate what is not there yet, seed after seed."""
     for seed in config.seeds:
         for name in config.only or config.variants:
-            training = config.training(name, seed)
-            right = read_judgements(config.out).get(training.out.name, {"right": {}})["right"]
-            for steps in sorted({*config.judged_at, training.steps}):
-                at = _END if steps == training.steps else str(steps)
-                if steps <= training.steps and at not in right:
-                    train_fuser.train(training, training.reconstruct_steps + steps)
-                    judge(training, config.items, steps)
+            variant = config.variant(name, seed)
+            right = read_judgements(config.out).get(variant.out.name, {"right": {}})["right"]
+            for steps in sorted({*config.judged_at, variant.steps}):
+                at = _END if steps == variant.steps else str(steps)
+                if steps <= variant.steps and at not in right:
+                    variant.train(steps)
+                    judge(variant, config.items, steps)
             write_json(config.out / _JUDGEMENTS, read_judgements(config.out))
             write_json(config.out / "ablations.json", tabulate(config))
 
 
-def judge(training: FuserTrainingConfig, items: Path, steps: int) -> None:
-    """Ask a variant all questions after so many answer steps.
-
-    Over its picture's cache and, at the end, over an empty one.
-    """
-    target = load_target(dtype=DTYPES[training.dtype])
-    sources = {SOURCE_NAME: load_source(training.source)}
-    bridge = Bridge.from_pretrained(training.out / "bridge", target, sources)
-    arms = ("fused",) if steps < training.steps else ("fused", "zeroed")
-    settings = EvaluationConfig(items=items, arms=arms, timed=0)
+def judge(variant: Variant, items: Path, steps: int) -> None:
+    """Ask a variant all questions after so many answer steps; its controls at the end."""
+    last = steps == variant.steps
+    arms = variant.arms if last else variant.arms[:1]
+    settings = EvaluationConfig(items=items, arms=arms, timed=0, **variant.files)
+    out = variant.out / ("evaluation" if last else f"evaluation-{steps}")
     with torch.inference_mode():
-        evaluate(bridge, settings, _judgement(training, steps))
+        evaluate(variant.load(), settings, out)
 
 
 def tabulate(config: AblationConfig) -> dict[str, Any]:
@@ -125,10 +130,10 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     Returns:
         `questions`, how many; for each of the `variants` its `settings`, `parameters`, `seeds`,
         `each`: a seed's share of right answers, and of them all, as [value, low, high] of a
-        bootstrap over questions, `accuracy`, `zeroed` (over an empty cache) and, but for the first
-        variant, `over_first`: how far it is above that, of the seeds that both have. `curves`, by
-        variant judged at its end: `steps`, `scenes` seen in them and `accuracy`, of all seeds
-        judged there.
+        bootstrap over questions, `accuracy`, `zeroed` (over an empty cache, where there is one)
+        and, but for the first variant, `over_first`: how far it is above that, of the seeds that
+        both have. `curves`, by variant judged at its end: `steps`, `scenes` seen in them and
+        `accuracy`, of all seeds judged there.
 
     Raises:
         ConfigError: not all were asked as many questions.
@@ -136,14 +141,19 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     known = read_judgements(config.out)
     if not known:
         return {"questions": 0, "variants": {}, "curves": {}}
-    counts = {len(right["fused"]) for run in known.values() for right in run["right"].values()}
+    counts = {
+        len(digits)
+        for run in known.values()
+        for right in run["right"].values()
+        for digits in right.values()
+    }
     if len(counts) > 1:
         raise ConfigError(
             f"{config.out}: judged by {' and '.join(map(str, sorted(counts)))} questions, which "
             "cannot be compared; judge all variants by the same items, in a folder of their own"
         )
     found = {name: _by_seed(config, name, known) for name in config.variants}
-    first = {seed: _hits(run, _END, "fused") for seed, run in found[next(iter(found))].items()}
+    first = {seed: _hits(run, _END) for seed, run in found[next(iter(found))].items()}
     curves = {name: _curve(config, name, known) for name, runs in found.items() if runs}
     if all(len(curve) < 2 for curve in curves.values()):
         curves = {}  # judged at their ends alone
@@ -153,16 +163,17 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     for number, (name, runs) in enumerate(found.items()):
         if not runs:
             continue
-        hits = {seed: _hits(run, _END, "fused") for seed, run in runs.items()}
-        zeroed = [_hits(run, _END, "zeroed") for run in runs.values()]
+        hits = {seed: _hits(run, _END) for seed, run in runs.items()}
         row: dict[str, Any] = {
             "settings": config.variants[name],
             "parameters": next(iter(runs.values()))["parameters"],
             "seeds": list(runs),
             "each": [float(hits[seed].mean()) for seed in runs],
             "accuracy": accuracy(np.mean(list(hits.values()), axis=0), draws),
-            "zeroed": accuracy(np.mean(zeroed, axis=0), draws),
         }
+        if all(_CONTROL in run["right"][_END] for run in runs.values()):
+            zeroed = [_digits(run["right"][_END][_CONTROL]) for run in runs.values()]
+            row[_CONTROL] = accuracy(np.mean(zeroed, axis=0), draws)
         if number:
             gaps = [hits[seed] - first[seed] for seed in hits if seed in first]
             row["over_first"] = accuracy(np.mean(gaps, axis=0), draws) if gaps else None
@@ -184,7 +195,7 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
     for summary in sorted(out.glob("*/evaluation*/summary.json")):
         training = summary.parent.parent
         run = known.setdefault(training.name, {"right": {}})
-        run["parameters"] = _count_parameters(training / "bridge" / "model.safetensors")
+        run["parameters"] = sum(map(_count_parameters, training.glob("*/*.safetensors")))
         rows = _rows(summary.parent)
         run["right"][summary.parent.name.partition("-")[2] or _END] = {
             arm: "".join(str(int(is_right(row["answers"][arm], row["gold"]))) for row in rows)
@@ -208,15 +219,15 @@ def _curve(
 ) -> list[dict[str, Any]]:
     """A variant's accuracy after each number of steps at which it was judged."""
     runs = list(_by_seed(config, name, known).values())
-    training = config.training(name, 0)
+    variant = config.variant(name, 0)
     paused = {int(steps) for run in runs for steps in run["right"] if steps != _END}
     curve = []
-    for steps in sorted({*paused, training.steps}):
-        at = _END if steps == training.steps else str(steps)
-        hits = [_hits(run, at, "fused") for run in runs if at in run["right"]]
+    for steps in sorted({*paused, variant.steps}):
+        at = _END if steps == variant.steps else str(steps)
+        hits = [_hits(run, at) for run in runs if at in run["right"]]
         draws = draw_resamples(len(hits[0]), _RESAMPLES, seed=0)
         share = accuracy(np.mean(hits, axis=0), draws)
-        curve.append({"steps": steps, "scenes": steps * training.scenes, "accuracy": share})
+        curve.append({"steps": steps, "scenes": steps * variant.scenes, "accuracy": share})
     return curve
 
 
@@ -225,18 +236,20 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _hits(run: Mapping[str, Any], at: str, arm: str) -> NDArray[np.float64]:
-    return np.array([float(digit) for digit in run["right"][at][arm]])
+def _hits(run: Mapping[str, Any], at: str) -> NDArray[np.float64]:
+    """Which questions the arm that was trained answered right."""
+    (digits,) = (digits for arm, digits in run["right"][at].items() if arm != _CONTROL)
+    return _digits(digits)
+
+
+def _digits(digits: str) -> NDArray[np.float64]:
+    return np.array([float(digit) for digit in digits])
 
 
 def _count_parameters(path: Path) -> int:
     with safe_open(path, "pt") as weights:
         names = weights.keys()
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-
-
-def _judgement(training: FuserTrainingConfig, steps: int) -> Path:
-    return training.out / ("evaluation" if steps == training.steps else f"evaluation-{steps}")
 
 
 if __name__ == "__main__":

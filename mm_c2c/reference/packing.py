@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,12 +25,13 @@ class Turn(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Several questions in a row; each sees the prefix and itself only.
+    """Several questions in a row; each sees what is before all of them and itself only.
 
     Attributes:
         input_ids: `(batch, text_len)`, after the prefix; right-padded with 0.
-        segments: `(batch, text_len)`: which question a token belongs to; -1 pads.
-        position_ids: `(batch, text_len)`, as if each question came right after the prefix.
+        segments: `(batch, text_len)`: which question a token belongs to; -1 pads, -2 is a beginning
+            that all questions of a row see.
+        position_ids: `(batch, text_len)`, as if each question came right after what it sees.
         labels: `(batch, text_len)`: the next token where it is part of an answer, else -100.
     """
 
@@ -39,20 +41,32 @@ class Packed(NamedTuple):
     labels: Tensor
 
 
-def pack(batch: Sequence[Sequence[Turn]], prefix_len: int) -> Packed:
-    """Lay out the questions of each picture behind a prefix of `prefix_len` positions."""
+def pack(
+    batch: Sequence[Sequence[Turn]],
+    prefix_len: int,
+    beginnings: Sequence[Sequence[int]] | None = None,
+) -> Packed:
+    """Lay out the questions of each picture behind a prefix of `prefix_len` positions.
+
+    Args:
+        batch: questions of each row; a prompt has at least one token.
+        prefix_len: positions that were read already.
+        beginnings: of each row, tokens that come before each of its questions, and are read once;
+            None where there are none.
+    """
     rows = []
-    for turns in batch:
-        ids: list[int] = []
-        segments: list[int] = []
-        positions: list[int] = []
-        labels: list[int] = []
+    for row, turns in enumerate(batch):
+        ids = list(beginnings[row]) if beginnings else []
+        begun = prefix_len + len(ids)
+        segments = [_PREFIX] * len(ids)
+        positions = list(range(prefix_len, begun))
+        labels = [-100] * len(ids)
         for index, (prompt, answer) in enumerate(turns):
             ids += prompt + answer[:-1]
             labels += [-100] * (len(prompt) - 1) + answer
             length = len(prompt) + len(answer) - 1
             segments += [index] * length
-            positions += range(prefix_len, prefix_len + length)
+            positions += range(begun, begun + length)
         rows.append((ids, segments, positions, labels))
     width = max(len(row[0]) for row in rows)
     fill = (0, _PAD, 0, -100)
@@ -60,6 +74,14 @@ def pack(batch: Sequence[Sequence[Turn]], prefix_len: int) -> Packed:
         torch.tensor([row[i] + [fill[i]] * (width - len(row[i])) for row in rows]) for i in range(4)
     ]
     return Packed(*columns)
+
+
+def split_beginning(prompts: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """What all prompts begin with, and the rest of each, which keeps at least its last token."""
+    columns = zip(*(ids[:-1] for ids in prompts), strict=False)
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
+    beginning = [column[0] for column in same]
+    return beginning, [ids[len(beginning) :] for ids in prompts]
 
 
 def block_mask(segments: Tensor, prefix_len: int) -> Tensor:

@@ -24,6 +24,7 @@ from mm_c2c.evaluation.arms.prompts import RelayPrompt
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig
 from mm_c2c.evaluation.arms.tuned import add_adapter
 from mm_c2c.reference.models import BRIDGE_FOLDER, SOURCE_NAME, load_source, load_target
+from mm_c2c.reference.packing import split_beginning
 from mm_c2c.reference.scene_data import ScenePool
 from mm_c2c.reference.scenes import CAPTION_REQUEST, Question
 from mm_c2c.reference.train_fuser import (
@@ -118,15 +119,18 @@ def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSour
     tokenizer, prompt = bridge.target.tokenizer, RelayPrompt()
 
     def loss(features: Tensor, asked: list[list[Question]]) -> Tensor:
-        turns = []
+        turns, beginnings = [], []
         for caption, questions in zip(
             reader.describe(features, CAPTION_REQUEST), asked, strict=True
         ):
             shown = [prompt.ask_target(caption, q.question) for q in questions]
             texts = [render_chat(tokenizer, text, bridge.config.system) for text in shown]
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            turns.append(answer_turns(tokenizer, ids, questions))
-        return turns_loss(model, turns, DynamicCache(config=model.config), done=0)
+            beginning, rest = split_beginning(ids)
+            turns.append(answer_turns(tokenizer, rest, questions))
+            beginnings.append(beginning)
+        cache = DynamicCache(config=model.config)
+        return turns_loss(model, turns, cache, done=0, beginnings=beginnings)
 
     def save() -> None:
         # "auto" would ask the Hub whether the vocabulary has grown.

@@ -24,7 +24,7 @@ from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import add_adapter
 from mm_c2c.evaluation.command import load_pair
 from mm_c2c.evaluation.tasks import Item, load_items
-from mm_c2c.reference.packing import Turn
+from mm_c2c.reference.packing import Turn, split_beginning
 from mm_c2c.reference.train_fuser import turns_loss
 from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.sources.base import SourceInput
@@ -112,15 +112,10 @@ def shared_loss(model: Any, tokenizer: Any, prompts: list[str], answers: list[st
     """
     asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     said = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    columns = itertools.takewhile(lambda c: len(set(c)) == 1, zip(*asked, strict=False))
-    # The token before an answer is not among them: from it the answer is told.
-    done = min(len(list(columns)), *(len(ids) - 1 for ids in asked))
-    cache = DynamicCache(config=model.config)
-    if done:
-        model.model(torch.tensor([asked[0][:done]]), past_key_values=cache, use_cache=True)
+    beginning, rest = split_beginning(asked)
     end = tokenizer.eos_token_id
-    turns = [Turn(ids[done:], [*a, end]) for ids, a in zip(asked, said, strict=True)]
-    return turns_loss(model, [turns], cache, done)
+    turns = [Turn(ids, [*a, end]) for ids, a in zip(rest, said, strict=True)]
+    return turns_loss(model, [turns], DynamicCache(config=model.config), 0, [beginning])
 
 
 def group_steps(items: list[Item]) -> list[list[Item]]:

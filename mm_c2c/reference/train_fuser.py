@@ -278,7 +278,13 @@ def answer_loss(bridge: Bridge, perception: Perception, asked: list[list[Questio
     return turns_loss(bridge.target.model, turns, fork(perception.past_key_values), done)
 
 
-def turns_loss(model: Any, turns: list[list[Turn]], cache: Cache, done: int) -> Tensor:
+def turns_loss(
+    model: Any,
+    turns: list[list[Turn]],
+    cache: Cache,
+    done: int,
+    beginnings: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """Cross-entropy of the answers of packed turns, mean over tokens.
 
     Args:
@@ -286,8 +292,9 @@ def turns_loss(model: Any, turns: list[list[Turn]], cache: Cache, done: int) -> 
         turns: for each row, in any number; they do not see each other.
         cache: what each of a row's turns reads on from; it grows.
         done: positions in the cache.
+        beginnings: as in `pack`.
     """
-    packed = pack(turns, done)
+    packed = pack(turns, done, beginnings)
     states = model.model(
         packed.input_ids,
         attention_mask=block_mask(packed.segments, done)[:, :, done:].to(model.dtype),
