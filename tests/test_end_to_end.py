@@ -13,6 +13,7 @@ import torch
 
 from mm_c2c import CacheFuser, PatchGrid, SourceInput
 from mm_c2c.bridge import BridgeConfig
+from mm_c2c.cache import PositionKind
 from mm_c2c.config import from_dict
 from mm_c2c.evaluation.report import brief, set_beside
 from mm_c2c.evaluation.tasks import is_right, load_items
@@ -33,6 +34,24 @@ def test_the_shipped_source_looks_and_speaks_offline() -> None:
     asked = SourceInput(text="How many things are there?", images=(picture,))
     answer = source.generate([asked], max_new_tokens=4, do_sample=False)[0]
     assert re.fullmatch(r"\s*\d", answer)
+
+
+def test_a_question_behind_the_picture_leaves_the_pictures_cache_as_it_is() -> None:
+    source = models.load_source()
+    picture = load_image(ROOT / "demos" / "scene.webp")
+    seen, asked = (
+        source.prefill([SourceInput(text=text, images=(picture,))])
+        for text in ("", "Where is the dog?")
+    )
+    here, there = (cache.kinds[0] == PositionKind.IMAGE for cache in (seen, asked))
+    assert here.sum() == there.sum() == 81
+    for blind, aware in zip(seen.layers, asked.layers, strict=True):
+        torch.testing.assert_close(
+            blind.keys[:, :, here], aware.keys[:, :, there], rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            blind.values[:, :, here], aware.values[:, :, there], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_the_shipped_fuser_fits_the_shipped_source_and_is_small() -> None:
