@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from mm_c2c.config import load_config
@@ -85,6 +86,21 @@ def test_variants_differ_from_the_base_in_what_they_name(
     assert len({t.out for t in trained}) == 4
     ablate.ablate(config)
     assert len(trained) == 4  # nothing twice
+
+
+def test_results_are_written_by_one_process_at_a_time(
+    config: AblationConfig, trained: list[FuserTrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write(path: Path, values: Any) -> None:
+        with pytest.raises(Timeout):
+            FileLock(path.parent / ".lock").acquire(blocking=False)
+        written.append(path.name)
+
+    monkeypatch.setattr(ablate, "write_json", write)
+    ablate.ablate(AblationConfig(**{**vars(config), "seeds": (0,), "only": ("whole",)}))
+    assert written == ["judgements.json", "ablations.json"]
 
 
 def test_a_variant_is_compared_with_the_first_over_the_seeds_that_both_have(

@@ -241,22 +241,49 @@ def test_a_shuffled_training_shows_each_scene_the_next_ones_cache(
         replace(config, shuffled=True, scenes=1)
 
 
-def test_a_training_asks_what_no_picture_shows_only_when_told_to(
-    fuser_config: FuserTrainingConfig, targets: list[Target], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(fuser_config, reconstruct_steps=0, steps=3, scenes=4)
-    learn, kinds = train_fuser.answer_loss, set()
+@pytest.fixture
+def asked_in_training(monkeypatch: pytest.MonkeyPatch) -> list[list[Question]]:
+    """The questions about each picture, in the order of training."""
+    noted: list[list[Question]] = []
+    learn = train_fuser.answer_loss
 
     def note(bridge: Bridge, perception: Any, asked: list[list[Question]]) -> torch.Tensor:
-        kinds.update(question.kind for questions in asked for question in questions)
+        noted.extend(asked)
         return learn(bridge, perception, asked)
 
     monkeypatch.setattr(train_fuser, "answer_loss", note)
+    return noted
+
+
+def test_a_training_asks_what_no_picture_shows_only_when_told_to(
+    fuser_config: FuserTrainingConfig,
+    targets: list[Target],
+    asked_in_training: list[list[Question]],
+) -> None:
+    config = replace(fuser_config, reconstruct_steps=0, steps=3, scenes=4)
     for knowledge in (False, True):
-        kinds.clear()
+        asked_in_training.clear()
         train_fuser.train(replace(config, knowledge=knowledge, out=config.out / str(knowledge)))
+        kinds = {q.kind for questions in asked_in_training for q in questions}
         assert "caption" in kinds
         assert bool(kinds & set(FACTS)) == knowledge
+
+
+def test_a_training_asks_more_of_what_is_learned_late_when_told_to(
+    fuser_config: FuserTrainingConfig,
+    targets: list[Target],
+    asked_in_training: list[list[Question]],
+) -> None:
+    config = replace(fuser_config, reconstruct_steps=0, steps=2, scenes=4, questions=1)
+    train_fuser.train(replace(config, late=5, out=config.out / "late"))
+    assert len(asked_in_training) == 8
+    for questions in asked_in_training:
+        assert questions[1].kind == "caption"
+        late = questions[2:]
+        assert {q.kind for q in late} <= {"where", "count", "exists", "odd"}
+        assert len(set(late)) == len(late)
+        assert 3 <= len(late) <= 5  # a scene of one thing has few to ask
+    assert any(len(questions) == 7 for questions in asked_in_training)
 
 
 def test_a_reader_describes_a_picture_as_the_source_does() -> None:

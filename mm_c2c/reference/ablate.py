@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -110,8 +111,9 @@ def ablate(config: AblationConfig) -> None:
                 if steps <= variant.steps and at not in right:
                     variant.train(steps)
                     judge(variant, config.items, steps)
-            write_json(config.out / _JUDGEMENTS, read_judgements(config.out))
-            write_json(config.out / "ablations.json", tabulate(config))
+            with FileLock(config.out / ".lock"):  # other seeds' processes write here too
+                write_json(config.out / _JUDGEMENTS, read_judgements(config.out))
+                write_json(config.out / "ablations.json", tabulate(config))
 
 
 def judge(variant: Variant, items: Path, steps: int) -> None:

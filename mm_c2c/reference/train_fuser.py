@@ -49,6 +49,9 @@ from mm_c2c.training.loop import cosine_rate
 from mm_c2c.training.optimizers import build_optimizers
 
 _NOTHING = "nothing"
+# What wants a name to be found among the slots, or all slots to be looked through.
+_LEARNED_LATE = ("where", "count", "exists", "odd")
+_TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ class FuserTrainingConfig(TrainerConfig):
         steps: steps of the second phase: cross-entropy of the answers.
         scenes: pictures a step.
         questions: questions a picture; a request to describe it comes on top.
+        late: questions a picture of the kinds that are learned late, beside those.
         knowledge: questions whose answer is not in the picture come beside them.
         learning_rate: after the warm-up; falls to zero along a cosine. Matrices follow Muon, the
             rest AdamW.
@@ -108,6 +112,7 @@ class FuserTrainingConfig(TrainerConfig):
     steps: int = 400
     scenes: int = 8
     questions: int = 4
+    late: int = 0
     knowledge: bool = False
     learning_rate: float = 2e-3
     warmup: int = 20
@@ -343,6 +348,8 @@ def train(config: FuserTrainingConfig, until: int | None = None) -> None:
         if reconstruct:
             return reconstruct_loss(bridge, words(), perception, scenes, config.rows)
         asked = draw_questions(scenes, rng, config.questions)
+        if config.late:
+            asked = [q + draw_late(s, rng, config.late) for s, q in zip(scenes, asked, strict=True)]
         if config.knowledge:
             asked = [q + draw_knowledge(s, rng) for s, q in zip(scenes, asked, strict=True)]
         return answer_loss(bridge, perception, asked)
@@ -396,6 +403,14 @@ def draw_questions(scenes: list[Scene], rng: random.Random, count: int) -> list[
         ]
         for scene in scenes
     ]
+
+
+def draw_late(scene: Scene, rng: random.Random, count: int) -> list[Question]:
+    """At most so many questions of the kinds that are learned late, no two the same."""
+    names = SPLITS["train"].names
+    found = [q for _ in range(_TRIES) for q in questions(scene, rng, names)]
+    late = list(dict.fromkeys(q for q in found if q.kind in _LEARNED_LATE))
+    return rng.sample(late, min(count, len(late)))
 
 
 if __name__ == "__main__":
