@@ -15,8 +15,9 @@ from mm_c2c.cli import main
 from mm_c2c.config import load_config, override
 from mm_c2c.errors import ConfigError
 from mm_c2c.geometry import find
+from mm_c2c.training.blank import narrow
 from mm_c2c.training.config import PhasesConfig, TrainingConfig
-from mm_c2c.training.dry_run import dry_run, estimate, narrow
+from mm_c2c.training.dry_run import dry_run, estimate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # The readers of policies, whose sources are trained here, are no recipes for published models.

@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mm_c2c.bench.rounds import ratio
 from mm_c2c.config import load_config
 from mm_c2c.errors import run_main
 from mm_c2c.training.config import TrainingConfig
@@ -48,10 +49,9 @@ def bench(config: TrainingConfig, *, true_width: bool = False, rounds: int = 5) 
                 seconds = _run_step(trainer, step)
                 if turn:  # the first fills the folder
                     taken[name].append(seconds)
-    ratios = [plain / fast for plain, fast in zip(*taken.values(), strict=True)]
     return {
         "ms": {name: 1000 * statistics.median(times) for name, times in taken.items()},
-        "speed": [statistics.median(ratios), min(ratios), max(ratios)],
+        "speed": ratio(taken["plain"], taken["kept"]),
         "rounds": rounds,
         "true_width": true_width,
     }

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mm_c2c.bench.rounds import ratio
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.config import from_command_line
 from mm_c2c.errors import ConfigError, run_main
@@ -111,10 +112,9 @@ def bench(config: RobotBenchConfig) -> dict[str, Any]:
                         latencies.append(event.latency_ms)
                 if turn:
                     steps[name].append(statistics.median(times))
-    ratios = [read / alone for alone, read in zip(*steps.values(), strict=True)]
     return {
         "ms": {name: statistics.median(times) for name, times in steps.items()},
-        "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
+        "ratio": ratio(steps["read"], steps["alone"]),
         "latency_ms": statistics.median(latencies) if latencies else None,
         **counted,
         "rounds": config.rounds,

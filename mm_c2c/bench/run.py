@@ -1,4 +1,4 @@
-"""`mm-c2c bench`: our fuser beside the layer-by-layer projector, at published sizes.
+"""`mm-c2c bench`: our fuser and bridge beside the layer-by-layer projector, at published sizes.
 
 What is compared runs in turn within one process, and each round gives one ratio, so that whatever
 slows the machine slows both.
@@ -7,32 +7,30 @@ slows the machine slows both.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mm_c2c.align.layers import layer_map
 from mm_c2c.bench.peer import LayerByLayer
+from mm_c2c.bench.pipeline import Pipeline, paired_layers, time_growth, time_stages
+from mm_c2c.bench.rounds import in_turn, ratio
 from mm_c2c.cache import CacheShape
+from mm_c2c.config import WIDE_DTYPES, check_one_of
 from mm_c2c.errors import ConfigError
 from mm_c2c.fuser import CacheFuser, FuserConfig
+from mm_c2c.geometry import cache_layout, find
+from mm_c2c.training.blank import narrow
 
 PAIRS = {
-    "qwen2.5-0.5b to qwen3-0.6b": (
-        CacheShape(num_layers=24, num_key_value_heads=2, head_dim=64),
-        CacheShape(num_layers=28, num_key_value_heads=8, head_dim=128),
-    ),
-    "qwen2.5-0.5b to qwen3-8b": (
-        CacheShape(num_layers=24, num_key_value_heads=2, head_dim=64),
-        CacheShape(num_layers=36, num_key_value_heads=8, head_dim=128),
-    ),
+    "qwen2.5-0.5b to qwen3-0.6b": ("Qwen2.5-0.5B", "Qwen3-0.6B"),
+    "qwen2.5-0.5b to qwen3-8b": ("Qwen2.5-0.5B", "Qwen3-8B"),
 }
-"""Geometries of the caches, from the models' published `config.json`."""
+"""Models of `geometry.yaml`, after the paper's own pairs."""
+GROWING = ("SmolVLM-256M", "SmolLM2-135M")
+"""The pair whose bridge is timed with more slots and more sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +42,32 @@ class BenchConfig:
         positions: aligned positions that are fused.
         hidden_size: width of the projectors, ours and the peer's.
         growth: numbers of positions at which `small` is timed alone.
+        sides: numbers of rows, and of columns, of slots at which a bridge is timed.
+        sources: numbers of sources likewise.
+        dtype: of the models that read; bfloat16 is many times faster where a CPU multiplies it, and
+            many times slower where not. Fusers are in float32.
         rounds: timed rounds, after one to warm up.
+        true_width: False makes all models narrow, for a test.
     """
 
     pairs: tuple[str, ...] = tuple(PAIRS)
     positions: int = 512
     hidden_size: int = 1024
     growth: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    sides: tuple[int, ...] = (2, 4, 8)
+    sources: tuple[int, ...] = (1, 2, 4)
+    dtype: str = "float32"
     rounds: int = 5
+    true_width: bool = True
 
     def __post_init__(self) -> None:
         for pair in self.pairs:
             if pair not in PAIRS:
                 raise ConfigError(f"no pair {pair!r}; known: {', '.join(PAIRS)}")
+        check_one_of("dtype", self.dtype, WIDE_DTYPES)
         for name in ("positions", "hidden_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-class Ratio(NamedTuple):
-    """How many times as fast as the peer: the median of the rounds, and their range."""
-
-    median: float
-    low: float
-    high: float
 
 
 @torch.no_grad()
@@ -75,57 +75,106 @@ def bench(config: BenchConfig, *, progress: bool = True) -> dict[str, Any]:
     """Time everything.
 
     Returns:
-        Plain values, ready for JSON: for each pair `ms` (median) and `parameters` of the peer, of
-        `c2c` (the same function, stacked) and of `small`; `speed` against the peer as [median,
-        low, high]; and `growth`, the milliseconds of `small` at other numbers of positions.
+        Plain values, ready for JSON. In `pairs`, for each pair: `ms` (median of fusing alone) and
+        `parameters` of the peer, of `c2c` (the same function, stacked) and of `small`; `speed`
+        against the peer as [median, low, high]; the milliseconds of `small` by number of
+        `positions` and of target `layers`; and `stages`, of `time_stages`. In `growth`, of a
+        bridge: `time_growth`.
     """
-    result: dict[str, Any] = {"positions": config.positions, "rounds": config.rounds}
+    result: dict[str, Any] = {"positions": config.positions, "rounds": config.rounds, "pairs": {}}
     for pair in config.pairs:
-        source, target = PAIRS[pair]
-        fusers = _build_fusers(source, target, config.hidden_size)
-        runs = {
-            name: _runner(fuser, source, target, config.positions) for name, fuser in fusers.items()
-        }
-        taken = _rounds(runs, config.rounds, pair, progress=progress)
-        small = fusers["small"]
-        growth = {str(count): _runner(small, source, target, count) for count in config.growth}
-        grown = _rounds(growth, config.rounds, f"{pair}, growth", progress=progress)
-        result[pair] = {
-            "ms": {name: statistics.median(times) for name, times in taken.items()},
-            "parameters": {
-                name: sum(p.numel() for p in fuser.parameters()) for name, fuser in fusers.items()
-            },
-            "speed": {name: _ratio(taken["peer"], taken[name]) for name in ("c2c", "small")},
-            "growth": {count: statistics.median(times) for count, times in grown.items()},
-        }
+        alone = _bench_fusers(config, pair, progress=progress)
+        stages = time_stages(
+            _pipeline(config, PAIRS[pair]), config.rounds, f"{pair}, stages", progress=progress
+        )
+        result["pairs"][pair] = {**alone, "stages": stages}
+    result["growth"] = time_growth(
+        _pipeline(config, GROWING), config.sides, config.sources, config.rounds, progress=progress
+    )
     return result
 
 
 def text_table(result: dict[str, Any]) -> str:
     """For a terminal."""
-    lines = [f"fusing {result['positions']} positions, median of {result['rounds']} rounds"]
-    for pair, row in result.items():
-        if not isinstance(row, dict):
-            continue
-        lines.append(f"\n{pair}\n{'':<8}{'ms':>10}{'parameters':>16}   against the peer")
+    lines = [f"{result['positions']} positions, median of {result['rounds']} rounds"]
+    for pair, row in result["pairs"].items():
+        lines.append(
+            f"\n{pair}\n{'fusing alone':<22}{'ms':>10}{'parameters':>16}   against the peer"
+        )
         for name, taken in row["ms"].items():
             speed = row["speed"].get(name)
             against = "{:.1f}x ({:.1f} to {:.1f})".format(*speed) if speed else ""
-            lines.append(f"{name:<8}{taken:>10.1f}{row['parameters'][name]:>16,}   {against}")
-        grown = ", ".join(f"{count}: {taken:.1f}" for count, taken in row["growth"].items())
-        lines.append(f"small, ms by positions: {grown}")
+            lines.append(f"{name:<22}{taken:>10.1f}{row['parameters'][name]:>16,}   {against}")
+        lines += [f"small, ms by {name}: {_grown(row[name])}" for name in ("positions", "layers")]
+        stages = row["stages"]
+        lines += [f"{name:<22}{taken:>10.1f}" for name, taken in stages["ms"].items()]
+        share = "{:.1%} ({:.1%} to {:.1%})".format(*stages["share"])
+        speed = "{:.2f}x ({:.2f} to {:.2f})".format(*stages["first_token"])
+        lines.append(f"fusing is {share} of both readings; first token {speed} against the peer")
+    lines += [
+        f"\na bridge's fusing, ms by {name}: {_grown(grown)}"
+        for name, grown in result["growth"].items()
+    ]
     return "\n".join(lines)
+
+
+def _grown(taken: dict[str, float]) -> str:
+    return ", ".join(f"{count}: {ms:.1f}" for count, ms in taken.items())
+
+
+def _pipeline(config: BenchConfig, pair: tuple[str, str]) -> Pipeline:
+    source, target = map(find, pair)
+    return Pipeline(
+        source,
+        target,
+        positions=config.positions,
+        hidden_size=config.hidden_size,
+        dtype=config.dtype,
+        true_width=config.true_width,
+    )
+
+
+def _bench_fusers(config: BenchConfig, pair: str, *, progress: bool) -> dict[str, Any]:
+    """The fusers of a pair alone, on random caches."""
+    texts = [find(name).text for name in PAIRS[pair]]
+    source, target = (
+        cache_layout(text if config.true_width else narrow(text)).shape for text in texts
+    )
+    fusers = _build_fusers(source, target, config.hidden_size)
+    count = config.positions
+    runs = {name: _runner(fuser, source, target, count) for name, fuser in fusers.items()}
+    taken = in_turn(runs, config.rounds, pair, progress=progress)
+    positions = {
+        str(number): _runner(fusers["small"], source, target, number) for number in config.growth
+    }
+    layers = {}
+    for part in (4, 2, 1):
+        shape = replace(target, num_layers=max(1, target.num_layers // part))
+        fuser = CacheFuser(FuserConfig(source=source, target=shape)).eval()
+        layers[str(shape.num_layers)] = _runner(fuser, source, shape, count)
+    grown = {
+        name: {
+            number: statistics.median(times)
+            for number, times in in_turn(
+                more, config.rounds, f"{pair}, {name}", progress=progress
+            ).items()
+        }
+        for name, more in (("positions", positions), ("layers", layers))
+    }
+    return {
+        "ms": {name: statistics.median(times) for name, times in taken.items()},
+        "parameters": {
+            name: sum(p.numel() for p in fuser.parameters()) for name, fuser in fusers.items()
+        },
+        "speed": {name: ratio(taken["peer"], taken[name]) for name in ("c2c", "small")},
+        **grown,
+    }
 
 
 def _build_fusers(
     source: CacheShape, target: CacheShape, hidden_size: int
 ) -> dict[str, torch.nn.Module]:
     """The peer, the same function in our stacked form, and the default."""
-    layers = layer_map("terminal", source.num_layers, target.num_layers)
-    pairs = [
-        int(weights.argmax()) if fed else None
-        for weights, fed in zip(layers.weights, layers.mask, strict=True)
-    ]
     paper = FuserConfig.c2c(source, target)
     stacked = FuserConfig(
         source=source,
@@ -137,7 +186,7 @@ def _build_fusers(
         raw_keys=True,
     )
     return {
-        "peer": LayerByLayer(source, target, hidden_size, pairs).eval(),
+        "peer": LayerByLayer(source, target, hidden_size, paired_layers(source, target)).eval(),
         "c2c": CacheFuser(stacked).eval(),
         "small": CacheFuser(FuserConfig(source=source, target=target)).eval(),
     }
@@ -153,22 +202,3 @@ def _runner(
         # The peer's result is the fused cache: ours is added too.
         return lambda: theirs + fuser(ours, theirs)
     return lambda: fuser(ours, theirs)
-
-
-def _rounds(
-    runs: dict[str, Callable[[], Tensor]], rounds: int, label: str, *, progress: bool
-) -> dict[str, list[float]]:
-    """Milliseconds of each, in turn; the first round only warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(rounds + 1), desc=label, disable=not progress):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if turn:
-                taken[name].append(1000 * (time.perf_counter() - started))
-    return taken
-
-
-def _ratio(peer: list[float], ours: list[float]) -> Ratio:
-    ratios = [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))

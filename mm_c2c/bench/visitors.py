@@ -34,6 +34,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import Status
 
+from mm_c2c.bench.rounds import ratio
 from mm_c2c.config import from_command_line
 from mm_c2c.demo.compare import Look, compare, facts
 from mm_c2c.demo.pair import (
@@ -236,10 +237,9 @@ def _first_token(setting: Setting, url: str, rounds: int) -> dict[str, Any]:
             taken["page"].append(1000 * page)
             taken["library"].append(1000 * library)
     client.close()
-    ratios = [page / library for page, library in zip(*taken.values(), strict=True)]
     return {
         "ms": {name: statistics.median(times) for name, times in taken.items()},
-        "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
+        "ratio": ratio(taken["page"], taken["library"]),
     }
 
 

@@ -8,25 +8,17 @@ embeddings: the vision tower is left out, in the steps and in what they cost.
 
 from __future__ import annotations
 
-import copy
-import math
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mm_c2c.cache import CacheOrigin, CacheShape, PatchGrid, PositionKind, SourceCache, read_layers
-from mm_c2c.config import DTYPES
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.geometry import Geometry, find, training_memory
 from mm_c2c.link import LinkConfig
-from mm_c2c.sources.base import SourceInput, full_cache
-from mm_c2c.target import Target
+from mm_c2c.training.blank import ANSWER, INNER, BlankSource, blank_target
 from mm_c2c.training.config import GenerateConfig, PhasesConfig, TrainingConfig
 from mm_c2c.training.data import Example, Turn
 from mm_c2c.training.loop import build_accelerator, memory_bytes
@@ -35,11 +27,9 @@ from mm_c2c.training.run import Trainer
 
 STEPS = 3
 # Tokens that costs are reckoned with, where the data is not looked at.
-QUESTION, ANSWER, DESCRIPTION = 16, 8, 48
+QUESTION, DESCRIPTION = 16, 48
 SUSTAINED_TFLOPS = 40
 """What a run's time is reckoned with: a quarter of an RTX 4090's 165 dense bfloat16 TFLOP/s."""
-_LAYERS, _INNER, _VOCAB, _PICTURE = 6, 64, 512, 64
-_CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' }}"
 
 
 def dry_run(config: TrainingConfig, *, true_width: bool = False) -> dict[str, Any]:
@@ -91,7 +81,7 @@ def blank_trainer(config: TrainingConfig, *, true_width: bool = False) -> Traine
     config = replace(config, start=None)
     if not true_width:
         narrow_links = {
-            name: {**link, "fuser": {**link.get("fuser", {}), "hidden_size": _INNER}}
+            name: {**link, "fuser": {**link.get("fuser", {}), "hidden_size": INNER}}
             for name, link in config.links.items()
         }
         config = replace(config, links=narrow_links, batch_size=2, accumulation=1)
@@ -105,7 +95,7 @@ def blank_trainer(config: TrainingConfig, *, true_width: bool = False) -> Traine
         )
         for name, model in sources.items()
     }
-    answering = _blank_target(target, config, true_width=true_width)
+    answering = blank_target(target, config.target.dtype, config.slot_token, true_width=true_width)
     return Trainer(config, accelerator, answering, blank, _Blank())
 
 
@@ -164,109 +154,6 @@ def text_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class BlankSource:
-    """A text decoder of random weights, over random embeddings in the place of what it is shown.
-
-    Args:
-        geometry: the published model.
-        links: what its positions must be good for.
-        dtype: of its weights.
-        true_width: whether to keep the published width.
-    """
-
-    def __init__(
-        self, geometry: Geometry, links: Sequence[LinkConfig], dtype: str, *, true_width: bool
-    ) -> None:
-        text = geometry.text if true_width else narrow(geometry.text)
-        self.model: Any = _build(AutoModel, text, dtype if true_width else "float32")
-        self.links = links
-        tokens = geometry.picture_tokens or 0
-        self.side = math.isqrt(tokens if true_width else min(tokens, _PICTURE))
-        self.has_pictures = bool(self.side)
-        self.origin = CacheOrigin(geometry.name, None, geometry.model_type)
-
-    @property
-    def shape(self) -> CacheShape:
-        """Geometry of its caches."""
-        return self.prefill([SourceInput()]).shape
-
-    @torch.no_grad()
-    def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
-        """Positions of each kind that the links read: patches, others by their kind, words."""
-        images = max(link.images for link in self.links)
-        patches = [
-            (image, row, col)
-            for image in range(images if self.side else 0)
-            for row in range(self.side)
-            for col in range(self.side)
-        ]
-        named = {PositionKind[kind.upper()] for link in self.links for kind in link.kinds}
-        others = [kind for kind in sorted(named) for link in self.links for _ in range(link.cols)]
-        words = max(len(item.text) for item in inputs)
-        batch, before = len(inputs), 1 + len(patches) + len(others)
-        kinds = torch.full((batch, before + words), PositionKind.TEMPLATE)
-        where = torch.full((batch, before + words, 3), -1)
-        spans = torch.full((batch, before + words, 2), -1)
-        kinds[:, 1 : before - len(others)] = PositionKind.IMAGE
-        where[:, 1 : 1 + len(patches)] = torch.tensor(patches).reshape(-1, 3)
-        kinds[:, before - len(others) : before] = torch.tensor(others, dtype=torch.long)
-        for row, item in enumerate(inputs):
-            count = len(item.text)
-            spans[row, before : before + count, 0] = torch.arange(count)
-            spans[row, before : before + count, 1] = torch.arange(count) + 1
-            kinds[row, before : before + count] = PositionKind.TEXT
-        device, dtype = self.model.device, self.model.dtype
-        size = (batch, kinds.shape[1], self.model.config.hidden_size)
-        cache = full_cache(self.model)
-        self.model(
-            inputs_embeds=torch.randn(size, device=device, dtype=dtype),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        layers, indices = read_layers(cache)
-        grids = tuple(PatchGrid(self.side, self.side, image) for image in range(images))
-        return SourceCache(
-            layers=layers,
-            layer_indices=indices,
-            position_ids=torch.arange(kinds.shape[1]).expand(batch, -1).to(device),
-            kinds=kinds.to(device),
-            patches=where.to(device),
-            grids=(grids if self.side else (),) * batch,
-            spans=spans.to(device),
-            texts=tuple(item.text.strip() for item in inputs),
-            rope=(None,) * len(layers),  # what is random is so however it is turned
-            origin=self.origin,
-        )
-
-    def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
-        """Nothing, as long as an answer."""
-        return ["x" * ANSWER] * len(inputs)
-
-
-def narrow(text: Any) -> Any:
-    """A config of the same family, of few layers of little width."""
-    small = copy.deepcopy(text)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    small.num_key_value_heads = min(heads, 2)
-    small.num_attention_heads = 2 * small.num_key_value_heads
-    small.head_dim = (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    ) // 4
-    small.num_hidden_layers = min(text.num_hidden_layers, _LAYERS)
-    if getattr(text, "layer_types", None):
-        small.layer_types = text.layer_types[: small.num_hidden_layers]
-    # As some families have it, whatever head_dim says.
-    small.hidden_size = small.num_attention_heads * small.head_dim
-    small.intermediate_size, small.vocab_size = _INNER, _VOCAB
-    sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
-    if sections:
-        small.rope_parameters = {
-            **text.rope_parameters,
-            "mrope_section": [section // 4 for section in sections],
-        }
-    return small
-
-
 class _Blank:
     """Examples of the usual length, all alike but for their number."""
 
@@ -280,31 +167,6 @@ class _Blank:
             turns=tuple(turns),
             description="x" * DESCRIPTION,
         )
-
-
-def _blank_target(geometry: Geometry, config: TrainingConfig, *, true_width: bool) -> Target:
-    text = geometry.text if true_width else narrow(geometry.text)
-    dtype = config.target.dtype if true_width else "float32"
-    model = _build(AutoModelForCausalLM, text, dtype)
-    return Target(model, _byte_tokenizer(config.slot_token), geometry.name)
-
-
-def _build(kind: Any, text: Any, dtype: str) -> Any:
-    torch.manual_seed(0)
-    model = kind.from_config(text, dtype=DTYPES[dtype])
-    return model.eval().requires_grad_(requires_grad=False)
-
-
-def _byte_tokenizer(slot_token: str) -> PreTrainedTokenizerFast:
-    """A token a byte, and one for the slots."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
-    tokenizer.add_tokens([slot_token])
-    tokenizer.chat_template = _CHAT
-    return tokenizer
 
 
 def _geometries(config: TrainingConfig) -> tuple[Geometry, dict[str, Geometry]]:
