@@ -29,7 +29,7 @@ from mm_c2c.robot import (
     run_episode,
 )
 from mm_c2c.robot.events import Answer, EpisodeEnd, Event, Monitor, Narration, ReaderFailure, Step
-from mm_c2c.robot.film import action_text, write_film
+from mm_c2c.robot.film import action_text, check_film, write_film
 from mm_c2c.robot.shipped import load_policy, load_reader, load_tiny_reader
 
 
@@ -51,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MMC2CError as error:
         print(f"robot: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
 def run(args: argparse.Namespace) -> None:
     quiet()
+    check_film(args.out)
     env, policy = make_minigrid(args.level), load_policy()
     events: list[Event] = []
     with ExitStack() as stack:

@@ -6,6 +6,7 @@ two parts once; `fuse` adds a question and gives everything that `target.generat
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +31,12 @@ from mm_c2c.link import (
     LinkConfig,
     align_slots,
     build_fuser,
+    check_link,
+    check_texts,
     gather_inputs,
     write_link,
 )
-from mm_c2c.perception import FusedInputs, Perception, Reading
+from mm_c2c.perception import FusedInputs, Perception, Reading, source_inputs
 from mm_c2c.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -85,23 +88,18 @@ class Bridge(nn.Module):
         self.target = target
         self.sources = dict(sources)
         for link in config.links:
-            if link.source not in sources:
-                raise ConfigError(
-                    f"a link names source {link.source!r}; sources given: {sorted(sources)}"
-                )
-            for_pictures = link.geometry == "slots" and not link.kinds
-            if for_pictures and not getattr(sources[link.source], "has_pictures", True):
-                raise ConfigError(
-                    f"source {link.source!r} reads words only and has no picture for slots; set "
-                    "geometry to 'aligned', or kinds to ('text',)"
-                )
-            check_shape(f"source {link.source!r}", link.fuser.source, sources[link.source].shape)
-            check_shape("the target", link.fuser.target, target.shape)
-        if target.minds_padding:
-            target.check_continues()
+            check_link(link, sources, target.shape)
+        target.check_continues()
         self.fusers = nn.ModuleDict({link.name: build_fuser(link) for link in config.links})
         self.prompt = Prompt(target.tokenizer, config.system, config.slot_token)
-        self._prefix_memo: dict[tuple[int, ...], Cache] = {}
+        self._prefix_memo: dict[tuple[Any, ...], Cache] = {}
+
+    def onto(self, target: Target) -> Bridge:
+        """The same sources and fusers before another target, such as this one with an adapter."""
+        check_shape("the target", self.target.shape, target.shape)
+        other = copy.copy(self)
+        other.target, other._prefix_memo = target, {}
+        return other
 
     # --- what the sources saw -------------------------------------------------------------
 
@@ -118,21 +116,16 @@ class Bridge(nn.Module):
             text: what the sources read beside each picture; empty leaves them question-blind.
 
         Raises:
-            InputError: `text` beside a `SourceInput`, which has its own.
+            InputError: no link has slots, no picture is given, or something else in its place, or
+                `text` beside a `SourceInput`, which has its own.
         """
-        given = [inputs] if isinstance(inputs, Image.Image | SourceInput) else inputs
-        rows = []
-        for row, item in enumerate(given):
-            if not isinstance(item, SourceInput):
-                rows.append(SourceInput(text=text, images=(item,)))
-            elif not text:
-                rows.append(item)
-            else:
-                raise InputError(
-                    f"row {row} is a SourceInput, which has a text of its own ({item.text!r}); put "
-                    f"{text!r} there"
-                )
         named = {link.source for link in self.config.links if link.geometry == "slots"}
+        if not named:
+            raise InputError(
+                "no link of this bridge has slots for what is perceived; ask by fuse(None, "
+                "questions, caches), with the sources' caches of the same questions"
+            )
+        rows = source_inputs(inputs, text)
         with torch.no_grad():
             return self.fuse_slots({name: self.sources[name].prefill(rows) for name in named})
 
@@ -146,8 +139,15 @@ class Bridge(nn.Module):
             keep: by link name, `(batch, slots)` bool: slots that are fused, while the others stay
                 the target's own; links that are not named are fused whole.
         """
-        self._check_names(caches)
-        links = [link for link in self.config.links if link.num_slots and link.source in caches]
+        self._check_caches(caches)
+        slots = [link for link in self.config.links if link.num_slots]
+        unknown = sorted(set(keep or ()) - {link.name for link in slots})
+        if unknown:
+            raise ConfigError(
+                f"keep: no link with slots is named {unknown}; known: "
+                f"{', '.join(link.name for link in slots) or 'none'}"
+            )
+        links = [link for link in slots if link.source in caches]
         sizes = {caches[link.source].batch_size for link in links} or {1}
         if len(sizes) > 1:
             raise ShapeError(f"the sources' caches differ in batch size: {sorted(sizes)}")
@@ -209,7 +209,7 @@ class Bridge(nn.Module):
             all but the last token.
         """
         caches = caches or {}
-        self._check_names(caches)
+        self._check_caches(caches)
         reading = self._ask(perception, questions)
         if any(link.source in caches for link in self._aligned_links()):
             return self.fuse_words(self._read_on(reading), caches)
@@ -235,20 +235,18 @@ class Bridge(nn.Module):
             reading: from `read_questions`; it is not changed.
             caches: by source name, of the same questions; those without an `aligned` link are left.
         """
-        self._check_names(caches)
+        self._check_caches(caches)
         cache = reading.past_key_values
         positions = count_positions(reading.attention_mask)[:, :-1]
         for link in self._aligned_links():
             if link.source not in caches:
                 continue
             source = caches[link.source]
-            _check_texts(link.source, source.texts, reading.questions)
-            alignment = align_tokens(
-                source.spans,
-                reading.spans[:, :-1],
-                answer_start(source.kinds != 0),
-                answer_start(reading.attention_mask[:, :-1] != 0),
-            )
+            check_texts(link.source, source.texts, reading.questions)
+            spans = reading.spans[:, :-1]
+            # Without a chat template the last token is the question's, and has its own partners.
+            begins = answer_start(reading.attention_mask[:, :-1] != 0) * (spans[..., 0] < 0)
+            alignment = align_tokens(source.spans, spans, answer_start(source.kinds != 0), begins)
             cache = self._write(link, source, alignment, cache, positions)
         return reading._replace(past_key_values=cache).inputs
 
@@ -422,20 +420,25 @@ class Bridge(nn.Module):
     def _aligned_links(self) -> list[LinkConfig]:
         return [link for link in self.config.links if link.geometry == "aligned"]
 
-    def _check_names(self, caches: Mapping[str, SourceCache]) -> None:
+    def _check_caches(self, caches: Mapping[str, SourceCache]) -> None:
+        """Refuse caches under unknown names, and those that another model wrote."""
         unknown = sorted(set(caches) - set(self.sources))
         if unknown:
             raise ConfigError(
                 f"no source named {unknown}; known: {', '.join(sorted(self.sources))}"
             )
+        for name, cache in caches.items():
+            expected = self.sources[name].origin._asdict()
+            check_origin(f"the cache of source {name!r}", expected, cache.origin)
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """What follows the slots: each question, and what the chat template puts behind it."""
         return [self.prompt.tokens(question) for question in questions]
 
     def _prefill_prefix(self, ids: tuple[int, ...]) -> Cache:
-        """The target's own cache of a fixed prefix: a pure function of the ids, kept."""
-        if ids not in self._prefix_memo:
+        """The target's own cache of a fixed prefix, kept by device and dtype of the model."""
+        key = (ids, self.device, self.target.model.dtype)
+        if key not in self._prefix_memo:
             cache = full_cache(self.target.model)
             if ids:
                 with torch.no_grad():
@@ -444,8 +447,8 @@ class Bridge(nn.Module):
                         past_key_values=cache,
                         **self.target.spared,
                     )
-            self._prefix_memo[ids] = cache
-        return self._prefix_memo[ids]
+            self._prefix_memo[key] = cache
+        return self._prefix_memo[key]
 
     def _prefill_rest(self, cache: Cache, input_ids: Tensor, mask: Tensor) -> Cache:
         """The target reads on, up to all but the last token."""
@@ -486,12 +489,3 @@ class Bridge(nn.Module):
     ) -> Cache:
         rope = self.target.rope(positions.shape[1])
         return write_link(link, self._fuser(link), source, alignment, cache, positions, rope)
-
-
-def _check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:
-    """Spans of two different texts would overlap all the same."""
-    if len(texts) != len(questions):
-        raise ShapeError(f"source {name!r} has {len(texts)} rows for {len(questions)} questions")
-    for text, question in zip(texts, questions, strict=True):
-        if text != question.strip():
-            raise InputError(f"source {name!r} read {text!r}, not {question!r}")

@@ -132,6 +132,33 @@ class SourceCache:
                 )
         if len(self.rope) != len(self.layers):
             raise ShapeError(f"{len(self.layers)} layers but {len(self.rope)} rope entries")
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Shapes and types of what describes the layers; no value, which a GPU would wait for."""
+        batch, seq_len = self.kinds.shape
+        expected = {
+            "position_ids": ((batch, seq_len), (3, batch, seq_len)),
+            "kinds": ((batch, seq_len),),
+            "patches": ((batch, seq_len, 3),),
+            "spans": ((batch, seq_len, 2),),
+        }
+        for name, shapes in expected.items():
+            places: Tensor = getattr(self, name)
+            if tuple(places.shape) not in shapes:
+                wanted = " or ".join(map(str, shapes))
+                raise ShapeError(f"{name} is {tuple(places.shape)}, expected {wanted}")
+            if places.dtype not in (torch.int64, torch.int32):
+                raise ShapeError(f"{name} is of {places.dtype}, expected int64 or int32")
+        if len(self.grids) != batch or len(self.texts) != batch:
+            raise ShapeError(
+                f"{batch} rows, but {len(self.grids)} grids and {len(self.texts)} texts"
+            )
+        if not all(isinstance(text, str) for text in self.texts):
+            raise ShapeError(f"texts should be str, got {self.texts}")
+        indices = self.layer_indices
+        if len(set(indices)) < len(indices) or not all(isinstance(i, int) for i in indices):
+            raise ShapeError(f"layer_indices should be numbers, each once, got {indices}")
 
     @property
     def shape(self) -> CacheShape:
@@ -162,7 +189,12 @@ class SourceCache:
 
         Args:
             rows: `(new_batch,)` indices into the batch; repeats are allowed.
+
+        Raises:
+            ShapeError: a mask in place of indices.
         """
+        if rows.dtype == torch.bool:
+            raise ShapeError("expected indices of rows, got a bool mask; give mask.nonzero()[:, 0]")
         order = rows.tolist()
         return replace(
             self,

@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,14 @@ def _load_bridge(
     return models.load_saved_bridge(folder, source_model, target_model, DTYPES[dtype])
 
 
+def _make_folder(path: Path) -> None:
+    """The folder of results, made before what would be lost without it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot make the folder {path}: {error.strerror}") from error
+
+
 def _ask(args: argparse.Namespace) -> None:
     from mm_c2c.evaluation.arms import Asked, Setting, build_arm
     from mm_c2c.evaluation.clock import timed
@@ -236,18 +245,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override
     from mm_c2c.evaluation.render import new_figure
     from mm_c2c.evaluation.report import text_table, write_report
-    from mm_c2c.evaluation.run import EvaluationConfig, evaluate
-    from mm_c2c.reference.models import HERE
+    from mm_c2c.evaluation.run import EvaluationConfig, evaluate, reference_config
 
-    if args.config:
-        config = load_config(EvaluationConfig, args.config)
-    else:
-        config = EvaluationConfig(
-            items=HERE / "unseen_style" / "items.jsonl", prompts=HERE / "prompts.json"
-        )
-    quick = [f"limit={QUICK_ITEMS}"] if args.quick else []
-    config = override(config, [*quick, *args.overrides])
+    overrides = [*([f"limit={QUICK_ITEMS}"] if args.quick else []), *args.overrides]
+    start = load_config(EvaluationConfig, args.config) if args.config else reference_config()
+    config = override(start, overrides)
+    if not args.config and config.bridge is not None:
+        # The shipped words were found with the reference pair.
+        config = override(replace(start, prompts=None), overrides)
     if args.out:
+        _make_folder(args.out)
         new_figure(1, 1)  # the report needs it: better known now than after all questions
     bridge = _load_bridge(config.bridge, config.source_model, config.target_model, config.dtype)
     summary = evaluate(bridge, config, args.out)
@@ -264,7 +271,12 @@ def _prompts(args: argparse.Namespace) -> None:
     from mm_c2c.evaluation.prompt_search import PromptSearchConfig, search_prompts, text_table
 
     config = parse_overrides(PromptSearchConfig, args.overrides)
-    result = search_prompts(_load_bridge(), config, args.out)
+    if args.out:
+        _make_folder(args.out.parent)
+        if args.out.is_dir():
+            raise InputError(f"--out: expected a file, {args.out} is a folder")
+    bridge = _load_bridge(config.bridge, config.source_model, config.target_model)
+    result = search_prompts(bridge, config, args.out)
     print(json.dumps(result) if args.json else text_table(result))
 
 
@@ -276,6 +288,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     from mm_c2c.reference.models import HERE
 
     if args.out:
+        _make_folder(args.out)
         new_figure(1, 1)  # the report needs it: better known now than after all questions
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
     config = override(config, args.overrides)
@@ -308,7 +321,7 @@ def _demo(args: argparse.Namespace) -> None:
     try:
         from mm_c2c.demo.page import build_page
         from mm_c2c.demo.robot import load_show
-        from mm_c2c.demo.serve import Exposure, launch, warm_up
+        from mm_c2c.demo.serve import Exposure, check_port, launch, warm_up
     except ImportError as error:
         raise UnsupportedError(
             f'the page needs Gradio ({error}): pip install "mm-c2c[demo]"'
@@ -316,6 +329,7 @@ def _demo(args: argparse.Namespace) -> None:
     exposure = Exposure.from_environment(
         host=args.host, port=args.port, share=args.share, auth=args.auth
     )
+    check_port(exposure)
     setting = reference_setting(load_tiny_bridge() if args.tiny else _load_bridge())
     warm_up(setting)
     notice = "**Tiny**: this target has random weights; what it says means nothing."

@@ -43,7 +43,7 @@ def load_config(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     data = {} if data is None else data
     if not isinstance(data, dict):

@@ -248,7 +248,7 @@ class SharedProjection(nn.Module):
         self.target_in = nn.Linear(2 * target.width, hidden, bias=False)
         self.mix_weights: Tensor
         if config.layers == "mix":
-            logits = mix_init(source.num_layers, target.num_layers, source.num_layers).logits
+            logits = mix_init(source.num_layers, target.num_layers)
             self.mix_logits: nn.Parameter | None = nn.Parameter(logits)
         else:
             self.mix_logits = None
@@ -257,7 +257,7 @@ class SharedProjection(nn.Module):
         self.head_up = Stacked(target.num_layers, config.rank, 2 * target.width, zero=True)
         self.head_weight = Stacked(
             target.num_layers, config.rank, 2 * target.num_key_value_heads, zero=True
-        )
+        ).requires_grad_(config.weighting)
 
     def mix(self) -> Tensor:
         """`(target_layers, source_layers)`: how much of each source layer a target layer takes."""
@@ -298,7 +298,7 @@ class LayerwiseProjection(nn.Module):
             Stacked(blocks, hidden, hidden // 4),
             nn.GELU(),
             Stacked(blocks, hidden // 4, target.num_key_value_heads),
-        )
+        ).requires_grad_(config.weighting)
 
     def forward(self, source: Tensor, target: Tensor) -> Projected:
         """See `Projection`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,11 +13,20 @@ from transformers import Cache
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import align_all, align_pooled, line_up, patch_coordinates
 from mm_c2c.align.resampler import Asking, PatchResampler, ResamplerConfig
-from mm_c2c.cache import LayerKV, PatchGrid, PositionKind, SourceCache, read_layers, with_layers
-from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
+from mm_c2c.cache import (
+    CacheShape,
+    LayerKV,
+    PatchGrid,
+    PositionKind,
+    SourceCache,
+    read_layers,
+    with_layers,
+)
+from mm_c2c.errors import AlignmentError, ConfigError, InputError, ShapeError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.pretrained import check_shape
 from mm_c2c.rope import RopeSpec, derotate, rotate
+from mm_c2c.sources.base import Source
 
 GEOMETRIES = ("slots", "aligned")
 POOLINGS = ("window", "resampler")
@@ -60,6 +69,11 @@ class LinkConfig:
     asking: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if "." in self.source:
+            raise ConfigError(
+                f"source must be a name without a dot, got {self.source!r}: it is part of the "
+                f"weights' names; say {self.source.replace('.', '_')!r}"
+            )
         for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
             if getattr(self, name) not in known:
                 raise ConfigError(
@@ -120,6 +134,31 @@ class FuserInputs(NamedTuple):
     source: Tensor
     target: Tensor
     alignment: Alignment
+
+
+def check_link(link: LinkConfig, sources: Mapping[str, Source], target: CacheShape) -> None:
+    """Refuse a link that the models at hand do not fit.
+
+    Args:
+        link: of a bridge's config.
+        sources: by name.
+        target: geometry of the target's cache.
+
+    Raises:
+        ConfigError: its source is not there, or has no picture for slots.
+        MismatchError: its fuser was made for a cache of another shape.
+    """
+    if link.source not in sources:
+        raise ConfigError(f"a link names source {link.source!r}; sources given: {sorted(sources)}")
+    source = sources[link.source]
+    for_pictures = link.geometry == "slots" and not link.kinds
+    if for_pictures and not getattr(source, "has_pictures", True):
+        raise ConfigError(
+            f"source {link.source!r} reads words only and has no picture for slots; set "
+            "geometry to 'aligned', or kinds to ('text',)"
+        )
+    check_shape(f"source {link.source!r}", link.fuser.source, source.shape)
+    check_shape("the target", link.fuser.target, target)
 
 
 def build_fuser(link: LinkConfig) -> CacheFuser:
@@ -222,6 +261,20 @@ def write_link(
     new_values = own[..., 1, :].scatter_add(3, at, (values * keep).to(own.dtype))
     written = map(LayerKV, new_keys, new_values)
     return with_layers(cache, dict(zip(indices, written, strict=True)))
+
+
+def check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:
+    """Refuse a source that read other texts than the target: their spans would overlap all the same.
+
+    Raises:
+        InputError: a text differs.
+        ShapeError: their number does.
+    """
+    if len(texts) != len(questions):
+        raise ShapeError(f"source {name!r} has {len(texts)} rows for {len(questions)} questions")
+    for text, question in zip(texts, questions, strict=True):
+        if text != question.strip():
+            raise InputError(f"source {name!r} read {text!r}, not {question!r}")
 
 
 def _line_up(source: SourceCache, kinds: Sequence[str]) -> SourceCache:

@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
+from PIL import Image
 from torch import Tensor
 from transformers import Cache
+
+from mm_c2c.errors import InputError
+from mm_c2c.sources.base import SourceInput
+
+
+def source_inputs(
+    inputs: Image.Image | SourceInput | Sequence[Image.Image | SourceInput], text: str
+) -> list[SourceInput]:
+    """What the sources read of a picture, or of one for each row; as `Bridge.perceive` takes it.
+
+    Raises:
+        InputError: there is none, something else stands in its place, or `text` beside a
+            `SourceInput`.
+    """
+    given = [inputs] if isinstance(inputs, Image.Image | SourceInput) else inputs
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise InputError(
+            f"expected a PIL picture, a SourceInput or a list of them, got {given!r}; open a file "
+            "by PIL.Image.open"
+        )
+    if not given:
+        raise InputError("expected at least one picture or SourceInput, got an empty list")
+    rows = []
+    for row, item in enumerate(given):
+        if isinstance(item, Image.Image):
+            rows.append(SourceInput(text=text, images=(item,)))
+        elif not isinstance(item, SourceInput):
+            raise InputError(
+                f"row {row}: expected a PIL picture or a SourceInput, got a {type(item).__name__}; "
+                "open a file by PIL.Image.open, make a picture of an array by PIL.Image.fromarray"
+            )
+        elif not text:
+            rows.append(item)
+        else:
+            raise InputError(
+                f"row {row} is a SourceInput, which has a text of its own ({item.text!r}); put "
+                f"{text!r} there"
+            )
+    return rows
 
 
 class Perception(NamedTuple):

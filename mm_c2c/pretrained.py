@@ -26,13 +26,19 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MismatchError(f"{folder} is not a saved bridge: {path.name} is missing") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MismatchError(f"{path} is damaged: {error}") from error
     if not isinstance(header, dict) or header.get("format") != 1:
         raise MismatchError(f"{path} is not a saved bridge of format 1")
     lacking = [key for key in ("bridge", "target", "sources") if key not in header]
     if lacking:
         raise MismatchError(f"{path} lacks {', '.join(lacking)}")
+    parts = {key: header[key] for key in ("bridge", "target", "sources")}
+    if isinstance(header["sources"], dict):
+        parts |= {f"sources.{name}": origin for name, origin in header["sources"].items()}
+    for key, value in parts.items():
+        if not isinstance(value, dict):
+            raise MismatchError(f"{path} is damaged: {key} should have entries, got {value!r}")
     return header
 
 

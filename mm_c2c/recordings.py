@@ -12,6 +12,7 @@ from mm_c2c.errors import InputError
 
 SAMPLING_RATE = 16_000
 """Samples a second, of every recording that a source is given."""
+_SCALE = 32_768
 
 
 def read_wav(data: bytes) -> NDArray[np.float32]:
@@ -21,12 +22,13 @@ def read_wav(data: bytes) -> NDArray[np.float32]:
         data: of a file of 16-bit samples, mono, at `SAMPLING_RATE`.
 
     Raises:
-        InputError: it is none, or one of another form.
+        InputError: it is none, one of another form, or cut off.
     """
     try:
         with wave.open(io.BytesIO(data)) as file:
             form = (file.getnchannels(), file.getsampwidth(), file.getframerate())
-            samples = file.readframes(file.getnframes())
+            expected = file.getnframes()
+            samples = file.readframes(expected)
     except (wave.Error, EOFError) as error:
         raise InputError(f"no WAV file that can be read: {error}") from error
     if form != (1, 2, SAMPLING_RATE):
@@ -34,7 +36,12 @@ def read_wav(data: bytes) -> NDArray[np.float32]:
             f"expected a WAV of 1 channel, 16 bit and {SAMPLING_RATE} Hz, got {form[0]} channels, "
             f"{8 * form[1]} bit and {form[2]} Hz; convert it first"
         )
-    return np.frombuffer(samples, "<i2").astype(np.float32) / np.float32(32768)
+    if len(samples) != 2 * expected:
+        raise InputError(
+            f"the WAV is cut off: expected {expected} samples, as its header says, got "
+            f"{len(samples) // 2}"
+        )
+    return np.frombuffer(samples, "<i2").astype(np.float32) / np.float32(_SCALE)
 
 
 def write_wav(samples: NDArray[np.float32]) -> bytes:
@@ -44,5 +51,6 @@ def write_wav(samples: NDArray[np.float32]) -> bytes:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLING_RATE)
-        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+        whole = (samples * _SCALE).round().clip(-_SCALE, _SCALE - 1)
+        file.writeframes(whole.astype("<i2").tobytes())
     return data.getvalue()

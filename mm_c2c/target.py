@@ -13,16 +13,25 @@ from transformers import (
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
 from mm_c2c.cache import fork, minds_padding, repeat_rows
 from mm_c2c.errors import UnsupportedError
 from mm_c2c.hub import load_pretrained
-from mm_c2c.sources.base import FrozenReader, count_positions, full_cache
+from mm_c2c.sources.base import (
+    LENGTH_DEPENDENT,
+    FrozenReader,
+    count_positions,
+    full_cache,
+)
 
-# Tokens of each half of the prompt that tells whether a model goes on from its cache.
-_PIECE = 8
+# Tokens of each half of the prompt that tells whether a model goes on from its cache, and of the
+# padding between them that tells whether it is felt.
+_PIECE, _PADDING = 8, 3
+# What transformers adds to a prompt where no length is set.
+_NEW_TOKENS = 20
 # Known to give wrong output over a prefilled cache in transformers 5.23, without an error.
 _REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -67,19 +76,21 @@ class Target(FrozenReader):
     @cached_property
     def minds_padding(self) -> bool:
         """Whether padding amid a prompt is felt: a window counts it, a recurrent state reads it."""
-        return minds_padding(DynamicCache(config=self.model.config))
+        # GPT-Neo's windows are in its masks, and wider than a prompt that could tell.
+        local = "local" in getattr(self.model.config, "attention_layers", ())
+        known = local or minds_padding(DynamicCache(config=self.model.config))
+        return known or not self._misfits[1] <= self._accepted
 
-    def next_logits(self, inputs: Mapping[str, Any], model: Any = None) -> Tensor:
+    def next_logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """Logits `(batch, vocab_size)` of the token that follows each prompt.
 
         Args:
             inputs: `input_ids`, `attention_mask` and, where some of it has been read, its
                 `past_key_values`, which are not changed.
-            model: in place of the target's own, such as one with an adapter.
         """
         cache, mask = inputs.get("past_key_values"), inputs["attention_mask"]
         done = 0 if cache is None else cache.get_seq_length()
-        out = (self.model if model is None else model)(
+        out = self.model(
             input_ids=inputs["input_ids"][:, done:],
             attention_mask=mask,
             position_ids=count_positions(mask)[:, done:],
@@ -122,6 +133,9 @@ class Target(FrozenReader):
                     f"{name}: assisted decoding over a prefilled cache gives wrong output in "
                     "transformers 5.23; leave it out"
                 )
+        prompt = inputs["input_ids"].shape[1]
+        new = setting("max_new_tokens")
+        self._check_length(prompt, setting("max_length") if new is None else prompt + new)
         rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         cache = repeat_rows(inputs["past_key_values"], rows)
         # For several sequences a row, generate would repeat the index too.
@@ -134,42 +148,115 @@ class Target(FrozenReader):
         )
 
     def stream(self, inputs: Mapping[str, Any], **kwargs: Any) -> Iterator[str]:
-        """The answer to one prompt, piece by piece as it is decoded; as `generate`."""
+        """The answer to one prompt, piece by piece as it is decoded; as `generate`.
+
+        Decoding ends with the loop over the pieces, also where that is left early.
+        """
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[Exception] = []
+        is_left = threading.Event()
+
+        def stop(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+            return torch.full((len(ids),), is_left.is_set(), device=ids.device)
+
+        own = kwargs.pop("stopping_criteria", None) or []
+        criteria = StoppingCriteriaList([*own, stop])
 
         def run() -> None:
             try:
                 with torch.no_grad():
-                    self.generate(inputs, streamer=streamer, **kwargs)
+                    self.generate(inputs, streamer=streamer, stopping_criteria=criteria, **kwargs)
             except Exception as error:  # noqa: BLE001, raised again in the caller's thread
                 failure.append(error)
                 streamer.end()
 
-        worker = threading.Thread(target=run, daemon=True)
+        # No daemon: torch aborts a process that ends while one is decoding.
+        worker = threading.Thread(target=run)
         worker.start()
-        yield from streamer
-        worker.join()
+        try:
+            yield from streamer
+        finally:
+            is_left.set()
+            worker.join()
         if failure:
             raise failure[0]
 
-    @torch.no_grad()
     def check_continues(self) -> None:
         """Refuse a model that reads a prompt in two pieces otherwise than in one.
 
-        Slots are read before the question. Some models with recurrent layers start afresh with the
-        second piece, and transformers does not say so.
+        Slots are read before the question. Some models start afresh with the second piece, or leave
+        out some of the first, and transformers does not say so.
+
+        Raises:
+            UnsupportedError: its logits differ.
         """
-        ids = torch.arange(1, 2 * _PIECE + 1, device=self.model.device).unsqueeze(0)
-        whole = self.model(ids).logits[:, -1].float()
-        cache = full_cache(self.model)
-        self.model(ids[:, :_PIECE], past_key_values=cache)
-        pieces = self.model(ids[:, _PIECE:], past_key_values=cache).logits[:, -1].float()
-        misfit = float((pieces - whole).norm() / whole.norm())
-        accepted = max(1e-4, 8 * torch.finfo(self.model.dtype).eps)
+        misfit, accepted = self._misfits[0], self._accepted
         if not misfit <= accepted:
             raise UnsupportedError(
                 f"{self} does not go on where its cache ends: a prompt read in two pieces gives "
                 f"logits {misfit:.2%} off those of one piece, accepted is {accepted:.2%}; it can "
                 "be a source, not a target"
+            )
+
+    @property
+    def _accepted(self) -> float:
+        """How far apart logits may be that differ by rounding only.
+
+        SmolLM2-135M's are 1 to 5 % apart in bfloat16, by prompt; its eps is 0.8 %.
+        """
+        return max(1e-4, 32 * torch.finfo(self.model.dtype).eps)
+
+    @cached_property
+    def _misfits(self) -> tuple[float, float]:
+        """How far a prompt read in two pieces is off one piece; the same with padding between."""
+        device = self.model.device
+        # From all over the vocabulary: the first tokens are often special and hardly trained, and
+        # SmolLM2's logits of them in bfloat16 are little but rounding.
+        last = self.model.get_input_embeddings().num_embeddings - 1
+        ids = torch.linspace(1, last, 2 * _PIECE, device=device).long().unsqueeze(0)
+        first, second = ids.split(_PIECE, dim=1)
+        mask = torch.ones(1, 2 * _PIECE + _PADDING, dtype=torch.long, device=device)
+        mask[:, _PIECE : _PIECE + _PADDING] = 0
+        with torch.no_grad():
+            whole = self.model(ids).logits[:, -1].float()
+            cache = full_cache(self.model)
+            self.model(first, past_key_values=cache)
+            padded = self.model(
+                torch.cat([torch.zeros_like(ids[:, :_PADDING]), second], dim=1),
+                attention_mask=mask,
+                position_ids=count_positions(mask)[:, _PIECE:],
+                past_key_values=fork(cache),
+            )
+            plain = self.model(second, past_key_values=cache)
+        misfits = [
+            float((out.logits[:, -1].float() - whole).norm() / whole.norm())
+            for out in (plain, padded)
+        ]
+        return misfits[0], misfits[1]
+
+    def _check_length(self, prompt: int, longest: int | None) -> None:
+        """Refuse to decode past where a model turns all of its keys by other angles.
+
+        The fused ones keep their angles; Phi-3 throws the whole cache away there, with all that was
+        fused.
+
+        Args:
+            prompt: tokens of the prompt, padding included.
+            longest: tokens of prompt and answer; None where transformers chooses.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") not in LENGTH_DEPENDENT:
+            return
+        most = config.max_position_embeddings
+        longest = min(prompt + _NEW_TOKENS, most) if longest is None else longest
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", most
+        )
+        if longest > limit:
+            raise UnsupportedError(
+                f"{self} turns its keys otherwise beyond {limit} tokens (RoPE of type "
+                f"{rope['rope_type']!r}), where what is fused would be lost: expected prompt and "
+                f"answer to be no longer, got {prompt} tokens and {longest - prompt} new ones; set "
+                f"max_new_tokens to at most {max(limit - prompt, 0)}, or ask less"
             )

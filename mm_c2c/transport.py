@@ -6,6 +6,7 @@ A cache can be inverted to what made it (arXiv:2508.09442): treat the file like 
 from __future__ import annotations
 
 import json
+import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -46,7 +47,8 @@ def save_cache(cache: SourceCache, path: str | Path) -> None:
     }
     text = json.dumps(header)
     metadata = {"format": FORMAT, "cache": text, "crc32": _checksum(text, tensors)}
-    scratch = path.with_name(path.name + ".part")
+    # Another process may be writing the same file.
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         save_file(tensors, scratch, metadata)
         scratch.replace(path)
@@ -85,37 +87,6 @@ def load_cache(path: str | Path, device: torch.device | str = "cpu") -> SourceCa
     return _build(path, header, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def load_row(path: Path, row: int, device: torch.device | str = "cpu") -> SourceCache:
-    """Read one row of a batch that `save_cache` wrote, and nothing of the others.
-
-    The checksum, which is of the whole file, is not looked at.
-
-    Args:
-        path: the file.
-        row: which.
-        device: where its tensors go.
-
-    Raises:
-        MismatchError: the file is missing or cut off, or holds something else.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            header = _read_header(path, file.metadata())
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                # Position ids of M-RoPE are the one tensor whose batch is not in front.
-                wide = name == "position_ids" and len(part.get_shape()) == 3
-                tensors[name] = (part[:, row : row + 1] if wide else part[row : row + 1]).to(device)
-    except OSError as error:
-        raise MismatchError(f"{path} is missing or unreadable: {error}") from error
-    except SafetensorError as error:
-        raise MismatchError(f"{path} is damaged or cut off: {error}; save it again") from error
-    for name in ("grids", "texts"):
-        header[name] = header[name][row : row + 1]
-    return _build(path, header, tensors)
-
-
 def _copy(tensor: Tensor) -> Tensor:
     """On the CPU and contiguous; a copy, since safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -132,16 +103,16 @@ def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """What a cache file says of itself, from the metadata of its safetensors header."""
-    found = (metadata or {}).get("format")
+    found = metadata.get("format")
     if found != FORMAT:
         raise MismatchError(
             f"{path} is not a cache of format {FORMAT!r}, its format is {found!r}; expected a file "
             "that `save_cache` of this version wrote"
         )
     try:
-        header = json.loads((metadata or {})["cache"])
+        header = json.loads(metadata["cache"])
     except (KeyError, json.JSONDecodeError) as error:
         raise MismatchError(f"{path}: its header is damaged: {error}; save it again") from error
     return dict(header)
@@ -169,25 +140,8 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> So
             origin=CacheOrigin(**header["origin"]),
             **{name: tensors[name] for name in _PLACES},
         )
-        _check_places(cache)
     except MismatchError:
         raise
     except (MMC2CError, KeyError, TypeError, ValueError) as error:
         raise MismatchError(f"{path}: its parts do not fit together: {error}") from error
     return cache
-
-
-def _check_places(cache: SourceCache) -> None:
-    """`SourceCache` checks its layers; a file may also be wrong in what describes them."""
-    batch, seq_len = cache.kinds.shape
-    expected = {
-        "position_ids": ((batch, seq_len), (3, batch, seq_len)),
-        "patches": ((batch, seq_len, 3),),
-        "spans": ((batch, seq_len, 2),),
-    }
-    for name, shapes in expected.items():
-        found = tuple(getattr(cache, name).shape)
-        if found not in shapes:
-            raise ValueError(f"{name} is {found}, expected {' or '.join(map(str, shapes))}")
-    if len(cache.grids) != batch or len(cache.texts) != batch:
-        raise ValueError(f"{batch} rows, but {len(cache.grids)} grids and {len(cache.texts)} texts")

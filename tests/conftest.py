@@ -22,7 +22,7 @@ from bridge_rigs import LazySources, Rig
 from families_views import build_llava, build_paligemma
 from PIL import Image
 from policies import build_pi0, observe
-from tiny_vlm import TinyVLM, build_frozen, special_ids, train_tokenizer
+from tiny_vlm import TinyVLM, amplify, build_frozen, special_ids, train_tokenizer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -187,7 +187,12 @@ def bridge(
     tiny_target_tokenizer: PreTrainedTokenizerFast,
     tiny_llava: TinyVLM,
 ) -> Bridge:
-    """A question-blind LLaVA into the tiny target, under the reference pair's name."""
+    """A question-blind LLaVA into the tiny target, under the reference pair's name.
+
+    Either answers otherwise wherever it reads something else.
+    """
+    amplify(tiny_target)
+    amplify(tiny_llava.model)
     target = Target(tiny_target, tiny_target_tokenizer, "tiny")
     source = VLMSource(tiny_llava.model, tiny_llava.processor, "tiny-llava")
     fuser = FuserConfig(source=source.shape, target=target.shape, hidden_size=16, rank=4)

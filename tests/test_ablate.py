@@ -94,6 +94,8 @@ def test_results_are_written_by_one_process_at_a_time(
     written: list[str] = []
 
     def write(path: Path, values: Any) -> None:
+        if path.parent != config.out:
+            return  # a training's own folder
         with pytest.raises(Timeout):
             FileLock(path.parent / ".lock").acquire(blocking=False)
         written.append(path.name)
@@ -152,6 +154,20 @@ def test_trainings_pause_to_be_judged_and_their_curves_are_compared(
     # What was judged stays in the result of a process that is to judge elsewhere, or nothing more.
     ablate.ablate(AblationConfig(**{**settings, "judged_at": ()}))
     assert json.loads((config.out / "ablations.json").read_text(encoding="utf-8")) == result
+
+
+def test_what_was_trained_with_other_settings_is_not_taken_for_a_variant(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    ablate.ablate(config)
+    told = json.loads((config.out / "judgements.json").read_text(encoding="utf-8"))
+    assert told["raw_keys-1"]["settings"]["raw_keys"] is True
+    two = {"whole": {}, "raw keys": {"raw_keys": True, "rank": 7}}
+    with pytest.raises(
+        ConfigError, match=r"'raw keys' has now \(rank: 96 -> 7\); give another out"
+    ):
+        ablate.ablate(AblationConfig(**{**vars(config), "variants": two}))
+    assert len(trained) == 4
 
 
 def test_a_curve_waits_for_its_variant_to_end(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from arm_rigs import connector_of, make_file, open_up
 from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
@@ -47,12 +48,6 @@ def items(tmp_path: Path, pictures: list[Image.Image]) -> Path:
 
 def setting(bridge: Bridge, **files: Path) -> Setting:
     return Setting(bridge=bridge, source_name=models.SOURCE_NAME, request="Say.", **files)
-
-
-def open_up(connector: torch.nn.Module, std: float = 1.0) -> None:
-    torch.manual_seed(0)
-    for weight in connector.parameters():
-        torch.nn.init.normal_(weight, std=std)
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -136,12 +131,6 @@ def test_a_file_of_something_else_is_no_winner(tmp_path: Path) -> None:
 # --- a connector -----------------------------------------------------------------------------
 
 
-def connector_of(bridge: Bridge, features: int, parameters: int = 2000) -> Connector:
-    connector = Connector(ConnectorConfig.of_budget(features, bridge, parameters))
-    open_up(connector)
-    return connector
-
-
 def test_a_connector_has_the_parameters_it_was_allowed(bridge: Bridge) -> None:
     connector = connector_of(bridge, features=20, parameters=5000)
     assert abs(sum(p.numel() for p in connector.parameters()) - 5000) < 53
@@ -186,6 +175,7 @@ def test_a_connector_answers_from_a_folder_row_by_row(
     questions = [row.question for row in asked]
     said = bridge.generate(seen, questions, max_new_tokens=12, do_sample=False)
     assert [reply.answer for reply in together] == [text.strip() for text in said]
+    assert len(set(said)) == 2
 
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
@@ -206,12 +196,7 @@ def test_a_connector_answers_from_a_folder_row_by_row(
 @pytest.fixture
 def adapter(bridge: Bridge, tmp_path: Path) -> Path:
     """A LoRA with weights that make a difference."""
-    pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
-    wrapped, _ = add_adapter(bridge.target, 3000)
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    open_up(torch.nn.ParameterList(trained), std=0.5)
-    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    return tmp_path / "adapter"
+    return make_file("tuned_relay", bridge, tmp_path)
 
 
 def test_an_adapter_has_about_the_parameters_it_was_allowed(bridge: Bridge) -> None:
@@ -229,19 +214,29 @@ def test_an_adapter_has_about_the_parameters_it_was_allowed(bridge: Bridge) -> N
         add_adapter(bridge.target, 100)
 
 
+@pytest.mark.parametrize(
+    ("name", "untuned"),
+    [("tuned_relay", "caption_relay"), ("tuned_description", "description_and_instruction")],
+)
 def test_a_tuned_relay_answers_otherwise_and_leaves_the_target_as_it_was(
-    bridge: Bridge, asked: list[Asked], adapter: Path
+    name: str, untuned: str, bridge: Bridge, asked: list[Asked], adapter: Path
 ) -> None:
+    asked = [
+        row._replace(look=dataclasses.replace(row.look, text="go ."), description="a cat.")
+        for row in asked
+    ]
     ids = torch.tensor([[5, 6, 7]])
     target = bridge.target.model
     before = {name: weight.clone() for name, weight in target.state_dict().items()}
     blind, logits = build_arm("blind", setting(bridge)), target(ids).logits
     said = blind.answer(asked)
-    arm = build_arm("tuned_relay", setting(bridge, adapter=adapter))
+    arm = build_arm(name, setting(bridge, **{FILES[name]: adapter}))
     together = arm.answer(asked)
     assert together == [arm.answer([row])[0] for row in asked]
-    plain = build_arm("caption_relay", setting(bridge)).answer(asked)
-    assert [reply.relayed for reply in together] == [reply.relayed for reply in plain]
+    plain = build_arm(untuned, setting(bridge)).answer(asked)
+    for reply, other in zip(together, plain, strict=True):
+        assert reply.relayed == other.relayed
+        assert reply.answer != other.answer
     tuned = load_adapter(bridge.target, adapter)
     assert not torch.allclose(tuned(ids).logits, logits)
     assert tuned.get_input_embeddings().weight is target.get_input_embeddings().weight
@@ -295,6 +290,7 @@ def test_the_target_as_its_own_source_sees_no_picture(
         ]
         assert said == arm.answer(other)
         assert {reply.relayed for reply in said} == {None}
+        assert len({reply.answer for reply in said}) == 2
         return [reply.answer for reply in said]
 
     assert answers() == [text.strip() for text in alone]  # untrained

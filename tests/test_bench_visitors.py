@@ -42,3 +42,9 @@ def test_two_visitors_get_their_own_answers(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nobody_and_no_time_are_refused(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         VisitorsConfig(**{setting: 0})
+
+
+def test_a_percentile_of_ten_is_not_always_their_greatest() -> None:
+    found = visitors._percentiles([float(second) for second in range(10, 0, -1)])
+    assert found == {"p50": 5.0, "p90": 9.0, "p99": 10.0, "most": 10.0}
+    assert visitors._percentiles([3.0]) == dict.fromkeys(("p50", "p90", "p99", "most"), 3.0)

@@ -221,6 +221,16 @@ def test_slots_average_the_windows_of_the_grid(rig: Rig) -> None:
     torch.testing.assert_close(seen[0], torch.stack(pooled), rtol=1e-4, atol=1e-5)
 
 
+def test_a_target_of_another_dtype_reads_the_prompt_anew(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    bridge.perceive(rig.pictures)
+    rig.target.model.to(torch.float64)
+    again = bridge.perceive(rig.pictures).past_key_values
+    assert again.layers[0].keys.dtype == torch.float64
+    fresh = rig.bridge([EYES]).perceive(rig.pictures).past_key_values
+    assert_same_cache(again, fresh, **EXACT)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("raw_keys", [True, False])
 def test_a_resampler_reads_keys_and_values_of_every_layer(rig: Rig, raw_keys: bool) -> None:

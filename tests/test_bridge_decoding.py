@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +160,71 @@ def test_streaming_says_the_same_as_generating(rig: Rig, geometry: str) -> None:
         "".join(pieces) == bridge.generate(perception, QUESTIONS[1:], caches, max_new_tokens=12)[0]
     )
     assert "".join(pieces)
+
+
+@pytest.mark.parametrize("criteria", [None, [lambda ids, _: torch.zeros(len(ids)).bool()]])
+def test_decoding_ends_where_a_stream_is_left(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, criteria: Any
+) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures[0])
+    forwards = []
+    forward = rig.target.model.forward
+
+    @functools.wraps(forward)
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        forwards.append(threading.current_thread())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(rig.target.model, "forward", spy)
+    pieces = bridge.stream(
+        perception,
+        QUESTIONS[0],
+        max_new_tokens=400,
+        min_new_tokens=400,
+        stopping_criteria=criteria,
+    )
+    assert next(pieces) is not None
+    pieces.close()
+    assert forwards
+    assert len(forwards) < 390
+    assert not forwards[-1].is_alive()
+    # A daemon that decodes while the process ends can abort it; when, is chance.
+    assert not forwards[-1].daemon
+
+
+def test_a_stream_stops_where_the_callers_own_criteria_say(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures[0])
+    settings = {
+        "max_new_tokens": 12,
+        "stopping_criteria": [lambda ids, _: torch.ones(len(ids)).bool()],
+    }
+    (answer,) = bridge.generate(perception, QUESTIONS[:1], **settings)
+    assert "".join(bridge.stream(perception, QUESTIONS[0], **settings)) == answer
+    assert answer != bridge.generate(perception, QUESTIONS[:1], max_new_tokens=12)[0]
+
+
+LEAVING = """
+import torch
+from test_text_families import Eyes, TOKENIZER, make_rig, reader
+
+bridge = make_rig("llama", reader()).bridge("slots")
+seen = bridge.fuse_slots({"eyes": Eyes().cache(1)})
+settings = {"max_new_tokens": 400, "min_new_tokens": 400, "pad_token_id": 2}
+for piece in bridge.stream(seen, "is it red ?", **settings):
+    break
+kept = bridge.stream(seen, "is it red ?", **settings | {"max_new_tokens": 60})
+next(kept)  # held until the process ends
+print("left")
+"""
+
+
+def test_a_process_that_leaves_a_stream_ends_well() -> None:
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path.insert(0, {str(tests)!r}){LEAVING}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
 def test_an_error_while_streaming_reaches_the_caller(rig: Rig) -> None:

@@ -150,10 +150,20 @@ def test_cut_off_weights_are_refused(rig: Rig, saved: Path, keep: int) -> None:
         ("[]", "not a saved bridge of format 1"),
         ('{"format": 2}', "not a saved bridge of format 1"),
         ('{"format": 1}', r"config\.json lacks bridge, target, sources"),
+        (
+            '{"format": 1, "bridge": {}, "target": null, "sources": {}}',
+            "target should have .* None",
+        ),
+        ('{"format": 1, "bridge": {}, "target": {}, "sources": []}', r"sources should .* got \[\]"),
+        (
+            '{"format": 1, "bridge": {}, "target": {}, "sources": {"eyes": 3}}',
+            r"sources\.eyes should have entries, got 3",
+        ),
+        ("\udcff", r"config\.json is damaged: .*decode"),
     ],
 )
 def test_a_damaged_header_is_refused(rig: Rig, saved: Path, text: str, message: str) -> None:
-    (saved / "config.json").write_text(text)
+    (saved / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(MismatchError, match=message):
         load(rig, saved)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from bridge_rigs import (
     EYES,
     QUESTIONS,
@@ -13,6 +17,7 @@ from bridge_rigs import (
 )
 
 from mm_c2c.bridge import Bridge, BridgeConfig
+from mm_c2c.cache import CacheOrigin
 from mm_c2c.errors import (
     ConfigError,
     InputError,
@@ -104,12 +109,60 @@ def test_a_cache_under_an_unknown_name_is_refused(rig: Rig) -> None:
 def test_a_cache_of_another_geometry_is_refused(rig: Rig) -> None:
     bridge = rig.bridge([EYES])
     other = rig.sources["second"].prefill([SourceInput(images=(rig.pictures[0],))])
+    other = replace(other, origin=rig.sources["eyes"].origin)
     with pytest.raises(MismatchError, match="the cache of source 'eyes': the fuser was made for"):
         bridge.fuse_slots({"eyes": other})
 
 
+def test_a_cache_that_another_model_wrote_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES, ("reader", "aligned")])
+    looks = [SourceInput(images=(picture,)) for picture in rig.pictures]
+    alien = CacheOrigin("someone/other", "r9", "other")
+    eyes = replace(rig.sources["eyes"].prefill(looks), origin=alien)
+    with pytest.raises(
+        MismatchError, match=r"cache of source 'eyes': .*got 'someone/other' at 'r9"
+    ):
+        bridge.fuse_slots({"eyes": eyes})
+    words = {"reader": replace(rig.caches(bridge)["reader"], origin=alien)}
+    with pytest.raises(MismatchError, match=r"the cache of source 'reader': .* 'tiny/text'"):
+        bridge.fuse(None, QUESTIONS, words)
+    with pytest.raises(MismatchError, match=r"the cache of source 'reader': .* 'tiny/text'"):
+        bridge.fuse_words(bridge.read_questions(QUESTIONS), words)
+
+
+def test_slots_kept_of_an_unknown_link_are_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES, ("reader", "aligned")])
+    for name in ("eyes_slot", "reader_aligned"):
+        keep = {name: torch.zeros(2, 6, dtype=torch.bool)}
+        with pytest.raises(ConfigError, match=rf"no link .* named \['{name}'\]; known: eyes_slots"):
+            bridge.fuse_slots({}, keep)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "at least one picture or SourceInput, got an empty list"),
+        ("photo.png", "got 'photo.png'; open a file by PIL.Image.open"),
+        (None, "got None; open a file by PIL.Image.open"),
+        (["photo.png"], "row 0: expected a PIL picture or a SourceInput, got a str"),
+        ([np.zeros((4, 4, 3), np.uint8)], "got a ndarray; .*array by PIL.Image.fromarray"),
+    ],
+)
+def test_only_pictures_are_perceived(rig: Rig, given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rig.bridge([EYES]).perceive(given)
+
+
+def test_a_bridge_without_slots_perceives_nothing(rig: Rig) -> None:
+    message = "has slots for what is perceived; ask by fuse(None, questions, caches)"
+    with pytest.raises(InputError, match=re.escape(message)):
+        rig.bridge([("eyes", "aligned")]).perceive(rig.pictures, "is it red ?")
+
+
 def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
     link = rig.link(*EYES)
+    with pytest.raises(ConfigError, match=r"without a dot, got 'qwen2\.5': .* say 'qwen2_5'"):
+        replace(link, source="qwen2.5")
     with pytest.raises(ConfigError, match="geometry must be one of slots, aligned, got 'slot'"):
         replace(link, geometry="slot")
     with pytest.raises(ConfigError, match="pooling must be one of window, resampler, got 'mean'"):

@@ -148,6 +148,33 @@ def test_select_takes_the_batch_axis_of_three_rows_of_positions() -> None:
     torch.testing.assert_close(picked.position_ids, three[:, 1:])
 
 
+def test_select_refuses_a_mask() -> None:
+    with pytest.raises(ShapeError, match=r"got a bool mask; give mask\.nonzero"):
+        source_cache().select(torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"position_ids": torch.zeros(1, 5).long()},
+            r"position_ids is \(1, 5\), expected \(2, 5\) o",
+        ),
+        ({"kinds": torch.ones(2, 5)}, "kinds is of torch.float32, expected int64 or int32"),
+        ({"patches": torch.zeros(2, 5, 2).long()}, r"patches is \(2, 5, 2\), expected \(2, 5, 3\)"),
+        ({"spans": torch.zeros(2, 5, 2) > 0}, "spans is of torch.bool, expected int64 or int32"),
+        ({"grids": ()}, "2 rows, but 0 grids and 2 texts"),
+        ({"texts": ("first", 2)}, r"texts should be str, got \('first', 2\)"),
+        ({"layer_indices": (2, 2)}, r"layer_indices should be numbers, each once, got \(2, 2\)"),
+    ],
+)
+def test_what_does_not_describe_the_layers_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        source_cache(**changes)
+
+
 def test_select_leaves_the_original_alone() -> None:
     cache = source_cache()
     before = [kv.keys.clone() for kv in cache.layers]

@@ -1,6 +1,7 @@
 """The command line, on a tiny pair that stands in for the reference pair."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,41 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(
     assert printed.err.startswith("mm-c2c: ")
     assert "Traceback" not in printed.err
     assert not printed.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "--out", "file"], "--out: cannot make the folder file: File exists"),
+        (["diagnose", "--out", "file"], "--out: cannot make the folder file: File exists"),
+        (["prompts", "--out", ".", "items=a.jsonl"], "--out: expected a file, . is a folder"),
+        (["prompts", "--out", "file/a.json", "items=a.jsonl"], "cannot make the folder file"),
+        (["evaluate", "--config", "file"], "file is not valid YAML: 'utf-8' codec"),
+        (["demo", "--port", "99999"], "--port must be from 1 to 65535, got 99999"),
+    ],
+)
+def test_what_cannot_come_to_an_end_is_refused_before_a_model_is_loaded(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load_bridge", lambda **_: pytest.fail("loaded"))
+    assert main(argv) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_bridge", lambda **_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "--port", str(port)]) == 1
+    assert f"cannot be served at port {port} of 127.0.0.1: " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_reference")

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
-from mm_c2c.demo.compare import Look, check_question, columns_html, compare
+from mm_c2c.demo.compare import Look, _Live, check_question, columns_html, compare
 from mm_c2c.demo.pair import open_picture
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import Asked, Setting, build_arm
@@ -35,7 +35,10 @@ def test_a_second_question_perceives_and_captions_nothing_again(
     list(compare(look, "Where is it?"))
     source = look.setting.source
     monkeypatch.setattr(source, "prefill", lambda inputs: pytest.fail("perceived again"))
-    monkeypatch.setattr(bridge, "fuse_slots", lambda caches: pytest.fail("fused again"))
+    begin = bridge.fuse_slots({})  # what stands before every prompt
+    monkeypatch.setattr(
+        bridge, "fuse_slots", lambda caches: pytest.fail("fused again") if caches else begin
+    )
     written = []
     generate = source.generate
 
@@ -95,10 +98,21 @@ class _Always(torch.nn.Module):
         return self.logits.expand(*states.shape[:-1], -1)
 
 
-def test_closing_a_comparison_stops_the_arm(bridge: Bridge, look: Look) -> None:
+def test_closing_a_comparison_stops_the_arm(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    put = _Live.put
+
+    def write(live: _Live, value: torch.Tensor) -> None:
+        written.append(value)
+        if len(written) == 3:  # the prompt, a token, and one that comes after the close
+            live.stopped.wait(30)
+        put(live, value)
+
+    monkeypatch.setattr(_Live, "put", write)
     running = compare(look, "Where is it?")
-    next(running)
+    assert [next(running)["fused"].text != "" for _ in range(2)] == [False, True]
     running.close()
+    assert len(written) == 3
     *_, columns = compare(look, "Where is it?")
     assert columns["source"].answer is not None
 

@@ -1,8 +1,13 @@
 """The page's functions as `gradio_client` calls them, on a page served to this machine."""
 
 import gc
+import json
+import os
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gradio_client import Client, handle_file
@@ -13,6 +18,8 @@ from mm_c2c import Bridge
 from mm_c2c.demo.page import build_page
 from mm_c2c.demo.pair import known
 from mm_c2c.demo.serve import Exposure, launch
+from mm_c2c.demo.shared import open_shown
+from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.reference.models import SOURCE_NAME
 from mm_c2c.reference.scenes import CAPTION_REQUEST
@@ -62,6 +69,7 @@ def test_the_api_answers_as_documented(client: Client, tmp_path: Path) -> None:
         (handle_file(str(junk)), "what is it ?", "junk.png is not a picture"),
         (None, "what is it ?", "There is no picture"),
         (second, " ", "The question is empty"),
+        (second, None, "The question is empty"),
     ):
         with pytest.raises(AppError, match=said):
             client.predict(picture, asked, api_name="/ask")
@@ -72,3 +80,39 @@ def test_the_api_answers_as_documented(client: Client, tmp_path: Path) -> None:
         client.predict(first, "what is it ?", "other", str(secret), 1, api_name="/tamper")
     names = set(client.view_api(return_format="dict")["named_endpoints"])
     assert names == {"/ask", "/look_inside", "/tamper", "/build_scene"}
+
+
+def post(client: Client, name: str, *data: Any) -> str:
+    """What the page answers a request that no client of Gradio's has put in order."""
+    address = f"{client.src}gradio_api/call/{name}"
+    body = json.dumps({"data": data}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{address}/{event}") as answer:
+        return answer.read().decode()
+
+
+def test_a_request_by_hand_reads_no_file_of_this_machine(client: Client, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    around = tmp_path / "gradio" / ".." / "secret.png"
+    for path in (tmp_path / "secret.png", around, tmp_path / "missing.png"):
+        for name in ("ask", "look_inside"):
+            said = post(client, name, {"path": str(path)}, "what is it ?")
+            assert "There is no picture: pick a scene" in said
+    scene = {"path": str(known().scenes[0].path)}
+    assert "perceived" in post(client, "ask", scene, "what is it ?")
+
+
+def test_an_upload_is_kept_while_it_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    path = tmp_path / "mine.png"
+    Image.new("RGB", (8, 8)).save(path)
+    os.utime(path, (0, 0))
+    assert open_shown({"path": str(path)}).size == (8, 8)
+    assert time.time() - path.stat().st_mtime < 60
+    path.unlink()
+    with pytest.raises(InputError, match="deleted after some ten minutes: upload it again"):
+        open_shown({"path": str(path)})

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arm_rigs import open_up
 from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
-from mm_c2c.evaluation import command
+from mm_c2c.evaluation import arms, command
 from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Reply, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
@@ -26,30 +27,42 @@ from mm_c2c.evaluation.report import (
     text_table,
     write_report,
 )
-from mm_c2c.evaluation.run import EvaluationConfig, evaluate, split_rows
+from mm_c2c.evaluation.run import EvaluationConfig, evaluate
 from mm_c2c.evaluation.statistics import hits_of
 from mm_c2c.evaluation.summary import swap_outcomes
 from mm_c2c.evaluation.tasks import load_items, normalise, vqa_accuracy
+from mm_c2c.evaluation.text_to_text import split_rows
 from mm_c2c.reference import models
 
-# Those that want files are in test_baselines.py.
-PLAIN_ARMS = [name for name in ARMS if name not in (*FILES, "prefix_only", "action_only")]
 # What is told apart of a source that has words but no instruction, as the items below.
 ITEM_ARMS = [
-    name for name in PLAIN_ARMS if "instruction" not in name and name != "true_description_options"
+    name
+    for name in ARMS
+    if name not in (*FILES, "prefix_only", "action_only", "true_description_options")
+    and "instruction" not in name
 ]
+
+
+@pytest.fixture(autouse=True)
+def _captions_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "CAPTION_TOKENS", 16)
 
 
 @pytest.fixture
 def setting(bridge: Bridge) -> Setting:
+    open_up(bridge.fusers)
     return Setting(bridge=bridge, source_name=models.SOURCE_NAME, request="Say.")
 
 
 @pytest.fixture
 def asked(pictures: list[Image.Image]) -> list[Asked]:
     return [
-        Asked(SourceInput(text="go .", images=(picture,)), question, ("cat", "dog"), "a cat.")
-        for picture, question in zip(pictures, ("What?", "Where is it?"), strict=False)
+        Asked(
+            SourceInput(text="go .", images=(picture,)), question, ("cat", "dog"), "a cat."
+        )._replace(other=SourceInput(text="go .", images=(other,)))
+        for picture, other, question in zip(
+            pictures, pictures[1::-1], ("What?", "Where is it?"), strict=False
+        )
     ]
 
 
@@ -81,17 +94,6 @@ class _Counting:
         return self.arm.answer(asked, streamer)
 
 
-@pytest.mark.parametrize("name", PLAIN_ARMS)
-def test_an_arm_answers_a_batch_as_it_answers_each_row(
-    name: str, setting: Setting, asked: list[Asked]
-) -> None:
-    arm = build_arm(name, setting)
-    together = arm.answer(asked)
-    assert all(isinstance(reply.answer, str) for reply in together)
-    if name != "shuffled":  # which is about the batch
-        assert together == [arm.answer([row])[0] for row in asked]
-
-
 def test_a_timed_answer_is_the_arms_own(setting: Setting, asked: list[Asked]) -> None:
     alone = timed(build_arm("source", setting), setting.bridge, asked[0])
     item = SourceInput(text="go .\nWhat?", images=(asked[0].picture,))
@@ -100,15 +102,21 @@ def test_a_timed_answer_is_the_arms_own(setting: Setting, asked: list[Asked]) ->
     assert alone.relayed is None
     assert timed(build_arm("caption_relay", setting), setting.bridge, asked[0]).relayed is not None
     fused = timed(build_arm("fused", setting), setting.bridge, asked[0])
+    assert fused.answer == build_arm("fused", setting).answer(asked)[0].answer
     assert fused.total_ms >= fused.ttft_ms > 0
 
 
 def test_controls_move_or_empty_every_row(setting: Setting, asked: list[Asked]) -> None:
     cache = setting.source.prefill([row.look for row in asked])
-    moved = Shuffled(setting).alter(cache)
-    for before, after in zip(cache.layers, moved.layers, strict=True):
-        assert before.keys[1].equal(after.keys[0])
-        assert not before.keys[0].equal(after.keys[0])
+    own, moved = Fused(setting).see(asked), Shuffled(setting).see(asked)
+    swapped = Fused(setting).see([row._replace(look=row.other or row.look) for row in asked])
+    for states, others, mine in zip(
+        *(x.past_key_values.layers for x in (moved, swapped, own)), strict=True
+    ):
+        assert states.keys.equal(others.keys)
+        assert not states.keys.equal(mine.keys)
+    with pytest.raises(ConfigError, match="wants `other`"):
+        Shuffled(setting).answer([row._replace(other=None) for row in asked])
     empty: SourceCache = Zeroed(setting).alter(cache)
     assert all(not kv.keys.any() and not kv.values.any() for kv in empty.layers)
     assert zeroed(cache).shape == empty.shape
@@ -120,7 +128,7 @@ def test_relays_hand_over_what_they_say(setting: Setting, asked: list[Asked]) ->
         for name in ("caption_relay", "answer_relay", "true_description")
     }
     look = SourceInput(text="go .\nSay.", images=(asked[0].picture,))
-    written = setting.source.generate([look], max_new_tokens=64, do_sample=False)[0]
+    written = setting.source.generate([look], max_new_tokens=16, do_sample=False)[0]
     assert relayed["caption_relay"] == written.strip()
     assert relayed["true_description"] == "a cat."
     assert relayed["answer_relay"] == build_arm("source", setting).answer(asked)[0].answer
@@ -133,12 +141,18 @@ def test_an_unknown_arm_names_the_closest(setting: Setting) -> None:
         build_arm("fussed", setting)
 
 
-def test_an_evaluation_counts_every_item_once(bridge: Bridge, config: EvaluationConfig) -> None:
-    summary = evaluate(bridge, config, progress=False)
+def test_an_evaluation_counts_every_item_once(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    summary = evaluate(bridge, config, tmp_path / "run", progress=False)
     assert summary["n"] == 5
     assert list(summary["arms"]) == ITEM_ARMS
     # A fuser that was never trained changes nothing: whatever the cache, the answer is the same.
+    lines = (tmp_path / "run" / "answers.jsonl").read_text().splitlines()
+    said = [json.loads(line)["answers"] for line in lines]
+    assert len({answers["fused"] for answers in said}) == 5
     for control in ("shuffled", "zeroed"):
+        assert all(answers[control] == answers["fused"] for answers in said)
         test = summary["against"][control]["exact"]
         assert (test["only_first"], test["only_second"], test["p_value"]) == (0, 0, 1.0)
     assert summary["time"]["fused"]["n"] == 1
@@ -170,13 +184,13 @@ def test_an_answer_has_no_more_tokens_than_it_may(
     bridge: Bridge, config: EvaluationConfig, tmp_path: Path
 ) -> None:
     lengths = {}
-    for tokens in (1, 20):
+    for tokens in (1, 8):
         changed = dataclasses.replace(config, answer_tokens=tokens, timed=0)
         evaluate(bridge, changed, tmp_path / str(tokens), progress=False)
         lines = (tmp_path / str(tokens) / "answers.jsonl").read_text().splitlines()
-        said = [text for line in lines for text in json.loads(line)["answers"].values()]
-        lengths[tokens] = max(map(len, said))
-    assert lengths[1] < lengths[20]
+        said = [json.loads(line)["answers"] for line in lines]
+        lengths[tokens] = {arm: max(len(row[arm]) for row in said) for arm in ITEM_ARMS}
+    assert all(lengths[1][arm] < lengths[8][arm] for arm in ITEM_ARMS)
     with pytest.raises(ConfigError, match="answer_tokens must be at least 1, got 0"):
         dataclasses.replace(config, answer_tokens=0)
 
@@ -256,23 +270,23 @@ def test_no_row_is_left_alone_where_it_could_not_be_shuffled() -> None:
         assert all(len(rows) > 1 for rows in batches) or count == 1
 
 
-def test_a_swap_counts_where_the_neighbour_asks_alike_and_differs() -> None:
+def test_a_swap_counts_where_the_other_row_asks_alike_and_differs() -> None:
     def rows(said: list[str]) -> list[dict[str, Any]]:
         asked = [("What?", "cat"), ("What?", "dog"), ("What?", "dog"), ("Who?", "cat")]
         return [
             {"question": question, "gold": gold, "answers": {"shuffled": answer}}
-            for (question, gold), answer in zip(asked, said, strict=True)
+            | {"shuffled_with": (1, 2, 0, 1)[place]}
+            for place, ((question, gold), answer) in enumerate(zip(asked, said, strict=True))
         ]
 
     source = hits_of([True, True, False, True])
-    batches = [range(3), range(3, 4)]
-    counted = swap_outcomes(rows(["Dog.", "dog", "cat", "cat"]), batches, source)
-    # 0 takes 1's picture and says so; 2 takes 0's and says so; 1 and 2 agree; 3 is alone.
+    counted = swap_outcomes(rows(["Dog.", "dog", "cat", "cat"]), source)
+    # 0 takes 1's picture and says so; 2 takes 0's and says so; 1 and 2 agree; 3 asks otherwise.
     assert counted["truth"] == {"n": 2, "follow": 1.0, "stay": 0.0, "neither": 0.0}
     assert counted["source_right"] == {"n": 1, "follow": 1.0, "stay": 0.0, "neither": 0.0}
-    counted = swap_outcomes(rows(["cat", "dog", "bird", "cat"]), batches, source)
+    counted = swap_outcomes(rows(["cat", "dog", "bird", "cat"]), source)
     assert counted["truth"] == {"n": 2, "follow": 0.0, "stay": 0.5, "neither": 0.5}
-    alone = swap_outcomes(rows(["cat"] * 4), [range(3, 4)], source)
+    alone = swap_outcomes([{**rows(["cat"] * 4)[0], "shuffled_with": 0}], source[:1])
     assert math.isnan(alone["truth"]["follow"])
 
 

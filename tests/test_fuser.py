@@ -232,7 +232,14 @@ def test_ablated_gates_and_weights_equal_the_plain_reference(
     inputs = states(SHALLOW), states(TARGET, seed=1)
     torch.testing.assert_close(fuser(*inputs), slow_forward(fuser, *inputs), rtol=1e-5, atol=1e-5)
     fuser(*inputs).sum().backward()
-    assert (fuser.gate_logits.grad is None) == (fuser.config.gate == "open")
+    # Processes wait for the gradients of all that asks for some.
+    asking = {name for name, weight in fuser.named_parameters() if weight.requires_grad}
+    moved = {name for name, weight in fuser.named_parameters() if weight.grad is not None}
+    assert asking == moved
+    assert ("gate_logits" in asking) == (fuser.config.gate != "open")
+    assert any("weight_" in name or "head_weight" in name for name in asking) == (
+        fuser.config.weighting
+    )
 
 
 def test_a_straight_through_gate_is_exactly_open_or_closed() -> None:

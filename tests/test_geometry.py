@@ -110,6 +110,9 @@ class MetaModel:
 
     minds_padding = False
 
+    def check_continues(self) -> None:
+        """Meta tensors hold no logits that could differ."""
+
     def __init__(self, found: Geometry, tokenizer: Any) -> None:
         self.shape = found.layout.shape
         self.origin = CacheOrigin(found.name, None, found.model_type)

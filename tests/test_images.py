@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -48,6 +49,46 @@ def test_an_animation_is_an_error(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(InputError, match="animated"):
         load_image(tmp_path / "a.gif")
+
+
+def test_of_a_phones_two_pictures_the_first_is_read(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (16, 8), color) for color in ("red", "blue"))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    red, _, blue = load_image(tmp_path / "a.jpg").getpixel((4, 4))
+    assert red > 200 > 50 > blue
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_a_pixel_are_scaled_to_eight(tmp_path: Path, suffix: str) -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    found = np.asarray(load_image(tmp_path / f"a.{suffix}"))
+    np.testing.assert_allclose(found, np.stack([values / 257] * 3, axis=2), atol=1)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_values_of_unknown_range_are_refused(tmp_path: Path, dtype: type, mode: str) -> None:
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=rf"\(mode {mode}\).* scale its values to 0 to 255"):
+        load_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+def test_a_damaged_header_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.ppm").write_bytes(b"P6 4\xbe 4 255 " + bytes(48))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.tiff")
+    whole = (tmp_path / "a.tiff").read_bytes()
+    paths = [tmp_path / "a.ppm"]
+    for place in range(8, len(whole)):  # the first eight bytes say that it is a TIFF
+        paths.append(tmp_path / f"{place}.tiff")
+        paths[-1].write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+    refused = 0
+    for path in paths:
+        try:
+            load_image(path)
+        except InputError:
+            refused += 1
+    assert refused > 10
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from dataclasses import replace
@@ -100,13 +99,15 @@ def test_an_evaluation_of_a_policy_leaves_out_what_wants_its_words(
     assert set(summary["swap"]) == {"truth"}
     answers = [json.loads(x) for x in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
     assert answers[0]["relayed"]["instruction_only"] == "go left of the cat"
-    # The shuffled control hands on a neighbour's cache: of another episode.
-    assert all(a["episode"] != b["episode"] for a, b in itertools.pairwise(answers))
+    # The shuffled control hands on a cache of another episode.
+    assert all(row["episode"] != answers[row["shuffled_with"]]["episode"] for row in answers)
 
 
-def test_neighbours_of_the_shuffled_control_know_nothing_of_each_other() -> None:
-    items = run._apart(load_items(Path(babyai.__file__).parent / "unseen" / "items.jsonl"))
-    pairs = list(itertools.pairwise(items))
+def test_partners_of_the_shuffled_control_know_nothing_of_each_other() -> None:
+    items = run._ordered(load_items(Path(babyai.__file__).parent / "unseen" / "items.jsonl"))
+    others = run._others(items)
+    pairs = [(item, items[at]) for item, at in zip(items, others, strict=True) if at is not None]
+    assert len(pairs) == len(items)
     assert all(a.episode != b.episode for a, b in pairs)
     alike = [(a, b) for a, b in pairs if a.question == b.question]
     assert len(alike) > 0.9 * len(items)
@@ -186,7 +187,7 @@ def test_a_lie_counts_where_both_answers_differ() -> None:
     assert found["n"] == 4
     shares = {key: values[0] for key, values in found["arms"]["fused"].items()}
     assert shares == {"does": 0.25, "told": 0.25, "neither": 0.5}
-    summary = summarise(rows, [], [range(5)], 20, 0)
+    summary = summarise(rows, [], 20, 0)
     assert summary["lie"]["n"] == 4
     summary["config"] = {"arms": [], "items": "lies.jsonl"}
     assert "| 25.0 (0.0 to" in markdown(summary)
@@ -268,7 +269,7 @@ def test_a_target_is_tuned_on_descriptions_and_serves_its_arm(
     )
     said = arm.answer(asked)
     assert said[0].relayed == "a cat.\nThe robot was told: go left of the cat"
-    tuned = {n: p for n, p in arm.model.named_parameters() if "lora_B" in n}
+    tuned = {n: p for n, p in arm.reader.target.model.named_parameters() if "lora_B" in n}
     assert any(weight.any() for weight in tuned.values())
     groups = train_description.group_steps(load_items(items))
     assert [len(group) for group in groups] == [3] * 8

@@ -115,7 +115,7 @@ def test_no_over_yes_is_what_a_plain_forward_says(setting: Setting, asked: list[
     bridge = setting.bridge
     fused = bridge.fuse(Fused(setting).see(asked), ["is it ?", "will it be red ?"])
     before = fused["past_key_values"].get_seq_length()
-    found = monitor.no_over_yes(bridge, bridge.target.model, fused)
+    found = monitor.no_over_yes(bridge, fused)
     assert fused["past_key_values"].get_seq_length() == before
     mask = fused["attention_mask"]
     logits = bridge.target.model(

@@ -1,16 +1,19 @@
 """Questions packed behind one picture: the same as each of them alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from mm_c2c import Bridge
+from mm_c2c import Bridge, Target
 from mm_c2c.cache import fork
-from mm_c2c.reference.packing import Turn, block_mask, pack, split_beginning
+from mm_c2c.errors import UnsupportedError
 from mm_c2c.reference.scenes import Question
 from mm_c2c.reference.train_fuser import answer_loss, turns_loss
+from mm_c2c.training.packing import Turn, block_mask, check_packs, pack, split_beginning
 
 
 def test_each_question_starts_behind_the_prefix_and_answers_for_itself() -> None:
@@ -45,6 +48,32 @@ def test_prompts_are_parted_where_they_differ_or_at_their_last_token() -> None:
     assert split_beginning([[1, 2], [1, 2, 3]]) == ([1], [[2], [2, 3]])
     assert split_beginning([[1, 2, 3]]) == ([1, 2], [[3]])
     assert split_beginning([[1], [2]]) == ([], [[1], [2]])
+
+
+def tiny(model_type: str, tokenizer: Any, **more: Any) -> Target:
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **more,
+    )
+    return Target(AutoModelForCausalLM.from_config(config).eval(), tokenizer, model_type)
+
+
+def test_models_are_packed_for_only_where_that_is_exact(tiny_target_tokenizer: Any) -> None:
+    check_packs(tiny("llama", tiny_target_tokenizer))
+    with pytest.raises(UnsupportedError, match=r"scales or caps its logits.*leave packed at false"):
+        check_packs(tiny("granite", tiny_target_tokenizer, logits_scaling=4.0))
+    with pytest.raises(UnsupportedError, match=r"see a window or are recurrent.*leave packed"):
+        check_packs(tiny("gemma3_text", tiny_target_tokenizer, head_dim=8, sliding_window=4))
+
+
+def test_the_mask_is_made_where_the_questions_are() -> None:
+    assert block_mask(torch.zeros(1, 3, device="meta"), prefix_len=2).device.type == "meta"
 
 
 def test_a_token_sees_the_prefix_and_what_came_before_in_its_own_question() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -197,6 +199,14 @@ def test_an_episode_can_be_cut_short_and_paced(policy: SourcePolicy) -> None:
     assert (end.steps, end.success) == (2, False)
     with pytest.raises(ConfigError, match="fps must be above 0"):
         run(policy, fps=0)
+    with pytest.raises(ConfigError, match="max_steps must be at least 1, or None, got 0"):
+        run(policy, max_steps=0)
+
+
+def test_a_policy_that_decides_on_no_action_is_refused(policy: SourcePolicy) -> None:
+    idle = dataclasses.replace(policy, to_actions=lambda acted: np.zeros((0, 2)))
+    with pytest.raises(ShapeError, match="step 0: expected one action or more"):
+        run(idle)
 
 
 def test_what_the_environment_says_of_success_counts(policy: SourcePolicy) -> None:
@@ -236,7 +246,7 @@ def test_actions_with_and_without_a_reader_are_equal(policy: SourcePolicy) -> No
 # --- a reader beside it --------------------------------------------------------------------
 
 
-def offer(reader: BackgroundReader, episode: int, step: int, task: str) -> None:
+def offer(reader: BackgroundReader, episode: int, step: int, task: Any) -> None:
     given = observation(task=task)
     reader.offer(
         Snapshot(episode=episode, step=step, observation=given, past=(), tokens=None, taken_s=0.0)
@@ -292,6 +302,58 @@ def test_a_reader_that_ends_is_told_and_the_robot_goes_on(policy: SourcePolicy) 
     assert events[-1].steps == STEPS
     assert events[-1].success
     assert events[-1].read == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("nothing", "TypeError: a reader gives a list of readings, got None"),
+        ("words", "a reader gives a list of readings, got .'it turns left'"),
+        ("unsent", "pickle"),
+        ("unread", "ValueError: invalid literal"),
+    ],
+)
+def test_what_is_no_reading_is_told_and_the_next_is_read(
+    scripted: BackgroundReader, task: str, message: str
+) -> None:
+    episode = scripted.begin()
+    offer(scripted, episode, 4, task)
+    (failure,) = scripted.finish(30)
+    assert isinstance(failure, ReaderFailure)
+    assert failure.step == 4
+    assert re.search(message, failure.message)
+    offer(scripted, episode, 5, "wait 0")
+    assert isinstance(scripted.finish(30)[0], Narration)
+
+
+def test_a_snapshot_that_cannot_be_sent_is_told(scripted: BackgroundReader) -> None:
+    episode = scripted.begin()
+    offer(scripted, episode, 0, threading.Lock())
+    (failure,) = scripted.finish(30)
+    assert "cannot pickle" in failure.message
+    offer(scripted, episode, 1, "wait 0")
+    assert isinstance(scripted.finish(30)[0], Narration)
+
+
+def test_a_reader_that_ended_is_told_of_in_every_episode_after_it() -> None:
+    with BackgroundReader(Scripted) as reader:
+        offer(reader, reader.begin(), 41, "end 0.5")
+        time.sleep(0.2)  # it ends amid the next episode
+        for _ in range(2):
+            offer(reader, reader.begin(), 7, "wait 0")
+            (failure,) = reader.finish(30)
+            assert isinstance(failure, ReaderFailure)
+            assert (failure.step, failure.message[-11:]) == (0, "exit code 3")
+            assert (reader.read, reader.dropped) == (0, 1)
+
+
+def test_a_reading_that_takes_too_long_is_told(scripted: BackgroundReader) -> None:
+    offer(scripted, scripted.begin(), 3, "wait 1")
+    (failure,) = scripted.finish(0.1)
+    assert isinstance(failure, ReaderFailure)
+    assert (failure.step, failure.message) == (3, "not read 0.1 s after the robot stood")
+    scripted.begin()
+    assert scripted.finish(0) == []  # what the last episode left is not waited for
 
 
 def test_closing_stops_a_reading(scripted: BackgroundReader) -> None:
@@ -415,7 +477,7 @@ def test_the_bench_compares_steps_with_and_without_a_reader(
     result = bench_robot.bench(bench_robot.RobotBenchConfig(rounds=2, steps=2))
     low, high = result["ratio"][1:]
     assert 0 < low <= result["ratio"][0] <= high
-    assert result["read"] + result["dropped"] == 6  # the round that warms up counts too
+    assert result["read"] + result["dropped"] == 4  # without the round that warms up
     assert result["latency_ms"] > 0
     with pytest.raises(ConfigError, match="rounds must be at least 1, got 0"):
         bench_robot.RobotBenchConfig(rounds=0)

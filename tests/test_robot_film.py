@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,16 +96,25 @@ def test_actions_are_named_or_told_in_numbers() -> None:
 def test_what_cannot_be_shown_is_refused(happened: list[Event], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.avi: expected \.gif or \.mp4"):
         write_film(happened, tmp_path / "a.avi")
+    with pytest.raises(InputError, match=r"no folder .*none to write a\.gif into"):
+        write_film(happened, tmp_path / "none" / "a.gif")
     with pytest.raises(InputError, match="without a step"):
         write_film(happened[-1:], tmp_path / "a.gif")
 
 
-def test_an_mp4_wants_imageio(
+def test_an_mp4_wants_imageio_and_its_ffmpeg(
     happened: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "imageio", None)
-    with pytest.raises(UnsupportedError, match="pip install imageio"):
-        write_film(happened, tmp_path / "a.mp4")
+    def lack_ffmpeg(*_: Any, **__: Any) -> None:
+        raise OSError("no backend")
+
+    bare, backends = ModuleType("imageio"), ModuleType("imageio.v3")
+    bare.v3, backends.imwrite = backends, lack_ffmpeg
+    monkeypatch.setitem(sys.modules, "imageio.v3", backends)
+    for found, why in ((bare, "no backend"), (None, "halted")):
+        monkeypatch.setitem(sys.modules, "imageio", found)
+        with pytest.raises(UnsupportedError, match=rf"{why}.*pip install imageio\[ffmpeg\]"):
+            write_film(happened, tmp_path / "a.mp4")
 
 
 def test_any_token_policy_can_stand_before_the_tiny_target() -> None:
@@ -150,5 +163,34 @@ def test_the_demo_narrates_records_and_writes_a_film(
     assert len(load_episode(folder).steps) <= 4
     assert main(["--alone", "--out", str(out), "--max-steps", "2"]) == 0
     assert "said" not in capsys.readouterr().out
-    assert main(["--alone", "--out", str(tmp_path / "a.avi"), "--max-steps", "1"]) == 1
-    assert "expected .gif or .mp4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "a.avi"], "expected .gif or .mp4"),
+        (["--out", "nowhere/a.gif"], "there is no folder nowhere"),
+        (["--level", "BabyAI-Nowhere-v0"], "there is no level 'BabyAI-Nowhere-v0'"),
+    ],
+)
+def test_the_demo_refuses_in_a_line_before_anything_moves(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("minigrid", reason="the demo needs minigrid: pip install mm-c2c[robot]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(DEMOS))
+    assert importlib.import_module("robot").main(["--alone", *words]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+
+
+def test_an_interrupt_ends_the_demo_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DEMOS))
+    demo = importlib.import_module("robot")
+    monkeypatch.setattr(demo, "run", lambda args: signal.raise_signal(signal.SIGINT))
+    assert demo.main([]) == 130

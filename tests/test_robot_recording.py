@@ -160,6 +160,13 @@ def test_what_cannot_be_recorded_is_refused(happened: list[Event], tmp_path: Pat
     wild = Step(**{**vars(first), "reward": float("nan")})
     with pytest.raises(InputError, match="step 0: expected finite numbers"):
         list(record([wild], tmp_path / "b"))
+    pixels = first.observation["observation.images.front"]
+    clash = {**first.observation, "observation.images.frame": pixels}
+    with pytest.raises(InputError, match=r"recorded as 'frame': give the camera .* another"):
+        list(record([Step(**{**vars(first), "observation": clash})], tmp_path / "c"))
+    bare = Step(**{**vars(first), "observation": clash, "frame": None})
+    list(record([bare], tmp_path / "d"))
+    assert plain(load_episode(tmp_path / "d").events[0]) == plain(bare)
 
 
 # --- LeRobot, by a stand-in of the same signatures ------------------------------------------

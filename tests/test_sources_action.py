@@ -150,6 +150,12 @@ def test_a_padded_row_of_a_token_policy_gives_what_the_row_alone_gives(
         torch.testing.assert_close(both.position_ids[row, real], alone.position_ids[0])
 
 
+def told(inputs: list[SourceInput], tokens: Tensor) -> list[SourceInput]:
+    """The same with what the policy did there."""
+    rows = zip(inputs, tokens, strict=True)
+    return [dataclasses.replace(item, action_tokens=row) for item, row in rows]
+
+
 def test_tokens_that_are_given_are_read_without_acting_again(
     token_policy: TokenActionSource,
     instructions: list[SourceInput],
@@ -158,9 +164,9 @@ def test_tokens_that_are_given_are_read_without_acting_again(
     acted = token_policy.act(instructions)
     expected = token_policy.prefill(instructions)
     monkeypatch.delattr(TokenActionSource, "act")
-    got = token_policy.prefill(instructions, acted.tokens)
+    got = token_policy.prefill(told(instructions, acted.tokens))
     torch.testing.assert_close(got.layers[3].keys, expected.layers[3].keys, rtol=0, atol=0)
-    other = token_policy.prefill(instructions, acted.tokens.flip(1))
+    other = token_policy.prefill(told(instructions, acted.tokens.flip(1)))
     assert not torch.equal(other.layers[3].keys, expected.layers[3].keys)
 
 
@@ -169,11 +175,11 @@ def test_an_input_may_bring_its_own_action_tokens(
 ) -> None:
     """Given rows are read as they are, the policy acts in the others."""
     acted = token_policy.act(instructions).tokens
-    told = torch.stack([acted[0].flip(0), acted[1]])
-    mixed = [dataclasses.replace(instructions[0], action_tokens=told[0]), instructions[1]]
-    got, expected = token_policy.prefill(mixed), token_policy.prefill(instructions, told)
+    given = told(instructions, torch.stack([acted[0].flip(0), acted[1]]))
+    got = token_policy.prefill([given[0], instructions[1]])
+    expected = token_policy.prefill(given)
     torch.testing.assert_close(got.layers[3].keys, expected.layers[3].keys, rtol=0, atol=0)
-    short = dataclasses.replace(instructions[1], action_tokens=told[1][:2])
+    short = dataclasses.replace(instructions[1], action_tokens=acted[1][:2])
     with pytest.raises(InputError, match=r"row 1: expected 3 action tokens, got \(2,\)"):
         token_policy.prefill([instructions[0], short])
 
@@ -217,11 +223,18 @@ def test_a_policy_of_another_family_is_read_as_that_family(
     assert source.prefill(instructions).kinds[0, -1] == PositionKind.ACTION
     with pytest.raises(UnsupportedError, match="TextSource has no prompt"):
         action.policy_class(source_class("qwen3", has_vision=False))
-    tiny = FAMILIES["blip-2_t5"].build()
-    kind = action.policy_class(source_class("blip-2", has_vision=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["blip-2", "blip-2_t5", "kosmos-2", "gemma4", "mllama", "florence2"]
+)
+def test_a_family_that_cannot_read_on_behind_its_prompt_has_no_action_tokens(name: str) -> None:
+    tiny = FAMILIES[name].build()
+    model_type = tiny.model.config.model_type
+    kind = action.policy_class(source_class(model_type, has_vision=True))
     bins = ActionBins(vocab_size=40, low=(-1.0,), high=(1.0,), num_bins=32)
-    with pytest.raises(UnsupportedError, match=r"tiny/t5: .* encoder and decoder \(blip-2\)"):
-        kind(tiny.model, tiny.processor, bins, "tiny/t5")
+    with pytest.raises(UnsupportedError, match=f"tiny: .* of type {model_type} cannot read on"):
+        kind(tiny.model, tiny.processor, bins, "tiny")
 
 
 @pytest.mark.parametrize(

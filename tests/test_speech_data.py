@@ -37,10 +37,18 @@ TONE = np.sin(np.arange(400) / 5).astype(np.float32) * 0.9
 
 
 def test_a_recording_comes_back_as_it_was_written() -> None:
-    np.testing.assert_allclose(read_wav(write_wav(TONE)), TONE, atol=2 / 32768)
+    once = read_wav(write_wav(TONE))
+    np.testing.assert_allclose(once, TONE, atol=0.5 / 32768)
+    np.testing.assert_array_equal(read_wav(write_wav(once)), once)
     loud = read_wav(write_wav(TONE * 2))
-    assert loud.max() <= 1
+    assert (loud.min(), loud.max()) == (-1, np.float32(32767 / 32768))
     assert loud.dtype == np.float32
+
+
+@pytest.mark.parametrize(("lost", "got"), [(1, 399), (2, 399), (401, 199), (800, 0)])
+def test_a_recording_that_is_cut_off_is_refused(lost: int, got: int) -> None:
+    with pytest.raises(InputError, match=f"cut off: expected 400 samples, .* got {got}$"):
+        read_wav(write_wav(TONE)[:-lost])
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from text_families import FAMILIES, FORGETFUL, REFUSED, WIDE, build, byte_tokenizer
+from text_families import (
+    FAMILIES,
+    FORGETFUL,
+    LONGER,
+    PADDED,
+    REFUSED,
+    WIDE,
+    build,
+    byte_tokenizer,
+    states,
+)
 from torch import Tensor
-from transformers import Cache
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import (
@@ -143,21 +155,6 @@ def real_ids(fused: FusedInputs, row: int) -> Tensor:
     return fused["input_ids"][row, fused["attention_mask"][row] == 1].unsqueeze(0)
 
 
-def states(cache: Cache) -> list[Tensor]:
-    """All that a cache holds, recurrent states included."""
-    return [
-        tensor
-        for layer in cache.layers
-        for name in ("keys", "values", "conv_states", "recurrent_states")
-        for tensor in _tensors(getattr(layer, name, None))
-    ]
-
-
-def _tensors(held: Any) -> list[Tensor]:
-    found = held.values() if isinstance(held, dict) else [held]
-    return [tensor for tensor in found if tensor is not None]
-
-
 # --- as a source ------------------------------------------------------------------------------
 
 
@@ -283,6 +280,29 @@ def test_gradients_are_those_of_finite_differences(rig: Rig) -> None:
     torch.testing.assert_close((above - below) / (2 * step), found.norm(), rtol=0.05, atol=2e-3)
 
 
+@pytest.mark.parametrize("has_template", [True, False])
+@torch.no_grad()
+def test_the_answers_start_is_fused_where_the_target_has_one(
+    words_source: TextSource, has_template: bool
+) -> None:
+    rig = make_rig("llama", words_source)
+    if not has_template:
+        rig.target = Target(rig.target.model, copy.deepcopy(TOKENIZER), "tiny/base")
+        rig.target.tokenizer.chat_template = None
+    bridge = rig.bridge("aligned", is_open=True)
+    reading = bridge.read_questions(QUESTIONS)
+    changed = [LayerKV(kv.keys.clone(), kv.values.clone()) for kv in rig.words.layers]
+    for kv in changed:
+        kv.values[:, :, -1] += 1
+    fused, again = (
+        bridge.fuse_words(reading, {"reader": words})["past_key_values"]
+        for words in (rig.words, replace(rig.words, layers=tuple(changed)))
+    )
+    moved = (fused.layers[0].values - again.layers[0].values).abs().amax((1, 3)) > 1e-6
+    last = torch.arange(moved.shape[1]) == moved.shape[1] - 1
+    torch.testing.assert_close(moved, (last & has_template).expand_as(moved))
+
+
 # --- hybrids ----------------------------------------------------------------------------------
 
 
@@ -378,6 +398,62 @@ def test_a_target_that_forgets_what_its_cache_holds_is_refused(words_source: Tex
     assert rig.target.layer_indices == FORGETFUL.fused
     with pytest.raises(UnsupportedError, match=r"tiny/target .* does not go on where its cache"):
         rig.bridge("slots")
+
+
+def test_a_target_that_goes_on_otherwise_is_refused(
+    words_source: TextSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig("llama", words_source)
+    forward = rig.target.model.forward
+
+    @functools.wraps(forward)
+    def forget(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        del past_key_values
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(rig.target.model, "forward", forget)
+    with pytest.raises(UnsupportedError, match=r"tiny/target .* does not go on where its cache"):
+        rig.bridge("slots")
+
+
+@EACH_GEOMETRY
+@pytest.mark.parametrize("name", PADDED)
+@torch.no_grad()
+def test_padding_that_only_the_logits_tell_is_kept_out_of_a_prompt(
+    words_source: TextSource, name: str, geometry: str
+) -> None:
+    rig = Rig(build(PADDED[name], len(TOKENIZER)), words_source)
+    got = rig.logits(fused := rig.fuse(rig.bridge(geometry)))
+    assert rig.target.minds_padding
+    for row in range(2):
+        own = rig.target.model(real_ids(fused, row)).logits[0, -1]
+        torch.testing.assert_close(got[row], own, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_padding_is_not_minded(name: str, dtype: torch.dtype) -> None:
+    model = build(FAMILIES[name], len(TOKENIZER)).to(dtype)
+    target = Target(model, TOKENIZER, "tiny/target")
+    target.check_continues()
+    assert not target.minds_padding
+
+
+@pytest.mark.parametrize("name", LONGER)
+@torch.no_grad()
+def test_decoding_past_the_length_where_keys_turn_otherwise_is_refused(
+    words_source: TextSource, name: str
+) -> None:
+    rig = Rig(build(LONGER[name], len(TOKENIZER)), words_source)
+    bridge = rig.bridge("slots", is_open=True)
+    seen = bridge.fuse_slots({"eyes": Eyes().cache(1)})
+    prompt = bridge.fuse(seen, QUESTIONS[1:])["input_ids"].shape[1]
+    fits, settings = 72 - prompt, {"do_sample": False, "pad_token_id": 2}
+    assert len(bridge.generate(seen, QUESTIONS[1:], max_new_tokens=fits, **settings)) == 1
+    message = rf"beyond 72 tokens .*'{name}'.* got {prompt} tokens and .* at most {fits}, or ask"
+    for longer in ({"max_new_tokens": fits + 1}, {"max_length": 73}):
+        with pytest.raises(UnsupportedError, match=message):
+            bridge.generate(seen, QUESTIONS[1:], **longer, **settings)
 
 
 @torch.no_grad()

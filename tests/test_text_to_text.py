@@ -276,7 +276,15 @@ def test_frozen_models_are_loaded_in_the_dtype_that_the_config_says(
 
 
 @pytest.mark.parametrize(
-    "change", ["drop.sources=0.1", "data.questions=2", "accumulation=2", "precision=bf16"]
+    "change",
+    [
+        "drop.sources=0.1",
+        "drop.slots=0.1",
+        "frozen=[reader]",
+        "data.questions=2",
+        "accumulation=2",
+        "precision=bf16",
+    ],
 )
 def test_settings_that_would_be_left_undone_are_refused(
     tmp_path: Path, target: Target, source: TextSource, change: str

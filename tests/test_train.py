@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -240,6 +241,23 @@ def test_bfloat16_products_leave_float32_weights(
     assert {weight.dtype for weight in found.values()} == {torch.float32}
     gates = found["eyes_slots.gate_logits"]
     assert not gates.equal(gates.bfloat16().float())  # finer than bfloat16 could tell
+
+
+def test_settings_are_kept_with_what_came_of_them_and_changes_are_said(
+    config: TrainingConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    go(config)
+    path = config.out / "config.json"
+    before = path.read_text()
+    assert "other settings" not in caplog.text
+    with pytest.raises(ConfigError, match="at most 3 steps"):
+        go(override(config, ["phases.generate.steps=1", "phases.generate.warmup=0", "seed=9"]))
+    assert path.read_text() == before
+    caplog.clear()
+    more = config.phases.generate.steps + 1
+    go(override(config, [f"phases.generate.steps={more}", "seed=9"]))
+    assert f"phases.generate.steps: {more - 1} -> {more}, seed: 0 -> 9" in caplog.text
+    assert json.loads(path.read_text())["seed"] == 9
 
 
 def test_what_cannot_be_is_refused(config: TrainingConfig, settings: list[str]) -> None:

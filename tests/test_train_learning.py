@@ -1,4 +1,4 @@
-"""What a training learns from: parts left out at random, kept caches, texts of a source."""
+"""What a training learns from: parts left out at random, texts of a source."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mm_c2c.cache import CacheShape
 from mm_c2c.config import load_config, override
 from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.sources.base import SourceInput
+from mm_c2c.training import objective as objective_module
 from mm_c2c.training.config import DropConfig, TrainingConfig
 from mm_c2c.training.data import open_examples
-from mm_c2c.training.kept import KeptCaches, row_key
 from mm_c2c.training.log import read_log
 from mm_c2c.training.loop import build_accelerator
 from mm_c2c.training.models import load_source, load_target
@@ -138,6 +138,42 @@ def test_packing_wants_slots_that_are_question_blind(config: TrainingConfig, oth
         override(config, ["packed=true", other])
 
 
+BOTH = (
+    "links={eyes: {geometry: slots, rows: 2, cols: 2}, "
+    "words: {source: eyes, geometry: aligned, fuser: {hidden_size: 16, rank: 4}}}"
+)
+
+
+def test_a_bridge_to_go_on_from_brings_the_links_that_settings_must_go_with(
+    config: TrainingConfig, tmp_path: Path
+) -> None:
+    still = ["phases.reconstruct.steps=0", f"out={tmp_path / 'both'}"]
+    go(override(config, [*still, BOTH]))
+    onward = [f"start={tmp_path / 'both' / 'bridge'}", f"out={tmp_path / 'onward'}"]
+    with pytest.raises(ConfigError, match=r"links of geometry slots .* got eyes_slots, eyes_align"):
+        go(override(config, [*onward, "packed=true"]))
+    with pytest.raises(ConfigError, match="answers of one source, and there are 2 links"):
+        go(override(config, [*onward, "phases.generate.distill=0.5"]))
+    assert not (tmp_path / "onward" / "config.json").exists()
+
+
+def test_a_dropped_source_is_missing_from_all_its_links(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[list[bool]] = []
+
+    def note(cache: Any, rows: list[bool]) -> Any:
+        emptied.append(list(rows))
+        return cache
+
+    monkeypatch.setattr(objective_module, "emptied", note)
+    settings = ["drop.sources=0.5", "data.questions=1", "phases.reconstruct.steps=0"]
+    go(override(config, [*settings, BOTH, "phases.generate.steps=8"]))
+    slots, words = emptied[::2], emptied[1::2]
+    assert slots == words
+    assert {True, False} <= {empty for rows in slots for empty in rows}
+
+
 def test_sources_may_hear_the_question(
     config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,78 +237,6 @@ def test_examples_of_unlike_numbers_of_pictures_are_learned_from_as_each_alone(
     torch.testing.assert_close(found, dropped, rtol=1e-4, atol=1e-5)
     assert not dropped[0].isclose(whole[0])
     assert all(weight.isfinite().all() for weight in go(config).values())
-
-
-# --- kept caches --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def prefills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows that sources have read, a call each."""
-    from mm_c2c.sources.vlm import VLMSource
-
-    calls: list[int] = []
-    prefill = VLMSource.prefill
-
-    def count(self: VLMSource, inputs: Any) -> Any:
-        calls.append(len(inputs))
-        return prefill(self, inputs)
-
-    monkeypatch.setattr(VLMSource, "prefill", count)
-    return calls
-
-
-def test_later_epochs_do_not_run_the_source(
-    config: TrainingConfig, prefills: list[int], tmp_path: Path
-) -> None:
-    plain = go(replace(config, out=tmp_path / "plain"))
-    assert sum(prefills) == 8
-    prefills.clear()
-    kept = override(config, [f"kept.folder={tmp_path / 'kept'}"])
-    found = go(kept)
-    assert sum(prefills) == 3  # one for each example
-    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
-    prefills.clear()
-    assert_same(go(replace(kept, out=tmp_path / "again")), found)
-    assert not prefills
-
-
-def test_kept_caches_stay_within_their_budget_and_survive_damage(
-    config: TrainingConfig, pictures: list[Image.Image], tmp_path: Path, prefills: list[int]
-) -> None:
-    source = load_source(config.sources["eyes"])
-    looks = [SourceInput(images=(picture,)) for picture in pictures[:2]]
-    keys = [row_key("a", look) for look in looks]
-    assert len({*keys, row_key("b", looks[0]), row_key("a", replace(looks[0], text="x"))}) == 4
-    acted = {row_key("a", replace(looks[0], action_tokens=torch.tensor([i]))) for i in range(2)}
-    assert len({*keys, *acted}) == 4
-
-    def fetch(kept: KeptCaches, order: list[int]) -> Any:
-        return kept.fetch(
-            [keys[at] for at in order],
-            lambda rows: source.prefill([looks[order[row]] for row in rows]),
-        )
-
-    whole = source.prefill(looks)
-    folder = tmp_path / "kept"
-    fetch(KeptCaches(folder, 10**9), [0, 1])
-    prefills.clear()
-    found = fetch(KeptCaches(folder, 10**9, process=1), [1, 0])
-    assert not prefills  # another process's are read too
-    for (keys_, values), (k, v) in zip(found.layers, whole.layers, strict=True):
-        torch.testing.assert_close(keys_, k[[1, 0]])
-        torch.testing.assert_close(values, v[[1, 0]])
-    assert found.grids == whole.grids[::-1]
-    assert found.patches.equal(whole.patches[[1, 0]])
-
-    fetch(KeptCaches(tmp_path / "none", whole.num_bytes - 1), [0, 1])
-    assert not list((tmp_path / "none").glob("*.safetensors"))
-
-    (shard,) = folder.glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:100])
-    prefills.clear()
-    fetch(KeptCaches(folder, 10**9), [0, 1])
-    assert prefills == [2]
 
 
 # --- two texts, and what is learned -------------------------------------------------------

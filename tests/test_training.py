@@ -78,11 +78,34 @@ def test_shards_hold_features_and_truth(data: Path) -> None:
     assert all(1 <= len(scene.stickers) <= 4 for scene in scenes)
 
 
-def test_a_source_training_goes_on_where_it_stopped(source_config: SourceTrainingConfig) -> None:
+def test_a_source_training_goes_on_where_it_stopped(
+    source_config: SourceTrainingConfig, tmp_path: Path
+) -> None:
     before = weights(source_config.out / "model")
-    train_source.train(replace(source_config, steps=4))
-    after = weights(source_config.out / "model")
-    assert read_log(source_config.out / "log.csv")["step"] == [1, 2, 3, 4]
+    stopped = replace(source_config, out=tmp_path / "stopped", steps=4, save_every=2)
+    draw = train_source.draw_questions
+    asked = []
+
+    def stop(*args: Any) -> Any:
+        asked.append(args)
+        if len(asked) == 3 * stopped.batch_size:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_source, "draw_questions", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_source.train(stopped)
+    train_source.train(stopped)
+    whole = replace(stopped, out=tmp_path / "whole")
+    train_source.train(whole)
+    assert load_source(whole.out / "model").model.model.vision_tower.feature_dropout.p > 0
+    after = weights(whole.out / "model")
+    gone_on = weights(stopped.out / "model")
+    assert all(after[name].equal(gone_on[name]) for name in after)
+    logs = [read_log(config.out / "log.csv") for config in (whole, stopped)]
+    assert logs[0]["step"] == logs[1]["step"] == [1, 2, 3, 4]
+    assert logs[0]["loss"] == logs[1]["loss"]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("language_model" in name for name in moved)
     assert not any("convolutions" in name or "feature_" in name for name in moved)
@@ -267,6 +290,22 @@ def test_a_training_asks_what_no_picture_shows_only_when_told_to(
         kinds = {q.kind for questions in asked_in_training for q in questions}
         assert "caption" in kinds
         assert bool(kinds & set(FACTS)) == knowledge
+
+
+def test_as_many_scenes_as_wanted_have_an_odd_one_out(
+    fuser_config: FuserTrainingConfig,
+    targets: list[Target],
+    asked_in_training: list[list[Question]],
+) -> None:
+    config = replace(fuser_config, reconstruct_steps=0, steps=2, scenes=4, questions=1, late=20)
+    for odd in (0, 1):
+        asked_in_training.clear()
+        train_fuser.train(replace(config, odd=odd, out=config.out / str(odd)))
+        kinds = [{q.kind for q in questions} for questions in asked_in_training]
+        steps = [kinds[:4], kinds[4:]]
+        assert all("odd" in set.union(*step) for step in steps) == bool(odd)
+    with pytest.raises(ConfigError, match=r"odd must be in \[0, scenes=4\], got 5"):
+        replace(config, odd=5)
 
 
 def test_a_training_asks_more_of_what_is_learned_late_when_told_to(

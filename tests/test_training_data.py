@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import sys
 import tarfile
-from collections.abc import Iterator
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mm_c2c.errors import InputError, UnsupportedError
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.recordings import write_wav
 from mm_c2c.training.config import DataConfig
 from mm_c2c.training.data import Example, Examples, open_examples
 from mm_c2c.training.kept import row_key
@@ -138,6 +143,21 @@ def test_shards_are_read_in_any_order(shards: DataConfig) -> None:
     assert examples.at(0).turns[0] == ("what", "it")
 
 
+def test_a_picture_stands_upright_wherever_it_is_read_from(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    """A phone's camera writes which way up a picture is, not the picture so."""
+    picture = Image.new("RGB", (4, 3))
+    turned = picture.getexif()
+    turned[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "0.jpg", exif=turned)
+    said = json.dumps(rows[0]).encode()
+    write_shard(tmp_path / "a.tar", {"0": {"json": said, "jpg": (tmp_path / "0.jpg").read_bytes()}})
+    beside = write_lines(tmp_path, [{**rows[0], "image": "0.jpg"}])
+    for config in (beside, DataConfig(path=str(tmp_path / "a.tar"), format="webdataset")):
+        assert open_examples(config, seed=0).at(0).images[0].size == (3, 4)
+
+
 def test_what_cannot_be_read_stops_or_is_left_out(
     tmp_path: Path, rows: list[dict[str, Any]], shards: DataConfig
 ) -> None:
@@ -167,8 +187,91 @@ def test_what_cannot_be_read_stops_or_is_left_out(
     ]
 
 
+GOOD = {"question": "what", "answer": "it"}
+UNUSABLE = [
+    ({"question": "q", "answer": None}, "expected answer to be a string or a number, got None"),
+    ({"question": "q", "answer": float("nan")}, "expected answer to be .* number, got nan"),
+    ({"question": ["q"], "answer": True}, r"expected question to be .* number, got \['q'\]"),
+    ({"question": "q", "answer": True}, "expected answer to be .* number, got True"),
+    ({"question": "q", "label": "a"}, "expected question and answer, got question, label.*"),
+    ([1, 2], r"expected names and values, got \[1, 2\]"),
+    ({"turns": []}, "expected turns to be questions and answers, got none"),
+    ({"turns": "q"}, "expected turns to be a list, got 'q'"),
+    ({"turns": ["q"]}, "expected names and values, got 'q'"),
+    ({**GOOD, "caption": ["red"]}, r"expected caption to be a string .* got \['red'\]"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), UNUSABLE)
+def test_a_row_of_another_form_stops_or_is_left_out(tmp_path: Path, row: Any, message: str) -> None:
+    lines = write_lines(tmp_path, [GOOD, row])
+    with pytest.raises(InputError, match=rf"data\.jsonl, line 2: {message}; data.on_corrupt=skip"):
+        open_examples(lines, seed=0)
+    parts = {"000": GOOD, "001": row}
+    write_shard(tmp_path / "a.tar", {k: {"json": json.dumps(v).encode()} for k, v in parts.items()})
+    shard = DataConfig(path=str(tmp_path / "a.tar"), format="webdataset")
+    with pytest.raises(InputError, match=rf"a\.tar, sample /001: {message}; data.on_corrupt=skip"):
+        list(map(open_examples(shard, seed=0).at, range(2)))
+    for config in (lines, shard):
+        examples = open_examples(replace(config, on_corrupt="skip"), seed=0)
+        assert [examples.at(place).turns for place in range(4)] == [(("what", "it"),)] * 4
+
+
+def test_a_picture_of_absurd_size_is_one_that_cannot_be_read(tmp_path: Path) -> None:
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+    huge += struct.pack(">I", zlib.crc32(header)) + png(0)[33:]
+    said = json.dumps(GOOD).encode()
+    parts = {name: {"json": said, "png": data} for name, data in (("a", png(3)), ("b", huge))}
+    write_shard(tmp_path / "a.tar", parts)
+    config = DataConfig(path=str(tmp_path / "a.tar"), format="webdataset")
+    with pytest.raises(InputError, match=r"sample /b: expected a picture .* got Decompression"):
+        shades(open_examples(config, seed=0), range(2))
+    assert set(shades(open_examples(replace(config, on_corrupt="skip"), seed=0), range(2))) == {3}
+
+
+@pytest.mark.parametrize(("key", "value"), [("state", "12"), ("images", "0.png"), ("text", ["x"])])
+def test_what_is_shown_in_another_form_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    config = write_lines(tmp_path, [{**GOOD, key: value}])
+    with pytest.raises(InputError, match=rf"line 1: expected {key} to be a .*, got "):
+        open_examples(config, seed=0).at(0)
+
+
+def test_a_number_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    config = write_lines(tmp_path, [{**GOOD, "state": [10**400]}])
+    with pytest.raises(InputError, match=r"line 1: OverflowError.*on_corrupt=skip"):
+        open_examples(config, seed=0).at(0)
+
+
+def test_a_number_is_an_answer(tmp_path: Path) -> None:
+    config = write_lines(tmp_path, [{"question": "how many", "answer": 3}])
+    assert open_examples(config, seed=0).at(0).turns == (("how many", "3"),)
+
+
+def test_settings_of_data_sets_are_refused_for_files(tmp_path: Path) -> None:
+    for setting in ({"name": "en"}, {"split": "dev"}, {"streaming": True}, {"columns": {"a": "b"}}):
+        (key,) = setting
+        for form in ("jsonl", "webdataset"):
+            with pytest.raises(ConfigError, match=rf"expected data\.{key} with .* got {form}"):
+                DataConfig(path="x", format=form, **setting)
+        DataConfig(path="x", format="datasets", **setting)
+
+
+class Rows(list[Any]):
+    """What `datasets` has on disk; a row that is an error is one that cannot be decoded."""
+
+    features: ClassVar[dict[str, Any]] = {}
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(row := super().__getitem__(index), Exception):
+            raise row
+        return row
+
+
 class Stream:
     """What `datasets` streams: rows that can only be gone through."""
+
+    features = None
 
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
@@ -178,9 +281,9 @@ class Stream:
 
 
 def test_data_sets_are_read_whole_or_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: Any = [
+    rows = Rows(
         {"pixels": Image.new("L", (3, 3), i), "question": "?", "label": f"{i}"} for i in range(7)
-    ]
+    )
     asked = []
 
     def load_dataset(*args: Any, **kwargs: Any) -> Any:
@@ -202,9 +305,65 @@ def test_data_sets_are_read_whole_or_as_a_stream(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match="a row lacks labels; its columns: pixels"):
         open_examples(replace(streaming, columns={"answer": "labels"}), seed=0).at(0)
 
+    rows[4] = UnidentifiedImageError("no picture")
+    with pytest.raises(InputError, match=r"org/set, row 4: Unidentified.*on_corrupt=skip"):
+        shades(open_examples(config, seed=0), range(7))
+    left = open_examples(replace(config, on_corrupt="skip"), seed=0)
+    assert set(shades(left, range(7))) == {0, 1, 2, 3, 5, 6}
+
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UnsupportedError, match=r'pip install "mm-c2c\[train\]"'):
         open_examples(config, seed=0)
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "streaming"])
+def kept_as(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[str, list[Any], str], DataConfig]:
+    """A data set of so many questions beside one column of a kind, and what opens it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it imports warns of itself
+        datasets = pytest.importorskip("datasets", reason="the extra `train` has datasets")
+
+    def keep(name: str, values: list[Any], kind: str) -> DataConfig:
+        count = len(values)
+        table = datasets.Dataset.from_dict(
+            {name: values, "question": ["what"] * count, "answer": ["it"] * count}
+        )
+        feature = getattr(datasets, kind)()
+        if isinstance(values[0], list):
+            feature = datasets.List(feature)
+        table = table.cast_column(name, feature)
+        rows = table.to_iterable_dataset() if request.param else table
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+        return DataConfig(path="set", format="datasets", streaming=request.param, window=count)
+
+    return keep
+
+
+@pytest.mark.filterwarnings("ignore")  # arrow warns of itself
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_a_damaged_picture_of_a_data_set_stops_or_is_left_out(
+    kept_as: Callable[..., DataConfig], name: str
+) -> None:
+    files = [{"bytes": data, "path": None} for data in (png(0), png(1)[:40], b"x", png(3))]
+    config = kept_as(name, files if name == "image" else [[file] for file in files], "Image")
+    with pytest.raises(InputError, match=r"set, row [12]: .*; data.on_corrupt=skip goes on"):
+        shades(open_examples(config, seed=0), range(4))
+    skipping = open_examples(replace(config, on_corrupt="skip"), seed=0)
+    assert set(shades(skipping, range(8))) == {0, 3}
+
+
+@pytest.mark.filterwarnings("ignore")  # arrow warns of itself
+def test_a_recording_of_a_data_set_needs_no_decoder(
+    kept_as: Callable[..., DataConfig], tmp_path: Path
+) -> None:
+    data = write_wav(np.array([0.0, 0.5], np.float32))
+    (tmp_path / "a.wav").write_bytes(data)
+    files = [{"bytes": data, "path": None}, {"bytes": None, "path": str(tmp_path / "a.wav")}]
+    examples = open_examples(kept_as("audio", files, "Audio"), seed=0)
+    for place in range(2):
+        assert examples.at(place).audio.tolist() == pytest.approx([0.0, 0.5], abs=1e-4)
 
 
 def test_no_examples_are_an_error(tmp_path: Path) -> None:

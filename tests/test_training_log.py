@@ -1,5 +1,6 @@
 """Curves of trainings."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,57 @@ def test_a_resumed_training_writes_no_step_twice(tmp_path: Path) -> None:
     log = read_log(path)
     assert log["step"] == [5, 10, 15]
     assert log["loss"] == pytest.approx([0.2, 0.1, 0.5])
+
+
+def test_a_log_cut_to_nothing_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    append_log(path, {"step": 5, "loss": 1.0})
+    cut_log(path, 0)
+    append_log(path, {"step": 5, "loss": 1.0, "open_gates": 0.5})
+    assert read_log(path) == {"step": [5], "loss": [1], "open_gates": [0.5]}
+    path.write_text("")  # killed between opening it and writing
+    cut_log(path, 5)
+    append_log(path, {"step": 5, "loss": 2.0})
+    assert read_log(path) == {"step": [5], "loss": [2]}
+
+
+def test_a_row_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    for step in (5, 10):
+        append_log(path, {"step": step, "loss": 1.0})
+    for torn in ("1", "15,0."):
+        with path.open("a") as file:
+            file.write(torn)
+        assert read_log(path)["step"] == [5, 10]
+        cut_log(path, 15)
+        assert path.read_text() == "step,loss\n5,1\n10,1\n"
+
+
+def test_a_log_that_cannot_be_cut_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.csv"
+    for step in (5, 10):
+        append_log(path, {"step": step, "loss": 1.0})
+    before = path.read_text()
+
+    def fail(self: Path, text: str, **settings: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        cut_log(path, 5)
+    assert path.read_text() == before
+
+
+def test_a_log_of_many_steps_can_be_cut(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    for step in (1_000_001, 1_000_002):
+        append_log(path, {"step": step, "loss": 1.0})
+    cut_log(path, 1_000_001)
+    assert read_log(path)["step"] == [1_000_001]
 
 
 def test_a_log_without_steps_is_refused(tmp_path: Path) -> None:

@@ -150,6 +150,21 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monk
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_two_may_write_one_file_at_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [plain_cache(texts=("other", "words"))]
+
+    def write(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
+        if others:
+            save_cache(others.pop(), saved)
+            assert load_cache(saved).texts == ("other", "words")
+
+    monkeypatch.setattr("mm_c2c.transport.save_file", write)
+    save_cache(plain_cache(), saved)
+    assert_same_cache(load_cache(saved), plain_cache())
+    assert list(saved.parent.iterdir()) == [saved]
+
+
 def test_layers_may_share_their_memory(tmp_path: Path) -> None:
     layer = plain_cache().layers[0]
     cache = plain_cache(layers=(layer, LayerKV(layer.keys, layer.keys)))
@@ -249,6 +264,10 @@ def test_a_cache_of_another_format_is_refused(saved: Path) -> None:
         ({"texts": ["one"]}, "2 rows, but 2 grids and 1 texts"),
         ({"grids": []}, "2 rows, but 0 grids and 2 texts"),
         ({"grids": [[[1]], [[1, 1]]]}, "do not fit together"),
+        ({"texts": [1, 2]}, r"texts should be str, got \(1, 2\)"),
+        ({"layer_indices": [0, 0]}, r"numbers, each once, got \(0, 0\)"),
+        ({"layer_indices": ["a", "b"]}, r"numbers, each once, got \('a', 'b'\)"),
+        ({"position_ids": torch.zeros(2, 3)}, "position_ids is of torch.float32, expected int64"),
         ({"rope": [None]}, "2 layers but 1 rope entries"),
         ({"rope": [{"inv_freq": []}, None]}, "inv_freq must be finite and not empty"),
         ({"origin": {"model": "tiny"}}, "do not fit together"),

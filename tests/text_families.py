@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerFast
 
 WINDOW = 8
 # Where every layer slides: three layers then see far enough for a slot to reach the answer.
@@ -163,6 +164,23 @@ FAMILIES = {
         fused=(0, 1),
     ),
 }
+# Feel padding amid a prompt, which their caches do not tell.
+PADDED = {
+    "mpt": Family("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2}),
+    "gpt_neo": Family(
+        "GPTNeo",
+        {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]]}
+        | {"window_size": WIDE},
+    ),
+}
+_FACTORS = {"short_factor": [1.1, 1.2, 1.3, 1.4], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+# Turn their keys otherwise in a prompt of more than 72 tokens.
+LONGER = {
+    "longrope": Family(
+        "Phi3", {"original_max_position_embeddings": 72, **_rope("longrope", **_FACTORS)}
+    ),
+    "dynamic": Family("Llama", {"max_position_embeddings": 72, **_rope("dynamic", factor=2.0)}),
+}
 # transformers 5.23 lets its recurrent layers start afresh where a cache ends.
 FORGETFUL = Family(
     "RecurrentGemma",
@@ -219,3 +237,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def states(cache: Cache) -> list[Tensor]:
+    """All that a cache holds, recurrent states included."""
+    return [
+        tensor
+        for layer in cache.layers
+        for name in ("keys", "values", "conv_states", "recurrent_states")
+        for tensor in _tensors(getattr(layer, name, None))
+    ]
+
+
+def _tensors(held: Any) -> list[Tensor]:
+    found = held.values() if isinstance(held, dict) else [held]
+    return [tensor for tensor in found if tensor is not None]

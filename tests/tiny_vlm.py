@@ -104,6 +104,19 @@ def build_frozen(build: Callable[[], ModelT], *, seed: int) -> ModelT:
     return model.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def amplify(model: PreTrainedModel) -> None:
+    """Make a model's words depend on all it reads.
+
+    Fresh weights are so small that what layers add is lost beside the embedding that they add it
+    to: tied heads then say the last token again, whatever stands before it.
+    """
+    kept = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and id(parameter) not in kept:
+            parameter.mul_(15)
+
+
 def vision_config(model_type: str, *, image_size: int) -> dict[str, Any]:
     """A CLIP or SigLIP tower over patches of 7 x 7 pixels."""
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,19 +43,6 @@ class LayerMap:
     def mask(self) -> Tensor:
         """`(target_layers,)` bool; False leaves the layer as it is."""
         return (self.weights != 0).any(1)
-
-
-class LayerMix(NamedTuple):
-    """Where a learned mix of source layers starts.
-
-    Attributes:
-        logits: `(target_layers, source_layers)` float32; a softmax over the last dimension gives
-            the mix. -inf outside the chosen layers, so that their weight and gradient stay 0.
-        indices: `(target_layers, k)` int64: the chosen source layers, ascending.
-    """
-
-    logits: Tensor
-    indices: Tensor
 
 
 def layer_map(
@@ -95,31 +81,24 @@ def layer_map(
     return LayerMap(weights=weights)
 
 
-def mix_init(source_layers: int, target_layers: int, k: int) -> LayerMix:
-    """Start of a learned mix: each target layer may take its k proportionally nearest layers.
-
-    A nearer layer starts heavier: its logit is minus its distance in source layers. Of two layers
-    as near as each other, the lower one is chosen.
+def mix_init(source_layers: int, target_layers: int) -> Tensor:
+    """Where a learned mix of source layers starts: the proportionally nearest weigh most.
 
     Args:
         source_layers: layers of the source that hold K and V.
         target_layers: layers of the target that hold K and V.
-        k: source layers a target layer mixes, in [1, source_layers].
+
+    Returns:
+        `(target_layers, source_layers)` float32 logits, minus the distance in source layers; a
+        softmax over the last dimension gives the mix.
     """
     if source_layers < 1 or target_layers < 1:
         raise AlignmentError(
             f"nothing would be fused: {source_layers} source, {target_layers} target layers"
         )
-    if not 1 <= k <= source_layers:
-        raise ConfigError(f"k must be in [1, {source_layers}] (the source's layers), got {k}")
-    # Distances as integer multiples of 1 / steps: in floating point, ties would not be ties.
     steps = max(target_layers - 1, 1)
     place = _numerators(source_layers, target_layers)
-    distance = (torch.arange(source_layers) * steps - place.unsqueeze(1)).abs()
-    indices = distance.argsort(stable=True, dim=1)[:, :k].sort(1).values
-    logits = torch.full((target_layers, source_layers), -torch.inf)
-    logits.scatter_(1, indices, -distance.gather(1, indices) / steps)
-    return LayerMix(logits, indices)
+    return -(torch.arange(source_layers) * steps - place.unsqueeze(1)).abs() / steps
 
 
 def _numerators(source_layers: int, target_layers: int) -> Tensor:

@@ -105,6 +105,8 @@ def bench(config: RobotBenchConfig) -> dict[str, Any]:
                     if isinstance(event, Step):
                         times.append(1000 * (time.perf_counter() - started))
                         started = time.perf_counter()
+                    elif not turn:
+                        continue
                     elif isinstance(event, EpisodeEnd):
                         counted["read"] += event.read
                         counted["dropped"] += event.dropped

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -318,13 +319,12 @@ def _resident_mb(process: psutil.Process) -> float:
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
-    """Of the whole answers; empty where there was none."""
+    """Of the whole answers, by the nearest rank; empty where there was none."""
     if not seconds:
         return {}
     ordered = sorted(seconds)
     return {
-        f"p{share}": ordered[min(len(ordered) - 1, share * len(ordered) // 100)]
-        for share in (50, 90, 99)
+        f"p{share}": ordered[math.ceil(share * len(ordered) / 100) - 1] for share in (50, 90, 99)
     } | {"most": ordered[-1]}
 
 

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -56,8 +57,6 @@ class Look:
     setting: Setting
     picture: Image.Image
     perceived: int = 0
-    _cache: SourceCache | None = None
-    _slots: Perception | None = None
     _caption: list[str] | None = None
 
     @property
@@ -70,28 +69,24 @@ class Look:
         """Of the source."""
         return self.setting.source.origin
 
-    @property
+    @cached_property
     def cache(self) -> SourceCache:
-        """The cache of the picture, made at the first call."""
-        if self._cache is None:
-            with torch.no_grad():
-                self._cache = self.setting.source.prefill([SourceInput(images=(self.picture,))])
-            self.perceived += 1
-        return self._cache
+        """The cache of the picture."""
+        with torch.no_grad():
+            cache = self.setting.source.prefill([SourceInput(images=(self.picture,))])
+        self.perceived += 1
+        return cache
 
     @property
     def is_captioned(self) -> bool:
         """Whether a caption is kept that a relay would read again."""
         return self._caption is not None
 
-    @property
+    @cached_property
     def slots(self) -> Perception:
-        """What the fuser writes into the target's cache, made at the first call."""
-        if self._slots is None:
-            with torch.no_grad():
-                caches = {self.setting.source_name: self.cache}
-                self._slots = self.setting.bridge.fuse_slots(caches)
-        return self._slots
+        """What the fuser writes into the target's cache."""
+        with torch.no_grad():
+            return self.setting.bridge.fuse_slots({self.setting.source_name: self.cache})
 
     def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
         """See `cache`; the picture is the look's own."""

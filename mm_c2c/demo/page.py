@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from mm_c2c.demo.compare import Look, columns_html, compare, facts
+from mm_c2c.demo.compare import Look, check_question, columns_html, compare, facts
 from mm_c2c.demo.pair import GENERIC, known, open_picture, picture_html, suggestions
 from mm_c2c.demo.robot import Show
-from mm_c2c.demo.shared import ONE_AT_A_TIME, Shared, look_at, shown_errors
+from mm_c2c.demo.shared import ONE_AT_A_TIME, Shared, look_at, open_shown, shown_errors
 from mm_c2c.demo.tabs import builder_tab, inside_tab, own_tab, results_tab, robot_tab
 from mm_c2c.errors import MMC2CError
 from mm_c2c.evaluation.arms import Setting
@@ -101,11 +101,15 @@ def _ask_tab(shared: Shared) -> None:
     answers, numbers = gr.HTML(), gr.JSON(visible=False, label="numbers")
 
     def respond(
-        picture: dict[str, Any] | None, question: str, look: Look | None, own: Setting | None
+        picture: dict[str, Any] | None,
+        question: str | None,
+        look: Look | None,
+        own: Setting | None,
     ) -> Iterator[tuple[str, dict[str, Any], Look]]:
         with shown_errors():
             look = look_at(picture, look, own or shared.setting)
-            options = known().options.get(question.strip(), ())
+            question = check_question(question)
+            options = known().options.get(question, ())
             for columns in compare(look, question, options):
                 yield columns_html(columns, look), facts(columns), look
 
@@ -160,7 +164,7 @@ def _pick(event: gr.EventData) -> str:
 def _suggest(picture: dict[str, Any] | None) -> list[Any]:
     """No answers, which were of another picture, and the buttons' questions."""
     try:
-        shown = suggestions(open_picture((picture or {}).get("path")))
+        shown = suggestions(open_shown(picture))
     except MMC2CError:
         shown = list(GENERIC)  # what is wrong is said when it is asked about
     return ["", *(gr.Button(text) for text in shown)]

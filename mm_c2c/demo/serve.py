@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 import gradio as gr
@@ -32,7 +33,7 @@ class Exposure:
 
     Attributes:
         host: address to listen on.
-        port: the first free one from 7860 when None.
+        port: from 1 to 65535; the first free one from 7860 when None.
         share: through a public link of Gradio's.
         auth: `user:password` that visitors must log in with; None asks for none.
         in_space: whether this is a Hugging Face Space, whose owner has chosen who may visit.
@@ -45,6 +46,8 @@ class Exposure:
     in_space: bool = False
 
     def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65_535:
+            raise ConfigError(f"--port must be from 1 to 65535, got {self.port}")
         if self.auth is not None and not all(self.auth.partition(":")):
             raise ConfigError("a login is given as user:password, both of a character or more")
         if not (self.is_private or self.auth or self.in_space):
@@ -71,6 +74,20 @@ class Exposure:
     def is_private(self) -> bool:
         """Whether only this machine reaches the page."""
         return self.host in _LOOPBACK and not self.share
+
+
+def check_port(exposure: Exposure) -> None:
+    """Refuse an address that the page could not be served at, before models are loaded for it."""
+    if exposure.port is None:
+        return
+    family = socket.AF_INET6 if ":" in exposure.host else socket.AF_INET
+    try:
+        socket.create_server((exposure.host, exposure.port), family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"the page cannot be served at port {exposure.port} of {exposure.host}: "
+            f"{error.strerror}; choose another --port, or none for the first free one"
+        ) from error
 
 
 def warm_up(setting: Setting) -> None:

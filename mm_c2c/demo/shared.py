@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+from PIL import Image
 
 from mm_c2c.demo.compare import Look
-from mm_c2c.demo.pair import open_picture
-from mm_c2c.errors import MMC2CError
+from mm_c2c.demo.pair import known, open_picture
+from mm_c2c.errors import InputError, MMC2CError
 from mm_c2c.evaluation.arms import Setting
 
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
@@ -37,16 +41,39 @@ class Shared(NamedTuple):
     tabs: gr.Tabs
 
 
-def look_at(picture: dict[str, Any] | None, look: Look | None, setting: Setting) -> Look:
-    """The visitor's look, a new one where picture or pair is another than before.
+def open_shown(picture: dict[str, Any] | None) -> Image.Image:
+    """The picture that is shown on the page: uploaded, drawn or shipped.
 
     Args:
         picture: as it comes without Gradio's own preprocessing, which would open the file and say
             nothing useful of one that is no picture.
+
+    Raises:
+        InputError: there is none, or it cannot be read; any other file of this machine is none.
+    """
+    path = (picture or {}).get("path")
+    if path and path not in {str(scene.path) for scene in known().scenes}:
+        # Gradio itself lets a path through that does not come marked as a file.
+        if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+            return open_picture(None)
+        try:
+            os.utime(path)  # Gradio deletes what has not changed for a while
+        except OSError as error:
+            raise InputError(
+                "The picture was deleted after some ten minutes: upload it again."
+            ) from error
+    return open_picture(path)
+
+
+def look_at(picture: dict[str, Any] | None, look: Look | None, setting: Setting) -> Look:
+    """The visitor's look, a new one where picture or pair is another than before.
+
+    Args:
+        picture: as `open_shown` takes it.
         look: the last one.
         setting: the pair that is asked.
     """
-    seen = open_picture((picture or {}).get("path"))
+    seen = open_shown(picture)
     if look is None or look.setting is not setting or look.picture != seen:
         return Look(setting, seen)
     return look

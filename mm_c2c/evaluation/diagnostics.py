@@ -37,7 +37,7 @@ from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
 from mm_c2c.evaluation.results import JsonLines, claim, hold
-from mm_c2c.evaluation.run import to_asked
+from mm_c2c.evaluation.run import fingerprint_files, to_asked
 from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
@@ -64,7 +64,7 @@ class DiagnosticsConfig:
         cosine_items: questions over which cosines are averaged; needs true descriptions
             (`caption` in the file).
         map_pictures: pictures that a report lays maps on.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, over episodes, or over pictures where there are none.
         seed: of the bootstrap.
     """
 
@@ -123,10 +123,17 @@ def _run(
         place = "/".join(config.items.parts[-2:])
         claim(
             out,
-            {**to_dict(config), "items": place, "fuser": fingerprint(bridge.fusers.state_dict())},
+            {
+                **to_dict(config),
+                "items": place,
+                "items_fingerprint": fingerprint_files(config.items),
+                "fuser": fingerprint(bridge.fusers.state_dict()),
+            },
+            DiagnosticsConfig,
         )
     hits = _ask_all(variants, items, config, out, progress=progress)
-    draws = draw_resamples(len(items), config.resamples, config.seed)
+    clusters = [item.sampled_with for item in items]
+    draws = draw_resamples(len(items), config.resamples, config.seed, clusters)
     results = {label: list(accuracy(found, draws)) for label, found in hits.items()}
     kept = {
         label: [

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mm_c2c.bridge import Bridge
 from mm_c2c.config import WIDE_DTYPES, check_one_of
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError, run_main
-from mm_c2c.evaluation.arms import Setting
+from mm_c2c.evaluation.arms import Setting, chat_inputs
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import TunedDescription
@@ -44,7 +44,6 @@ from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, 
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.perception import FusedInputs
 from mm_c2c.sources.base import Source, SourceInput
-from mm_c2c.sources.text import encode_chats
 
 Scores = NDArray[np.float64]
 Steps = NDArray[np.int64]
@@ -176,12 +175,11 @@ def read_scores(
         description_adapter=config.description_adapter,
     )
     watch: dict[str, list[Tensor]] = {"fused": [], "policy": []}
-    relays = {}
+    relays: dict[str, DescriptionAndInstruction] = {}
     if all(item.description is not None and item.row.get("text") for item in steps):
-        relays["caption_relay"] = DescriptionAndInstruction(setting), bridge.target.model
+        relays["caption_relay"] = DescriptionAndInstruction(setting)
         if config.description_adapter is not None:
-            tuned = TunedDescription(setting)
-            relays["tuned_caption_relay"] = tuned, tuned.model
+            relays["tuned_caption_relay"] = TunedDescription(setting)
     watch |= {relay: [] for relay in relays}
     starts = range(0, len(steps), config.batch_size)
     for start in tqdm(starts, desc="steps", disable=not progress):
@@ -189,11 +187,11 @@ def read_scores(
         asked = [row._replace(question=config.question) for row in asked]
         with torch.no_grad():
             fused = bridge.fuse(Fused(setting).see(asked), [row.question for row in asked])
-            watch["fused"].append(no_over_yes(bridge, bridge.target.model, fused))
-            for relay, (arm, model) in relays.items():
+            watch["fused"].append(no_over_yes(bridge, fused))
+            for relay, arm in relays.items():
                 texts = arm.write(asked)
                 prompts = [arm.prompt(*pair) for pair in zip(texts, asked, strict=True)]
-                watch[relay].append(no_over_yes(bridge, model, _chats(bridge, prompts)))
+                watch[relay].append(no_over_yes(arm.reader, chat_inputs(arm.reader, prompts)))
             looks = [row.look for row in asked]
             watch["policy"].append(uncertainty(setting.source, looks, config.draws))
     scores = {key: torch.cat(parts).double().numpy() for key, parts in watch.items()}
@@ -208,22 +206,14 @@ def read_scores(
     return scores
 
 
-def _chats(bridge: Bridge, prompts: Sequence[str]) -> dict[str, Any]:
-    encoded, _ = encode_chats(
-        bridge.target.tokenizer, list(prompts), bridge.device, bridge.config.system
-    )
-    return encoded
-
-
-def no_over_yes(bridge: Bridge, model: Any, inputs: FusedInputs | dict[str, Any]) -> Tensor:
+def no_over_yes(bridge: Bridge, inputs: FusedInputs) -> Tensor:
     """`(batch,)`: log P(no) - log P(yes) of the answer's first token, capital letters or not.
 
     Args:
-        bridge: with the target's tokenizer.
-        model: the target's, or one in its place.
-        inputs: a prompt, with a cache of its first tokens or without.
+        bridge: whose target says it.
+        inputs: a prompt, with a cache of its first tokens.
     """
-    logits = bridge.target.next_logits(inputs, model)
+    logits = bridge.target.next_logits(inputs)
     no, yes = (
         logits[:, _first_tokens(bridge, word)].float().logsumexp(1) for word in ("no", "yes")
     )

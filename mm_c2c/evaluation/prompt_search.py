@@ -19,7 +19,7 @@ from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation.arms import captions, target_answers
 from mm_c2c.evaluation.arms.prompts import OPTIONS_LINE, Example, RelayPrompt
 from mm_c2c.evaluation.results import make_room, write_json
-from mm_c2c.evaluation.run import to_asked
+from mm_c2c.evaluation.run import check_model_places, portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, is_right_in_a_sentence, load_items
 
@@ -40,7 +40,10 @@ class PromptSearchConfig:
 
     Attributes:
         items: JSONL of questions about pictures that no result is measured on.
-        source: name of the source in the bridge.
+        bridge: as in `EvaluationConfig`, and the two below.
+        source_model: as there.
+        target_model: as there.
+        source: name of the source in the bridge; None takes the only one.
         requests: what the source is asked for, each with every prompt; `{question}` stands for the
             question, for a source that can keep it in view.
         templates: what the target reads, as in `RelayPrompt`; each also with the options shown,
@@ -48,12 +51,15 @@ class PromptSearchConfig:
         examples: how many; taken from items that are not scored, of as many kinds as there are.
         limit: score on so many items, spread evenly over the file.
         batch_size: items at once.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, over episodes, or over pictures where there are none.
         seed: of the bootstrap.
     """
 
     items: Path
-    source: str = "stickers"
+    bridge: str | None = None
+    source_model: str | None = None
+    target_model: str | None = None
+    source: str | None = None
     requests: tuple[str, ...] = (RelayPrompt().request,)
     templates: tuple[str, ...] = _TEMPLATES
     examples: int = 3
@@ -63,6 +69,7 @@ class PromptSearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_model_places(self.bridge, self.source_model, self.target_model)
         if not self.requests or not self.templates:
             raise ConfigError("requests and templates must hold at least one each")
         if min(self.examples, self.limit, self.batch_size) < 1:
@@ -91,7 +98,8 @@ def search_prompts(
     scored, shown = _split(load_items(config.items), config)
     if out is not None:
         make_room(out)
-    draws = draw_resamples(len(scored), config.resamples, config.seed)
+    clusters = [item.sampled_with for item in scored]
+    draws = draw_resamples(len(scored), config.resamples, config.seed, clusters)
     table: list[dict[str, Any]] = []
     total = 4 * len(config.requests) * len(config.templates)
     with tqdm(total=total, desc="prompts", disable=not progress) as bar:
@@ -119,9 +127,12 @@ def search_prompts(
                 table.append(row)
                 bar.update()
     table.sort(key=lambda row: (-row["in_a_sentence"][0], -row["accuracy"][0]))
-    # Folder and name: a result is read on other machines.
-    settings = {**to_dict(config), "items": "/".join(config.items.parts[-2:])}
-    result = {"config": settings, "n": len(scored), "table": table, "winner": table[0]["prompt"]}
+    result = {
+        "config": portable(config),
+        "n": len(scored),
+        "table": table,
+        "winner": table[0]["prompt"],
+    }
     if out is not None:
         write_json(out, result)
     return result
@@ -177,11 +188,12 @@ def _write(
     bridge: Bridge, prompt: RelayPrompt, items: Sequence[Item], config: PromptSearchConfig
 ) -> list[str]:
     """The source's captions."""
+    source = bridge.sources[source_name(bridge, config.source)]
     written = []
     for batch in _batches(items, config.batch_size):
         requests = [prompt.ask_source(item.question) for item in batch]
         asked = [to_asked(item) for item in batch]
-        written += captions(bridge.sources[config.source], requests, asked)
+        written += captions(source, requests, asked)
     return written
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import html
+import re
 from pathlib import Path
 from typing import Any
 
 from mm_c2c.errors import MismatchError, run_main
+from mm_c2c.evaluation.arms import FILES
 from mm_c2c.evaluation.render import (
     AXIS_POINTS,
     html_page,
@@ -30,6 +32,8 @@ from mm_c2c.evaluation.render import (
     write_readme,
 )
 from mm_c2c.evaluation.results import read_summary
+from mm_c2c.evaluation.run import fingerprint_files, portable, reference_config
+from mm_c2c.reference.models import SOURCE_NAME
 
 _NAMES = {
     "fused": "**fused** (question-blind slots)",
@@ -95,18 +99,8 @@ def text_table(summary: dict[str, Any]) -> str:
 def brief(summary: dict[str, Any]) -> str:
     """For a README: the table of arms, and what follows from it."""
     times = next(iter(summary["time"].values()), {"n": 0})["n"]
-    arms = ", ".join(summary["config"]["arms"])
-    command = f'mm-c2c evaluate "arms=[{arms}]"' if arms else "mm-c2c evaluate"
-    # A run keeps what is in these files, not where they lay.
-    keys = ("bridge", "adapter", "description_adapter", "connector", "own_bridge")
-    given = [key for key in keys if summary["config"].get(key)]
-    command += "".join(f" {key}=FOLDER" for key in given)
-    if dtype := summary["config"].get("dtype"):
-        command += f" dtype={dtype}"
-    if "choice" in summary:
-        command += " decoding=choice"
     head = (
-        f"`{command}`: {summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
+        f"`{_command(summary['config'])}`: {summary['n']:,} questions of `{summary['config']['items']}`, exact match after "
         f"normalising, 95 % bootstrap intervals{_over(summary)}; *wordy* also accepts a sentence that names the "
         "right option and no other; *fused ahead by* counts wordy answers as right, in points "
         f"({_test(summary)}, p < 0.001 where not said)."
@@ -256,11 +250,9 @@ def set_beside(summary: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any
         raise MismatchError("expected a run with decoding=free, and beside it one with choice")
     own, other = summary["config"], choice["config"]
     # A file that only one of them was given serves an arm that the other has not.
-    apart = sorted(
-        key
-        for key in own.keys() & other.keys() - _MAY_DIFFER
-        if None not in (own[key], other[key]) and own[key] != other[key]
-    )
+    lone = {key for key in FILES.values() if None in (own.get(key), other.get(key))}
+    keys = (own.keys() | other.keys()) - _MAY_DIFFER - lone
+    apart = sorted(key for key in keys if own.get(key) != other.get(key))
     if summary["kinds"] != choice["kinds"]:
         apart.append("numbers of items")
     if apart:
@@ -296,8 +288,39 @@ def write_report(
 _VQA = "VQA"
 _AMONG = "among options"
 _BESIDE = "beside"
+# What questions may have in common, as `clusters_of` names it.
+_UNITS = ("episodes", "pictures", "recordings")
+# In the order in which a command names them.
+_COMMAND = (
+    *("arms", "bridge", "items", "source", "kinds", "limit", "request", *FILES.values()),
+    *("answer_tokens", "batch_size", "timed", "resamples", "seed", "dtype", "decoding"),
+)
 # Of two runs that are shown together: what says nothing of what was asked, and of whom.
 _MAY_DIFFER = {"arms", "bridge", "decoding", "timed", "resamples", "seed"}
+
+
+def _command(config: dict[str, Any]) -> str:
+    """What makes such a run: every setting that is not the command's own."""
+    usual = reference_config()
+    plain = portable(usual) | {
+        "source": SOURCE_NAME,
+        "prompts": usual.prompts and fingerprint_files(usual.prompts),
+    }
+    if config.get("bridge") is not None:
+        plain |= {"items": None, "source": None, "prompts": None}
+    words = ["mm-c2c evaluate"]
+    for key in _COMMAND:
+        value = config.get(key)
+        if value in (None, plain[key]):
+            continue
+        if key in ("bridge", *FILES.values()):
+            # A run keeps what is in these, not where they lay.
+            value = "FILE" if key == "prompts" else "FOLDER"
+        elif isinstance(value, list):
+            value = f"[{', '.join(value)}]"
+        word = f"{key}={value}"
+        words.append(word if re.fullmatch(r"[\w./=-]+", word) else f'"{word}"')
+    return " ".join(words)
 
 
 def _head(summary: dict[str, Any]) -> list[str]:
@@ -419,11 +442,11 @@ def _lead(summary: dict[str, Any], name: str) -> str:
 
 def _over(summary: dict[str, Any]) -> str:
     """What the intervals are over, where that is not the questions."""
-    return f" over {summary['episodes']:,} episodes" if "episodes" in summary else ""
+    return "".join(f" over {summary[unit]:,} {unit}" for unit in _UNITS if unit in summary)
 
 
 def _test(summary: dict[str, Any]) -> str:
-    return "sign flips of episodes" if "episodes" in summary else "McNemar"
+    return next((f"sign flips of {unit}" for unit in _UNITS if unit in summary), "McNemar")
 
 
 def _lie_head(summary: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,8 +73,13 @@ def hold(folder: Path | None) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim(folder: Path, settings: dict[str, Any], kind: type[Any] | None = None) -> None:
     """Take a folder for a run, or go on with the run in it if its settings are the same.
+
+    Args:
+        folder: of the run.
+        settings: plain values.
+        kind: their dataclass; a key that the folder's `config.json` lacks had the default.
 
     Raises:
         ConfigError: they are not.
@@ -82,13 +88,21 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _defaults(kind) | json.loads(path.read_text(encoding="utf-8"))
     keys = settings.keys() | found.keys()
     if changed := sorted(key for key in keys if settings.get(key) != found.get(key)):
         raise ConfigError(
             f"{folder} holds a run with other settings ({', '.join(changed)} differ); give another "
             "folder, or delete this one to start anew"
         )
+
+
+def _defaults(kind: type[Any] | None) -> dict[str, Any]:
+    """Those of a dataclass that has any, as JSON reads them back."""
+    fields = () if kind is None else dataclasses.fields(kind)
+    given = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    plain: dict[str, Any] = json.loads(json.dumps(given))
+    return plain
 
 
 def read_summary(run: Path, command: str = "mm-c2c evaluate --out") -> dict[str, Any]:
@@ -138,7 +152,8 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 def _read_whole(path: Path) -> list[dict[str, Any]]:
     """Rows up to the first that is cut off."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not `splitlines`: JSON may hold other line breaks as they are.
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

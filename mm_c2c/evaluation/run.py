@@ -7,6 +7,7 @@ that ran by the clock), `summary.json`. A run that was stopped goes on where it 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.pretrained import fingerprint
+from mm_c2c.reference.models import HERE
 
 _WARM_UP = 2
 DECODINGS = ("free", "choice")
@@ -94,17 +96,12 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 2:
-            raise ConfigError(f"batch_size must be at least 2 to shuffle, got {self.batch_size}")
-        if self.answer_tokens < 1:
-            raise ConfigError(f"answer_tokens must be at least 1, got {self.answer_tokens}")
+        for name in ("answer_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_one_of("dtype", self.dtype, WIDE_DTYPES)
         check_one_of("decoding", self.decoding, DECODINGS)
-        if self.bridge is None and (self.source_model or self.target_model):
-            raise ConfigError(
-                "source_model and target_model say where the models of a bridge lie; give "
-                "bridge=FOLDER too"
-            )
+        check_model_places(self.bridge, self.source_model, self.target_model)
 
 
 def evaluate(
@@ -131,7 +128,8 @@ def evaluate(
 def _run(
     bridge: Bridge, config: EvaluationConfig, out: Path | None, *, progress: bool
 ) -> dict[str, Any]:
-    items = _apart(load_items(config.items, config.limit, config.kinds))
+    items = _ordered(load_items(config.items, config.limit, config.kinds))
+    others = _others(items)
     given = {key: getattr(config, key) for key in FILES.values()}
     source = source_name(bridge, config.source)
     setting = Setting(
@@ -143,43 +141,64 @@ def _run(
         **given,
     )
     arms = {n: build_arm(n, setting) for n in config.arms or _possible_arms(items, setting)}
-    settings = {**portable(config), "source": source}
-    settings["kinds"] = settings["kinds"] or None  # as runs have it that knew no kinds
-    settings["decoding"] = config.decoding if setting.among_options else None  # likewise
-    if config.answer_tokens == MAX_NEW_TOKENS:
-        settings["answer_tokens"] = None  # likewise
-    # What the target has, whoever loaded it; likewise.
-    dtype = str(bridge.target.model.dtype).removeprefix("torch.")
-    settings["dtype"] = None if dtype == "float32" else dtype
-    settings["fuser"] = fingerprint(bridge.fusers.state_dict())
-    settings |= {key: path and _fingerprint_files(path) for key, path in given.items()}
+    if "shuffled" not in arms:
+        others = [None] * len(items)
+    settings = {
+        **portable(config),
+        "source": source,
+        # What the target has, whoever loaded it.
+        "dtype": str(bridge.target.model.dtype).removeprefix("torch."),
+        "fuser": fingerprint(bridge.fusers.state_dict()),
+        "items_fingerprint": fingerprint_files(config.items),
+        **{key: path and fingerprint_files(path) for key, path in given.items()},
+    }
     if out is not None:
-        claim(out, settings)
-    batches = split_rows(len(items), config.batch_size)
-    answers = JsonLines(out / "answers.jsonl" if out else None, [rows.stop for rows in batches])
-    for rows in tqdm(batches, desc="answers", disable=not progress):
-        if rows.stop > len(answers.rows):
-            batch = items[rows.start : rows.stop]
-            answers.append(_answer_rows(arms, batch, among_options=setting.among_options))
-    turns = items[: config.timed + _WARM_UP]
+        claim(out, settings, EvaluationConfig)
+
+    def asked(at: int) -> Asked:
+        other = others[at]
+        return to_asked(items[at], None if other is None else items[other])
+
+    count = len(items)
+    ends = [min(a + config.batch_size, count) for a in range(0, count, config.batch_size)]
+    answers = JsonLines(out / "answers.jsonl" if out else None, ends)
+    for end in tqdm(ends, desc="answers", disable=not progress):
+        if end > len(answers.rows):
+            here = range(len(answers.rows), end)
+            replies = _reply(arms, [asked(at) for at in here])
+            folder, choice = config.items.parent, setting.among_options
+            rows = [_asked_row(items[at], others[at], folder, choice=choice) for at in here]
+            answers.append([row | reply for row, reply in zip(rows, replies, strict=True)])
+    turns = range(_WARM_UP, min(count, _WARM_UP + config.timed))
     times = JsonLines(out / "times.jsonl" if out else None, range(1, len(turns) + 1))
-    for item in tqdm(turns[len(times.rows) :], desc="times", disable=not progress):
-        times.append([_time_row(arms, bridge, item)])
+    todo = turns[len(times.rows) :]
+    for at in range(_WARM_UP) if todo else ():  # this process is cold, whatever an earlier one did
+        _time_row(arms, bridge, items[at], asked(at))
+    for at in tqdm(todo, desc="times", disable=not progress):
+        times.append([_time_row(arms, bridge, items[at], asked(at))])
     summary = {
         "config": settings,
-        **summarise(answers.rows, times.rows[_WARM_UP:], batches, config.resamples, config.seed),
+        **summarise(answers.rows, times.rows, config.resamples, config.seed),
     }
     if out is not None:
         write_json(out / "summary.json", summary)
     return summary
 
 
-def split_rows(count: int, batch_size: int) -> list[range]:
-    """Batches of at least two where there are two: a lone row could not be shuffled."""
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] == 1:
-        starts.pop()
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+def reference_config() -> EvaluationConfig:
+    """What `mm-c2c evaluate` asks of the reference bridge: the shipped scenes."""
+    return EvaluationConfig(
+        items=HERE / "unseen_style" / "items.jsonl", prompts=HERE / "prompts.json"
+    )
+
+
+def check_model_places(bridge: str | None, *models: str | None) -> None:
+    """Refuse places of models where no bridge is named whose models they would be."""
+    if bridge is None and any(models):
+        raise ConfigError(
+            "source_model and target_model say where the models of a bridge lie; give "
+            "bridge=FOLDER too"
+        )
 
 
 def portable(config: Any) -> dict[str, Any]:
@@ -223,58 +242,64 @@ def _possible_arms(items: Sequence[Item], setting: Setting) -> list[str]:
         left_out.update(SOURCE_WORDS)
     if not getattr(setting.source, "takes_questions", True):
         left_out |= {"source", "answer_relay", "question_aware_relay"}
+    if None in _others(items):
+        left_out.add("shuffled")
     parts = {reads_actions(link) for link in setting.bridge.config.links}
     if parts != {True, False}:
         left_out |= {"prefix_only", "action_only"}
     return [name for name in ARMS if name not in left_out]
 
 
-def _answer_rows(
-    arms: dict[str, Arm], batch: Sequence[Item], *, among_options: bool
-) -> list[dict[str, Any]]:
-    asked = [to_asked(item) for item in batch]
+def _reply(arms: dict[str, Arm], asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """What every arm says, and had to go by, row by row."""
     replies = {name: arm.answer(asked) for name, arm in arms.items()}
     return [
         {
-            "image": item.image.name,
-            "kind": item.kind,
-            "question": item.question,
-            "gold": item.answer,
-            **({"human_answers": item.human_answers} if item.human_answers else {}),
-            **({"told": item.told} if item.told is not None else {}),
-            **({"episode": item.episode} if item.episode is not None else {}),
-            **(_choice(item) if among_options else {}),
             "answers": {name: texts[i].answer for name, texts in replies.items()},
             "relayed": {n: t[i].relayed for n, t in replies.items() if t[i].relayed is not None},
         }
-        for i, item in enumerate(batch)
+        for i in range(len(asked))
     ]
 
 
-def _choice(item: Item) -> dict[str, Any]:
-    """How many options an answer had, and whether the item itself lists them."""
+def _asked_row(item: Item, other: int | None, folder: Path, *, choice: bool) -> dict[str, Any]:
+    """What was asked, as `answers.jsonl` has it."""
     return {
-        "options": len(set(item.options)),
-        "lists_options": bool(item.row.get("options")),
+        # As the file has it: of two folders' pictures of one name it says which.
+        "image": Path(os.path.relpath(item.image, folder)).as_posix(),
+        "kind": item.kind,
+        "question": item.question,
+        "gold": item.answer,
+        "options": item.options,
+        **({"human_answers": item.human_answers} if item.human_answers else {}),
+        **({"told": item.told} if item.told is not None else {}),
+        **({"episode": item.episode} if item.episode is not None else {}),
+        **({"lists_options": bool(item.row.get("options"))} if choice else {}),
+        **({"shuffled_with": other} if other is not None else {}),
     }
 
 
-def _time_row(arms: dict[str, Arm], bridge: Bridge, item: Item) -> dict[str, Any]:
+def _time_row(arms: dict[str, Arm], bridge: Bridge, item: Item, asked: Asked) -> dict[str, Any]:
     """One item by the clock, arm after arm, so that what slows the machine slows all."""
     row: dict[str, Any] = {"image": item.image.name, "question": item.question}
     for name, arm in arms.items():
-        answer = timed(arm, bridge, to_asked(item))
+        answer = timed(arm, bridge, asked)
         row[name] = {k: v for k, v in answer._asdict().items() if k not in ("answer", "relayed")}
     return row
 
 
-def to_asked(item: Item) -> Asked:
-    """An item as an arm gets it, what it shows read from disk."""
-    return Asked(item.look(), item.question, item.options, item.description)
+def to_asked(item: Item, other: Item | None = None) -> Asked:
+    """An item as an arm gets it, what it and another one show read from disk."""
+    shown = None if other is None else other.look()
+    return Asked(item.look(), item.question, item.options, item.description, shown)
 
 
-def _fingerprint_files(path: Path) -> str:
-    """Which bytes a file has, or all files of a folder."""
+def fingerprint_files(path: Path) -> str:
+    """Which bytes a file has, or all files of a folder.
+
+    Raises:
+        ConfigError: there is neither.
+    """
     if not path.exists():
         raise ConfigError(f"{path} does not exist; configs/README.md says what makes it")
     digest = hashlib.sha256()
@@ -283,11 +308,11 @@ def _fingerprint_files(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _apart(items: Sequence[Item]) -> list[Item]:
-    """Items in an order in which neighbours show unlike pictures and often ask alike.
+def _ordered(items: Sequence[Item]) -> list[Item]:
+    """Items in an order in which neighbours often ask alike; what they show differs by chance.
 
-    The shuffled control hands each item its neighbour's cache. Of episodes, which neighbours meet
-    is drawn: those of the same step would know how long it has lasted, and so what to expect.
+    Items of the same step of two episodes would know how long the other has lasted, and so what to
+    expect: which ones meet is drawn.
     """
 
     def place(item: Item) -> tuple[str, ...]:
@@ -295,10 +320,21 @@ def _apart(items: Sequence[Item]) -> list[Item]:
         drawn = hashlib.sha256(name.encode()).hexdigest() if item.episode is not None else ""
         return item.kind, item.question, drawn, str(item.image)
 
-    ordered = sorted(items, key=place)
-    for here in range(1, len(ordered)):
-        episode = ordered[here - 1].episode
-        others = (at for at in range(here, len(ordered)) if ordered[at].episode != episode)
-        if episode is not None and (at := next(others, here)) != here:
-            ordered.insert(here, ordered.pop(at))
-    return ordered
+    return sorted(items, key=place)
+
+
+def _others(items: Sequence[Item]) -> list[int | None]:
+    """Whose look each item is handed in the control `shuffled`: the next one's, going round.
+
+    The next that shows another picture, and is of another episode; None where there is none.
+    """
+
+    def unlike(one: Item, other: Item) -> bool:
+        apart = one.episode is None or one.episode != other.episode
+        return one.image != other.image and apart
+
+    count = len(items)
+    return [
+        next((i % count for i in range(at + 1, at + count) if unlike(item, items[i % count])), None)
+        for at, item in enumerate(items)
+    ]

@@ -232,6 +232,7 @@ def _write(items: Iterable[SetItem], out: Path, limit: int | None) -> int:
     """Pictures as PNG, each once, and then the lines."""
     out.mkdir(parents=True, exist_ok=True)
     lines = []
+    written: set[Path] = set()
     for item in islice(items, limit):
         row: dict[str, Any] = {
             "question": item.question,
@@ -243,7 +244,8 @@ def _write(items: Iterable[SetItem], out: Path, limit: int | None) -> int:
             row["human_answers"] = item.human_answers
         if item.picture is not None:
             file = Path("images") / (re.sub(r"[^\w.-]", "_", item.picture_name) + ".png")
-            if not (out / file).exists():
+            if file not in written:
+                written.add(file)
                 (out / file).parent.mkdir(exist_ok=True)
                 item.picture.convert("RGB").save(out / file)
             row = {"image": file.as_posix(), **row}

@@ -161,7 +161,10 @@ def sign_flip(gap: NDArray[np.float64], clusters: Iterable[object], flips: int =
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p of so lopsided a split, were either side as likely (McNemar, 1947)."""
     count = only_first + only_second
-    tail = sum(math.comb(count, k) for k in range(min(only_first, only_second) + 1))
+    tail = ways = 1
+    for k in range(min(only_first, only_second)):
+        ways = ways * (count - k) // (k + 1)  # `math.comb(count, k + 1)`
+        tail += ways
     return min(1.0, 2 * tail / 2**count)
 
 

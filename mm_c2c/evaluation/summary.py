@@ -27,16 +27,14 @@ FLOORS = ("blind", "zeroed")
 
 
 def summarise(
-    rows: Sequence[Row], times: Sequence[Row], batches: Sequence[range], resamples: int, seed: int
+    rows: Sequence[Row], times: Sequence[Row], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Count everything.
 
     Args:
         rows: of `answers.jsonl`.
-        times: of `times.jsonl`, without the warm-up.
-        batches: how the rows were asked; in the arm `shuffled` each row of a batch had the cache
-            of the next.
-        resamples: of the bootstrap, of whole episodes where all rows have one.
+        times: of `times.jsonl`.
+        resamples: of the bootstrap; of what, see `clusters_of`.
         seed: of the bootstrap.
 
     Returns:
@@ -46,20 +44,19 @@ def summarise(
         the blind target and over an empty cache, which knows the form of the answers; `recovered`
         of the items that the source knows and its caption relay misses; `swap`; `lie`, see
         `lie_outcomes`; `choice`, where answers were decoded among options, see `_choice_counts`, and
-        in it `shuffled_over_blind`, the paired test; `episodes`, how many, where the intervals and tests are over these; `time`.
+        in it `shuffled_over_blind`, the paired test; `episodes`, `pictures` or `recordings`, how
+        many, where the intervals and tests are over these; `time`.
         Values with an interval are [value, low, high]; None where there is nothing to divide by.
         What needs an arm that was left out is left out.
     """
     names = list(rows[0]["answers"])
     hits = {n: hits_of([is_right(row["answers"][n], row["gold"]) for row in rows]) for n in names}
     wordy = {name: hits[name] | _wordy_hits(rows, name) for name in names}
-    episodes = None
-    if all(row.get("episode") is not None for row in rows):
-        episodes = np.array([row["episode"] for row in rows])
-    draws = draw_resamples(len(rows), resamples, seed, episodes)
+    unit, clusters = clusters_of(rows)
+    draws = draw_resamples(len(rows), resamples, seed, clusters)
 
     def within(found: NDArray[np.bool_], where: NDArray[np.bool_]) -> Interval:
-        groups = None if episodes is None else episodes[where]
+        groups = None if clusters is None else clusters[where]
         return _accuracy_within(found[where], resamples, seed, groups)
 
     kinds = {
@@ -82,8 +79,8 @@ def summarise(
         "kinds": {kind: int(where.sum()) for kind, where in kinds.items()},
         "time": _median_times(times),
     }
-    if episodes is not None:
-        summary["episodes"] = len(set(episodes))
+    if clusters is not None:
+        summary[unit] = len(set(clusters))
     if all(row.get("human_answers") for row in rows):
         for name in names:
             scores = [vqa_accuracy(row["answers"][name], row["human_answers"]) for row in rows]
@@ -91,8 +88,8 @@ def summarise(
     if "fused" in hits:
         summary["against"] = {
             name: {
-                "exact": compare(hits["fused"], hits[name], draws, episodes)._asdict(),
-                "in_a_sentence": compare(wordy["fused"], wordy[name], draws, episodes)._asdict(),
+                "exact": compare(hits["fused"], hits[name], draws, clusters)._asdict(),
+                "in_a_sentence": compare(wordy["fused"], wordy[name], draws, clusters)._asdict(),
             }
             for name in names
             if name != "fused"
@@ -111,24 +108,39 @@ def summarise(
             "share": within(hits["fused"], untold),
         }
     if "shuffled" in hits:
-        summary["swap"] = swap_outcomes(rows, batches, hits.get("source"))
-    if any("options" in row for row in rows):
+        summary["swap"] = swap_outcomes(rows, hits.get("source"))
+    if any("lists_options" in row for row in rows):
         summary["choice"] = _choice_counts(rows)
         if {"shuffled", "blind"} <= hits.keys():
-            test = compare(hits["shuffled"], hits["blind"], draws, episodes)
+            test = compare(hits["shuffled"], hits["blind"], draws, clusters)
             summary["choice"]["shuffled_over_blind"] = test._asdict()
     if any(row.get("told") is not None for row in rows):
         summary["lie"] = lie_outcomes(rows, resamples, seed)
     return {key: _plain(value) for key, value in summary.items()}
 
 
-def swap_outcomes(
-    rows: Sequence[Row], batches: Sequence[range], source: Hits | None
-) -> dict[str, dict[str, float | int]]:
-    """Whose answer the target gives when it is handed its neighbour's picture.
+def clusters_of(rows: Sequence[Row]) -> tuple[str, NDArray[np.str_] | None]:
+    """What several questions are about is one sample, not several: its episode, or what is shown.
 
-    Counted where the neighbour asks the same question and its true answer differs: `truth` has
-    them all; `source_right` those where the source itself is right about both pictures, for a
+    Returns:
+        What the clusters are, and each row's; None where every question has one of its own.
+    """
+    for key in ("episode", "image"):
+        if all(row.get(key) is not None for row in rows):
+            found = [str(row[key]) for row in rows]
+            unit = "episodes" if key == "episode" else _shown(found)
+            return unit, np.array(found) if len(set(found)) < len(found) else None
+    return "questions", None
+
+
+def _shown(names: Sequence[str]) -> str:
+    return "recordings" if all(name.endswith(".wav") for name in names) else "pictures"
+
+
+def swap_outcomes(rows: Sequence[Row], source: Hits | None) -> dict[str, dict[str, float | int]]:
+    """Whose answer the target gives when it is handed another row's picture, `shuffled_with`.
+
+    Counted where that row asks the same question and its true answer differs: `truth` has them all; `source_right` those where the source itself is right about both pictures, for a
     source that answers.
 
     Returns:
@@ -136,11 +148,10 @@ def swap_outcomes(
         own one, and that do neither.
     """
     pairs = []
-    for batch in batches:
-        for row, other in zip(batch, [*batch[1:], batch[0]], strict=True):
-            same = rows[row]["question"] == rows[other]["question"]
-            if same and rows[row]["gold"] != rows[other]["gold"]:
-                pairs.append((row, other))
+    for place, row in enumerate(rows):
+        other = rows[row["shuffled_with"]]
+        if row["question"] == other["question"] and row["gold"] != other["gold"]:
+            pairs.append((place, row["shuffled_with"]))
     outcomes = {"truth": _followed(pairs, rows)}
     if source is not None:
         known = [pair for pair in pairs if source[pair[0]] and source[pair[1]]]
@@ -152,18 +163,17 @@ def lie_outcomes(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, An
     """What is reported of a policy whose instruction was swapped after the fact.
 
     Counted where what it does and what it was `told` are different answers; a wordy answer counts
-    where it names one of the two, and no other answer of its kind.
+    where it names one of the two, and no other option.
 
     Returns:
         `n`, and for each arm the shares of answers that report what it `does`, what it was `told`,
-        and `neither`, with intervals; over episodes where all these rows have one.
+        and `neither`, with intervals; over what, see `clusters_of`.
     """
     lies = [row for row in rows if row.get("told") is not None]
     lies = [row for row in lies if not is_right(row["told"], row["gold"])]
     if not lies:
         return {"n": 0, "arms": {}}
-    episodes = [row.get("episode") for row in lies]
-    groups = None if None in episodes else episodes
+    _, groups = clusters_of(lies)
     options = _options(lies)
     arms = {}
     for name in lies[0]["answers"]:
@@ -171,9 +181,8 @@ def lie_outcomes(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, An
         does, told = (
             hits_of(
                 [
-                    is_right(text, row[key])
-                    or is_right_in_a_sentence(text, row[key], options[row["kind"]])
-                    for text, row in zip(said, lies, strict=True)
+                    is_right(text, row[key]) or is_right_in_a_sentence(text, row[key], among)
+                    for text, row, among in zip(said, lies, options, strict=True)
                 ]
             )
             for key in ("gold", "told")
@@ -193,7 +202,7 @@ def _choice_counts(rows: Sequence[Row]) -> dict[str, float | int]:
         lists its own, the others having the answers of their kind; `guess`, the share of the `n`
         that a guess gets right.
     """
-    counts = [row["options"] for row in rows if row["options"]]
+    counts = [len(set(row["options"])) for row in rows if row["options"]]
     return {
         "n": len(counts),
         "listed": sum(row["lists_options"] for row in rows),
@@ -213,22 +222,29 @@ def _followed(pairs: Sequence[tuple[int, int]], rows: Sequence[Row]) -> dict[str
     }
 
 
-def _options(rows: Sequence[Row]) -> dict[str, set[str]]:
-    """The answers that each kind of question has, or could have by what was told."""
-    options: dict[str, set[str]] = {}
+def _options(rows: Sequence[Row]) -> list[set[str]]:
+    """The answers that each question has, and what was told.
+
+    Where it is open, or the run did not keep them: those of its kind.
+    """
+    of_kind: dict[str, set[str]] = {}
     for row in rows:
-        options.setdefault(row["kind"], set()).add(row["gold"])
-        if row.get("told") is not None:
-            options[row["kind"]].add(row["told"])
-    return options
+        of_kind.setdefault(row["kind"], set()).update(_golds(row))
+    return [
+        {*row["options"], *_golds(row)} if row.get("options") else of_kind[row["kind"]]
+        for row in rows
+    ]
+
+
+def _golds(row: Row) -> set[str]:
+    return {row["gold"]} if row.get("told") is None else {row["gold"], row["told"]}
 
 
 def _wordy_hits(rows: Sequence[Row], name: str) -> Hits:
-    options = _options(rows)
     return hits_of(
         [
-            is_right_in_a_sentence(row["answers"][name], row["gold"], options[row["kind"]])
-            for row in rows
+            is_right_in_a_sentence(row["answers"][name], row["gold"], among)
+            for row, among in zip(rows, _options(rows), strict=True)
         ]
     )
 

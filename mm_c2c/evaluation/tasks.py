@@ -30,6 +30,9 @@ _COUNT_WORDS = (
 )
 _NUMBERS = {word: str(number) for number, word in enumerate(_COUNT_WORDS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
+_THOUSANDS = re.compile(r"\b\d{1,3}(,\d{3})+\b")
+# All but the sign of a number.
+_PUNCTUATION = re.compile(r"(?!(?<!\w)-\d)[^\w\s]")
 
 
 class Item(NamedTuple):
@@ -41,7 +44,7 @@ class Item(NamedTuple):
         kind: kind of question.
         question: what is asked.
         answer: the true answer.
-        options: all answers this kind of question can have.
+        options: all answers this question can have; empty where that is open.
         description: a true description of the picture, where the file has one.
         human_answers: what each of several people answered, where the file has that.
         told: what a policy's instruction says, where it was swapped after the fact; `answer` is
@@ -65,6 +68,11 @@ class Item(NamedTuple):
     success: bool | None = None
     row: Mapping[str, Any] = {}
 
+    @property
+    def sampled_with(self) -> str:
+        """What it has in common with other items, which are no samples apart from it."""
+        return str(self.image) if self.episode is None else self.episode
+
     def picture(self) -> Image.Image:
         """The picture, read from disk."""
         return load_image(self.image)
@@ -78,9 +86,9 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
     """Read a JSONL of `{"image", "question", "answer"}`; pictures lie beside it.
 
     A line may also have what else `mm_c2c.training.data` shows a source (`images`, `video` or `audio`
-    in place of `image`, `text`, `state`), `kind`, its `options` (else: the answers of its kind), a true
-    `caption`, `human_answers`, a list of what each of several people answered, and of a policy's
-    episode `episode`, `step`, `success` and `told`.
+    in place of `image`, `text`, `state`), `kind`, its `options` (else: all answers of its kind in
+    the file), a true `caption`, `human_answers`, a list of what each of several people answered, and
+    of a policy's episode `episode`, `step`, `success` and `told`.
 
     Args:
         path: the file.
@@ -91,31 +99,42 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
         InputError: the file cannot be read, or holds no such items.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON may hold other line breaks as they are.
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise InputError(f"cannot read items from {path}: {error.strerror}") from error
+    lines += [last] * bool(last)
+    if not lines:
+        raise InputError(f"{path} holds no items")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append({"kind": "question", **row, **_shown_paths(row, path.parent)})
-            _ = row["question"], row["answer"]
+            texts = [row["question"], row["answer"], *row.get("options", ())]
+            texts += row.get("human_answers", ())
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f'{path}, line {number}: expected {{"image", "question", "answer"}}, got {error!r}'
             ) from error
-    if not rows:
-        raise InputError(f"{path} holds no items")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise InputError(
+                f"{path}, line {number}: question, answers and options must be words in quotes, "
+                f"got {wrong[0]!r}"
+            )
     if kinds:
         known = ", ".join(sorted({row["kind"] for row in rows}))
         rows = [row for row in rows if row["kind"] in kinds]
         if not rows:
             raise InputError(f"{path} holds no item of kind {', '.join(kinds)}; its kinds: {known}")
-    if limit is not None and limit < len(rows):
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    # Before the cut: what can be answered is not less for asking less.
     answers: dict[str, set[str]] = {}
     for row in rows:
         answers.setdefault(row["kind"], set()).add(row["answer"])
+    if limit is not None and limit < len(rows):
+        rows = [rows[i * len(rows) // limit] for i in range(limit)]
     return [
         Item(
             image=row.get("image") or row.get("audio") or row["video"][0],
@@ -148,9 +167,16 @@ def _shown_paths(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without articles and punctuation; numbers up to ten as digits."""
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+    """Lower case, without articles and punctuation; numbers up to ten as digits.
+
+    A number keeps its minus and loses the commas of its thousands. Articles and punctuation stay
+    where nothing else is there: an option may be called A.
+    """
+    text = text.lower().replace("\N{MINUS SIGN}", "-")
+    text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    words = _PUNCTUATION.sub(" ", text).split() or text.split()
+    kept = [word for word in words if word not in _ARTICLES] or words
+    return " ".join(_NUMBERS.get(word, word) for word in kept)
 
 
 def is_right(answer: str, gold: str) -> bool:
@@ -178,6 +204,8 @@ def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
 
 def is_right_in_a_sentence(answer: str, gold: str, options: Collection[str]) -> bool:
     """Whether a wordy answer names the true option, and no other one of its kind."""
-    names = sorted({normalise(name) for name in (*options, gold)}, key=len, reverse=True)
-    pattern = r"\b(" + "|".join(re.escape(name) for name in names) + r")\b"
-    return set(re.findall(pattern, normalise(answer))) == {normalise(gold)}
+    names = {normalise(name) for name in (*options, gold)} - {""}
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    # Whole words, and 5 is not named in -5.
+    named = re.findall(rf"(?<![\w-])({longest_first})(?!\w)", normalise(answer))
+    return set(named) == {normalise(gold)}

@@ -14,6 +14,7 @@ target reads its option beside the question, in the wording that did best on que
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -31,7 +32,6 @@ from mm_c2c.bridge import Bridge
 from mm_c2c.cache import LayerKV, PositionKind, SourceCache
 from mm_c2c.errors import run_main
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
-from mm_c2c.evaluation.run import split_rows
 from mm_c2c.evaluation.statistics import accuracy, compare, draw_resamples, hits_of
 from mm_c2c.perception import FusedInputs
 from mm_c2c.pretrained import fingerprint
@@ -166,6 +166,14 @@ def shuffled(cache: SourceCache) -> SourceCache:
     )
 
 
+def split_rows(count: int, batch_size: int) -> list[range]:
+    """Batches of at least two where there are two: a lone row could not be shuffled."""
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+
+
 def choose_wording(arms: Arms, choices: Sequence[Choice], batch_size: int) -> dict[str, float]:
     """Accuracy of the relay on questions, by its wording; the best comes first."""
     found: Counter[str] = Counter(dict.fromkeys(WORDINGS, 0))
@@ -202,7 +210,8 @@ def evaluate(
     """
     prints = {name: fingerprint(bridge.fusers.state_dict()) for name, bridge in bridges.items()}
     dtype = str(next(iter(bridges.values())).target.model.dtype).removeprefix("torch.")
-    settings = {"fusers": prints, "dtype": dtype, "items": len(test)}
+    asked = {"test": _fingerprint(test), "train": _fingerprint(train)}
+    settings = {"fusers": prints, "dtype": dtype, "items": len(test), "fingerprints": asked}
     settings |= {"batch_size": batch_size, "seed": seed}
     test = sorted(test, key=lambda choice: (choice.kind, len(choice.asked())))
     with hold(out):
@@ -229,6 +238,10 @@ def evaluate(
         }
         write_json(out / "summary.json", summary)
     return summary
+
+
+def _fingerprint(choices: Sequence[Choice]) -> str:
+    return hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:16]
 
 
 def _kept_wordings(

@@ -27,7 +27,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from mm_c2c.config import set_key
+from mm_c2c.config import set_key, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import write_json
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
@@ -38,8 +38,11 @@ from mm_c2c.reference.variants import Variant, build_variant
 
 _RESAMPLES = 10_000
 _JUDGEMENTS = "judgements.json"
+_SETTINGS = "settings.json"
 _END = "end"
 _CONTROL = "zeroed"
+# Settings that do not change what is learned.
+_WHEREABOUTS = ("out", "save_every", "log_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +108,20 @@ def ablate(config: AblationConfig) -> None:
     for seed in config.seeds:
         for name in config.only or config.variants:
             variant = config.variant(name, seed)
-            right = read_judgements(config.out).get(variant.out.name, {"right": {}})["right"]
+            known = read_judgements(config.out).get(variant.out.name, {"right": {}})
+            settings = _settings(variant)
+            before = _read_settings(variant.out) or known.get("settings", settings)
+            if before != settings:
+                raise ConfigError(
+                    f"{variant.out}: trained with other settings than {name!r} has now "
+                    f"({_differences(before, settings)}); give another out"
+                )
+            right = known["right"]
             for steps in sorted({*config.judged_at, variant.steps}):
                 at = _END if steps == variant.steps else str(steps)
                 if steps <= variant.steps and at not in right:
+                    variant.out.mkdir(parents=True, exist_ok=True)
+                    write_json(variant.out / _SETTINGS, settings)
                     variant.train(steps)
                     judge(variant, config.items, steps)
             with FileLock(config.out / ".lock"):  # other seeds' processes write here too
@@ -187,8 +200,8 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
     """What `judgements.json` keeps, and what lies in the folders of trainings beside it.
 
     Returns:
-        By the name of a training's folder: `parameters` and, by answer steps or `end`, in `right`
-        for each arm a digit a question, 1 where it was answered right.
+        By the name of a training's folder: its `settings`, `parameters` and, by answer steps or
+        `end`, in `right` for each arm a digit a question, 1 where it was answered right.
     """
     path = out / _JUDGEMENTS
     known: dict[str, dict[str, Any]] = {}
@@ -197,6 +210,8 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
     for summary in sorted(out.glob("*/evaluation*/summary.json")):
         training = summary.parent.parent
         run = known.setdefault(training.name, {"right": {}})
+        if settings := _read_settings(training):
+            run["settings"] = settings
         run["parameters"] = sum(map(_count_parameters, training.glob("*/*.safetensors")))
         rows = _rows(summary.parent)
         run["right"][summary.parent.name.partition("-")[2] or _END] = {
@@ -204,6 +219,25 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
             for arm in rows[0]["answers"]
         }
     return known
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    """All that says what is learned, as a file keeps it."""
+    kept = {k: v for k, v in to_dict(variant.training).items() if k not in _WHEREABOUTS}
+    return json.loads(json.dumps(kept))
+
+
+def _read_settings(training: Path) -> dict[str, Any]:
+    path = training / _SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
 
 
 def _by_seed(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mm_c2c.errors import ConfigError, run_main
 from mm_c2c.reference.concepts import CONCEPTS
-from mm_c2c.reference.scenes import Scene, Sticker, render, sample_scene
+from mm_c2c.reference.scenes import Scene, Sticker, odd_one_out, render, sample_scene
 from mm_c2c.reference.stickers import DEV_STYLE, TEST_STYLE, TRAIN_STYLES, load_stickers
 from mm_c2c.reference.tower import EfficientNetLite0
 
@@ -131,9 +131,10 @@ class ScenePool:
             raise ConfigError(f"no train-*.safetensors in {folder}; run scene_data first")
         self.all = [(s, i) for s, (_, scenes) in enumerate(self.shards) for i in range(len(scenes))]
         self.easy = [(s, i) for s, i in self.all if len(self.shards[s][1][i].stickers) <= 2]
+        self.odd = [(s, i) for s, i in self.all if odd_one_out(self.shards[s][1][i])]
 
     def draw(
-        self, rng: random.Random, count: int, *, easily: bool = False
+        self, rng: random.Random, count: int, *, easily: bool = False, odd: int = 0
     ) -> tuple[Tensor, list[Scene]]:
         """Features `(count, patches, 2240)` and truth of scenes.
 
@@ -141,8 +142,10 @@ class ScenePool:
             rng: source of randomness.
             count: how many.
             easily: only scenes of one and two stickers.
+            odd: so many of them that have an odd one out.
         """
-        picked = rng.sample(self.easy if easily else self.all, count)
+        picked = rng.sample(self.easy if easily else self.all, count - odd)
+        picked += rng.sample(self.odd, odd)
         features = torch.stack([self.shards[s][0][i].float() for s, i in picked])
         return features, [self.shards[s][1][i] for s, i in picked]
 

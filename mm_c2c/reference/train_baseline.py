@@ -24,7 +24,6 @@ from mm_c2c.evaluation.arms.prompts import RelayPrompt
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig
 from mm_c2c.evaluation.arms.tuned import add_adapter
 from mm_c2c.reference.models import BRIDGE_FOLDER, SOURCE_NAME, load_source, load_target
-from mm_c2c.reference.packing import split_beginning
 from mm_c2c.reference.scene_data import ScenePool
 from mm_c2c.reference.scenes import CAPTION_REQUEST, Question
 from mm_c2c.reference.train_fuser import (
@@ -39,6 +38,7 @@ from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.text import render_chat
 from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
+from mm_c2c.training.packing import split_beginning
 
 KINDS = ("tuned_relay", "soft_prompt", "own_source")
 

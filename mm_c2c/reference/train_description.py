@@ -24,12 +24,12 @@ from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import add_adapter
 from mm_c2c.evaluation.command import load_pair
 from mm_c2c.evaluation.tasks import Item, load_items
-from mm_c2c.reference.packing import Turn, split_beginning
 from mm_c2c.reference.train_fuser import turns_loss
 from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import render_chat
 from mm_c2c.training.optimizers import build_optimizers
+from mm_c2c.training.packing import Turn, split_beginning
 
 
 @dataclass(frozen=True, kw_only=True)

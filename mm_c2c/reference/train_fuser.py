@@ -28,7 +28,6 @@ from mm_c2c.link import LinkConfig
 from mm_c2c.perception import Perception
 from mm_c2c.reference.knowledge import draw_knowledge
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
-from mm_c2c.reference.packing import Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, ScenePool
 from mm_c2c.reference.scenes import (
     CAPTION_REQUEST,
@@ -47,6 +46,7 @@ from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.target import Target
 from mm_c2c.training.loop import cosine_rate
 from mm_c2c.training.optimizers import build_optimizers
+from mm_c2c.training.packing import Turn, pack, read_packed
 
 _NOTHING = "nothing"
 # What wants a name to be found among the slots, or all slots to be looked through.
@@ -81,6 +81,7 @@ class FuserTrainingConfig(TrainerConfig):
         scenes: pictures a step.
         questions: questions a picture; a request to describe it comes on top.
         late: questions a picture of the kinds that are learned late, beside those.
+        odd: pictures an answer step that have an odd one out, among `scenes`; the others may.
         knowledge: questions whose answer is not in the picture come beside them.
         learning_rate: after the warm-up; falls to zero along a cosine. Matrices follow Muon, the
             rest AdamW.
@@ -113,6 +114,7 @@ class FuserTrainingConfig(TrainerConfig):
     scenes: int = 8
     questions: int = 4
     late: int = 0
+    odd: int = 0
     knowledge: bool = False
     learning_rate: float = 2e-3
     warmup: int = 20
@@ -127,6 +129,8 @@ class FuserTrainingConfig(TrainerConfig):
         super().__post_init__()
         if self.shuffled and min(self.scenes, self.reconstruct_scenes) < 2:
             raise ConfigError("shuffled needs at least 2 scenes and 2 reconstruct_scenes a step")
+        if not 0 <= self.odd <= self.scenes:
+            raise ConfigError(f"odd must be in [0, scenes={self.scenes}], got {self.odd}")
         check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
     @property
@@ -300,15 +304,8 @@ def turns_loss(
         beginnings: as in `pack`.
     """
     packed = pack(turns, done, beginnings)
-    states = model.model(
-        packed.input_ids,
-        attention_mask=block_mask(packed.segments, done)[:, :, done:].to(model.dtype),
-        position_ids=packed.position_ids,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    wanted = packed.labels != -100
-    return F.cross_entropy(model.lm_head(states[wanted]).float(), packed.labels[wanted])
+    logits = read_packed(model, packed, cache, done)
+    return F.cross_entropy(logits.float(), packed.labels[packed.labels != -100])
 
 
 def answer_turns(
@@ -338,7 +335,8 @@ def train(config: FuserTrainingConfig, until: int | None = None) -> None:
         reconstruct = step < config.reconstruct_steps
         easily = not reconstruct and step < config.reconstruct_steps + config.easy_steps
         count = config.reconstruct_scenes if reconstruct else config.scenes
-        features, scenes = pool.draw(rng, count, easily=easily)
+        odd = 0 if reconstruct else config.odd
+        features, scenes = pool.draw(rng, count, easily=easily, odd=odd)
         cache = reader.read(features)
         if config.shuffled:
             cache = cache.select(torch.arange(count).roll(-1))

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from mm_c2c.config import PRECISIONS, check_one_of
-from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
 from mm_c2c.reference.scene_data import SPLITS, ScenePool, read_shard
 from mm_c2c.reference.scenes import (
     CAPTION_REQUEST,
@@ -43,6 +42,7 @@ from mm_c2c.reference.source import (
 from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.training.loop import build_accelerator
 from mm_c2c.training.optimizers import build_optimizers, mixes_channels
+from mm_c2c.training.packing import Packed, Turn, block_mask, pack
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from mm_c2c.reference.trainer import run
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import TextSource
 from mm_c2c.target import Target
-from mm_c2c.training.config import ModelConfig, TrainingConfig
+from mm_c2c.training.config import DropConfig, ModelConfig, TrainingConfig
 from mm_c2c.training.data import open_examples
 from mm_c2c.training.loop import build_accelerator, cosine_rate
 from mm_c2c.training.objective import Objective, draw_questions
@@ -145,11 +145,14 @@ class Together:
 
 def _check_plain(config: TrainingConfig) -> None:
     """Refuse what would be left undone."""
+    left = vars(DropConfig(sources=0.0))
     plain = {
         "start": config.start is None,
         "phases.reconstruct.steps": not config.phases.reconstruct.steps,
         "phases.generate.distill": not config.phases.generate.distill,
-        "drop.sources": not config.drop.sources,
+        **{f"drop.{name}": value == left[name] for name, value in vars(config.drop).items()},
+        "frozen": not config.frozen,
+        "packed": not config.packed,
         "data.questions": config.data.questions == 1,
         "accumulation": config.accumulation == 1,
         "precision": config.precision == "fp32",

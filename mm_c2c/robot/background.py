@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -75,8 +76,8 @@ class BackgroundReader:
         self.read = self.dropped = 0
         self._episode = 0
         self._waiting: Snapshot | None = None
-        self._busy = False
-        self._over = False
+        self._reading: Snapshot | None = None
+        self._ended: str | None = None  # why nothing is read any more
         self._asked: list[str] = []
         self._arrived: list[Reading] = []
         self._changed = threading.Condition()
@@ -101,6 +102,8 @@ class BackgroundReader:
     def begin(self) -> int:
         """Start an episode: what is still to come of the last one is forgotten.
 
+        Where nothing is read any more, the first that arrives is a `ReaderFailure` that says why.
+
         Returns:
             The episode's number, for its snapshots.
         """
@@ -109,12 +112,14 @@ class BackgroundReader:
             self.read = self.dropped = 0
             self._waiting = None
             self._arrived.clear()
+            if self._ended is not None:
+                self._arrived.append(ReaderFailure(step=0, message=self._ended))
             return self._episode
 
     def offer(self, snapshot: Snapshot) -> None:
         """Hand over the newest snapshot; one that still waits is dropped."""
         with self._changed:
-            if self._over:
+            if self._ended is not None:
                 self.dropped += 1
                 return
             self.dropped += self._waiting is not None
@@ -133,17 +138,23 @@ class BackgroundReader:
             return arrived
 
     def finish(self, timeout_s: float) -> list[Reading]:
-        """Wait until the last snapshot is read, but no longer than that; what has arrived."""
+        """Wait until the last snapshot is read, but no longer than that.
+
+        Returns:
+            What has arrived; at last a `ReaderFailure`, where the time was too short.
+        """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._over or not (self._busy or self._waiting), timeout_s
-            )
+            self._changed.wait_for(lambda: self._awaited() is None, timeout_s)
+            late = self._awaited()
+            if late is not None:
+                message = f"not read {timeout_s:g} s after the robot stood"
+                self._arrived.append(ReaderFailure(step=late.step, message=message))
         return self.poll()
 
     def close(self) -> None:
         """Stop at once, whatever is being read."""
         with self._changed:
-            self._over = True
+            self._ended = self._ended or "the reader was closed"
             self._changed.notify_all()
         self._stop_process()
         self._courier.join()
@@ -166,45 +177,63 @@ class BackgroundReader:
         self._process.kill()
         self._process.join()
 
+    def _awaited(self) -> Snapshot | None:
+        """What of this episode is being read, or else waits for it."""
+        if self._ended is not None:
+            return None
+        if self._reading is not None and self._reading.episode == self._episode:
+            return self._reading
+        return self._waiting
+
     def _carry(self) -> None:
         """One snapshot after the other to the process, and back what it says."""
         while (taken := self._take()) is not None:
-            snapshot, questions = taken
+            snapshot, _ = taken
             try:
-                self._pipe.send((snapshot, questions))
-                said: list[Reading] = self._pipe.recv()
-            except (EOFError, OSError):
-                self._process.join()
-                self._lose(snapshot)
-                return
+                said = self._exchange(pickle.dumps(taken))
+                if said is None:
+                    self._lose(snapshot)
+                    return
+                answer: list[Reading] | str = pickle.loads(said)
+            except Exception as error:  # noqa: BLE001, reported as an event
+                answer = _describe(error)
+            if isinstance(answer, str):
+                answer = [ReaderFailure(step=snapshot.step, message=answer)]
             latency_ms = 1000 * (time.monotonic() - snapshot.taken_s)
             with self._changed:
                 if snapshot.episode == self._episode:
                     self.read += 1
-                    self._arrived += [replace(event, latency_ms=latency_ms) for event in said]
+                    self._arrived += [replace(event, latency_ms=latency_ms) for event in answer]
+
+    def _exchange(self, message: bytes) -> bytes | None:
+        """What the process answers; None where it is gone."""
+        try:
+            self._pipe.send_bytes(message)
+            return self._pipe.recv_bytes()
+        except (EOFError, OSError):
+            return None
 
     def _take(self) -> tuple[Snapshot, list[str]] | None:
         with self._changed:
-            self._busy = False
+            self._reading = None
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._over or self._waiting)
-            if self._over or self._waiting is None:
+            self._changed.wait_for(lambda: self._ended or self._waiting)
+            if self._ended or self._waiting is None:
                 return None
-            snapshot, self._waiting = self._waiting, None
+            self._reading, self._waiting = self._waiting, None
             questions, self._asked = self._asked, []
-            self._busy = True
-            return snapshot, questions
+            return self._reading, questions
 
     def _lose(self, snapshot: Snapshot) -> None:
         """The process is gone: say so, unless it was stopped."""
+        self._process.join()
         with self._changed:
-            if not self._over:
-                message = f"the reader's process ended with exit code {self._process.exitcode}"
-                self._arrived.append(ReaderFailure(step=snapshot.step, message=message))
+            if self._ended is None:
+                self._ended = f"the reader's process ended with exit code {self._process.exitcode}"
+                step = snapshot.step if snapshot.episode == self._episode else 0
+                self._arrived.append(ReaderFailure(step=step, message=self._ended))
             self.dropped += self._waiting is not None
-            self._waiting = None
-            self._busy = False
-            self._over = True
+            self._reading = self._waiting = None
             self._changed.notify_all()
 
 
@@ -225,14 +254,22 @@ def _serve(pipe: Connection[Any, Any], build: Callable[[], Read]) -> None:
     pipe.send(None)
     while True:
         try:
-            snapshot, questions = pipe.recv()
+            message = pipe.recv_bytes()
         except EOFError:
             return
-        try:
-            said = read(snapshot, questions)
-        except Exception as error:  # noqa: BLE001, reported as an event
-            said = [ReaderFailure(step=snapshot.step, message=_describe(error))]
-        pipe.send(said)
+        pipe.send_bytes(_answer(read, message))
+
+
+def _answer(read: Read, message: bytes) -> bytes:
+    """The readings of one message, or in words why there are none."""
+    said: list[Reading] | str
+    try:
+        said = read(*pickle.loads(message))
+        if not isinstance(said, list) or not all(isinstance(event, Reading) for event in said):
+            raise TypeError(f"a reader gives a list of readings, got {said!r}")
+        return pickle.dumps(said)
+    except Exception as error:  # noqa: BLE001, reported as an event
+        return pickle.dumps(_describe(error))
 
 
 def _describe(error: Exception) -> str:

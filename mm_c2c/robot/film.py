@@ -38,10 +38,11 @@ def write_film(
         action_names: of the discrete actions.
 
     Raises:
-        InputError: the ending is another, or there is no step.
-        UnsupportedError: an MP4 without imageio.
+        InputError: see `check_film`, or there is no step.
+        UnsupportedError: an MP4 without imageio and its ffmpeg.
     """
     path = Path(path)
+    check_film(path)
     steps = sum(isinstance(event, Step) for event in events)
     if not steps:
         raise InputError("an episode without a step cannot be shown")
@@ -64,17 +65,27 @@ def write_film(
             loop=0,
             optimize=False,
         )
-    elif path.suffix == ".mp4":
-        try:
-            import imageio.v3 as imageio
+        return
+    try:
+        import imageio.v3 as imageio
 
-            imageio.imwrite(path, np.stack([np.asarray(picture) for picture in pictures]), fps=fps)
-        except ImportError as error:
-            raise UnsupportedError(
-                f"an MP4 needs imageio ({error}): pip install imageio[ffmpeg], or write a .gif"
-            ) from error
-    else:
+        imageio.imwrite(path, np.stack([np.asarray(picture) for picture in pictures]), fps=fps)
+    except (ImportError, OSError) as error:  # the latter where it has no ffmpeg
+        raise UnsupportedError(
+            f"an MP4 needs imageio ({error}): pip install imageio[ffmpeg], or write a .gif"
+        ) from error
+
+
+def check_film(path: Path) -> None:
+    """Refuse a path to which no film can be written, best before an episode is acted.
+
+    Raises:
+        InputError: the ending is neither `.gif` nor `.mp4`, or the folder is not there.
+    """
+    if path.suffix not in (".gif", ".mp4"):
         raise InputError(f"{path.name}: expected .gif or .mp4")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to write {path.name} into")
 
 
 def draw_step(
@@ -92,7 +103,8 @@ def draw_step(
     """
     steps = [event for event in events if isinstance(event, Step)]
     step = steps[index]
-    said = _said_by(events, index)
+    arrivals = _arrivals(events)
+    said = [event for at, event in arrivals if at <= index]
     picture = Image.new("RGB", (_WIDTH, _HEIGHT), _PAPER)
     pen = ImageDraw.Draw(picture)
     pen.text((_MARGIN, 14), step.observation[TASK], _INK, _font(22))
@@ -105,10 +117,10 @@ def draw_step(
     _paste(picture, cameras[0], (right, _TOP + 18), _CAMERA)
     pen.text((right, _TOP + _CAMERA + 30), "what it does", _FAINT, _font(13))
     pen.text((right, _TOP + _CAMERA + 46), action_text(step.action, action_names), _INK, _font(20))
-    _draw_end(pen, right, events, is_last=index == len(steps) - 1)
+    _draw_end(pen, events, is_last=index == len(steps) - 1)
     _draw_monitor(pen, right, [event for event in said if isinstance(event, Monitor)])
     _draw_said(pen, said)
-    _draw_strip(pen, events, len(steps), index)
+    _draw_strip(pen, arrivals, len(steps), index)
     return picture
 
 
@@ -118,19 +130,6 @@ def action_text(action: Any, action_names: Sequence[str] = ()) -> str:
     if not numbers.ndim and int(numbers) < len(action_names):
         return action_names[int(numbers)]
     return "  ".join(f"{number:+.2f}" for number in np.atleast_1d(numbers))
-
-
-def _said_by(events: Sequence[Event], index: int) -> list[Event]:
-    """What had arrived by the end of a step."""
-    found: list[Event] = []
-    at = -1
-    for event in events:
-        if isinstance(event, Step):
-            at = event.index
-        if at > index:
-            break
-        found.append(event)
-    return found
 
 
 def _arrivals(events: Sequence[Event]) -> list[tuple[int, Event]]:
@@ -158,9 +157,7 @@ def _paste(picture: Image.Image, pixels: Any, corner: tuple[int, int], side: int
     ImageDraw.Draw(picture).rectangle(box, outline=_LINE)
 
 
-def _draw_end(
-    pen: ImageDraw.ImageDraw, right: int, events: Sequence[Event], *, is_last: bool
-) -> None:
+def _draw_end(pen: ImageDraw.ImageDraw, events: Sequence[Event], *, is_last: bool) -> None:
     end = events[-1]
     if is_last and isinstance(end, EpisodeEnd):
         text, colour = ("done", _ANSWERED) if end.success else ("not done", _ALARM)
@@ -206,7 +203,9 @@ def _draw_said(pen: ImageDraw.ImageDraw, said: Sequence[Event]) -> None:
         pen.text((_MARGIN, _SAID + 28 * row), short, colour, font)
 
 
-def _draw_strip(pen: ImageDraw.ImageDraw, events: Sequence[Event], steps: int, index: int) -> None:
+def _draw_strip(
+    pen: ImageDraw.ImageDraw, arrivals: Sequence[tuple[int, Event]], steps: int, index: int
+) -> None:
     """Time from left to right; a mark where something was said."""
     left, right = _MARGIN, _WIDTH - _MARGIN
     span = (right - left) / steps
@@ -214,7 +213,7 @@ def _draw_strip(pen: ImageDraw.ImageDraw, events: Sequence[Event], steps: int, i
     pen.rounded_rectangle((left, middle - 3, right, middle + 3), 3, fill=_LINE)
     pen.rounded_rectangle((left, middle - 3, left + span * (index + 1), middle + 3), 3, fill=_NOW)
     rows = {Narration: (_SPOKEN, -11), Answer: (_ANSWERED, 11), ReaderFailure: (_FAILED, 11)}
-    for at, event in _arrivals(events):
+    for at, event in arrivals:
         colour, height = rows.get(type(event), (None, 0))
         if isinstance(event, Monitor) and event.alarm:
             colour, height = _ALARM, 0

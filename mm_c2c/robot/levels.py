@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mm_c2c.errors import UnsupportedError
+from mm_c2c.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     import gymnasium
@@ -24,6 +24,7 @@ def make_minigrid(level: str, cell_pixels: int = 8) -> gymnasium.Env[Any, Any]:
         cell_pixels: of the picture.
 
     Raises:
+        InputError: there is no such level.
         UnsupportedError: minigrid is not installed.
     """
     try:
@@ -40,5 +41,8 @@ def make_minigrid(level: str, cell_pixels: int = 8) -> gymnasium.Env[Any, Any]:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints each layout it refuses
                 return super().reset(**settings)
 
-    env = gymnasium.make(level, render_mode="rgb_array", disable_env_checker=True)
+    try:
+        env = gymnasium.make(level, render_mode="rgb_array", disable_env_checker=True)
+    except gymnasium.error.Error as error:
+        raise InputError(f"there is no level {level!r}: {error}") from error
     return Quiet(env, tile_size=cell_pixels)

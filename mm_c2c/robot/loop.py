@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, ShapeError
 from mm_c2c.robot.background import BackgroundReader, Snapshot
 from mm_c2c.robot.events import EpisodeEnd, Event, Step
 from mm_c2c.robot.observation import Observation, check_observation
@@ -39,7 +39,8 @@ def run_episode(
         seed: of the environment.
         max_steps: cut the episode short; None leaves that to the environment.
         fps: at most so many steps a second; None runs as fast as it goes.
-        linger_s: how long to wait, once the robot stands, for what is still being read, in s.
+        linger_s: how long to wait, once the robot stands, for what is still being read, in s; a
+            `ReaderFailure` where that was too short.
 
     Yields:
         After each step, the step and what has been read meanwhile; an `EpisodeEnd` at last. Its
@@ -47,8 +48,12 @@ def run_episode(
         else whether it came to its own end with a reward above 0.
 
     Raises:
+        ConfigError: fps or max_steps is out of range.
         InputError, ShapeError: an observation that the policy cannot be shown.
+        ShapeError: the policy decided on no action.
     """
+    if max_steps is not None and max_steps < 1:
+        raise ConfigError(f"max_steps must be at least 1, or None, got {max_steps}")
     if fps is not None and not fps > 0:
         raise ConfigError(f"fps must be above 0, or None, got {fps}")
     episode = reader.begin() if reader else 0
@@ -64,6 +69,10 @@ def run_episode(
         if not pending:
             decision = policy.decide(observation, past)
             pending, tokens = list(decision.actions), decision.tokens
+            if not pending:
+                raise ShapeError(
+                    f"step {index}: expected one action or more of the policy, got none"
+                )
             if reader:
                 reader.offer(
                     Snapshot(

@@ -94,7 +94,8 @@ def record(
         about: what else to keep, as JSON has it, such as the level and the seed.
 
     Raises:
-        InputError: the folder holds something, or a later step is unlike the first.
+        InputError: the folder holds something, a later step is unlike the first, or a camera is
+            called as the scene from outside is.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -218,7 +219,13 @@ def export_lerobot(
 def _pictures(step: Step) -> dict[str, NDArray[np.uint8]]:
     """A step's pictures by name: of the cameras, and the frame."""
     found = {key: value for key, value in step.observation.items() if key.startswith(IMAGES)}
-    return found if step.frame is None else {**found, _FRAME: step.frame}
+    if step.frame is None:
+        return found
+    if IMAGES + _FRAME in found:
+        raise InputError(
+            f"the scene from outside is recorded as {_FRAME!r}: give the camera of that name another"
+        )
+    return {**found, _FRAME: step.frame}
 
 
 def _features(step: Step) -> dict[str, Any]:

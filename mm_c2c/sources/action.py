@@ -223,30 +223,27 @@ class TokenActionSource(VLMSource):
         name: str,
         revision: str | None = None,
     ) -> None:
-        if model.config.is_encoder_decoder:
+        if not self.reads_on:
             raise UnsupportedError(
-                f"{name}: action tokens must follow the prompt in one cache, and a model of "
-                f"encoder and decoder ({model.config.model_type}) keeps two; take one over a "
-                "causal LM"
+                f"{name}: action tokens must follow the prompt, and behind what is kept of it a "
+                f"model of type {model.config.model_type} cannot read on; take one over a causal "
+                "LM, such as LLaVA, PaliGemma or Qwen-VL"
             )
         super().__init__(model, processor, name, revision)
         self.bins = bins
 
     @torch.no_grad()
-    def prefill(self, inputs: Sequence[SourceInput], tokens: Tensor | None = None) -> SourceCache:
+    def prefill(self, inputs: Sequence[SourceInput]) -> SourceCache:
         """Read a batch of observations and the actions that the policy takes there.
 
         Args:
-            inputs: pictures and an instruction each.
-            tokens: `(batch, action_dim)`: what `act` gave for these inputs, where it has run
-                already; None takes the inputs' own `action_tokens`, and lets the policy act in rows
-                without.
+            inputs: pictures and an instruction each; without `action_tokens`, the policy acts.
 
         Raises:
             InputError: a row's own tokens are not as many as an action has.
         """
         prompt = super().prefill(inputs)
-        tokens = self._given_or_acted(inputs) if tokens is None else tokens
+        tokens = self._given_or_acted(inputs)
         cache = full_cache(self.model)
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
             raise UnsupportedError(

@@ -33,7 +33,7 @@ from mm_c2c.rope_probe import rope_specs
 logger = logging.getLogger(__name__)
 
 # Only these kinds of RoPE turn by other angles in a longer prompt.
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 # Stands for the user's words while a template is rendered, to see where they go.
 TEXT_MARK = "\ufffc"
 
@@ -45,8 +45,8 @@ class SourceInput:
 
     Attributes:
         text: a question or an instruction; empty when the source only looks.
-        images: pictures, in the order the prompt shows them; a robot's cameras in the policy's
-            own order.
+        images: pictures, upright as `mm_c2c.images.load_image` reads them, in the order the prompt
+            shows them; a robot's cameras in the policy's own order.
         videos: each the frames of one, alike in size, behind the pictures; for models that know
             videos. Elsewhere give frames as `images`.
         fps: frames that a video shows in a second.
@@ -261,7 +261,7 @@ class FrozenReader:
         if self.model.config.is_encoder_decoder:
             return (None,) * (self.layer_indices[-1] + 1)
         parameters = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", {})
-        depends = any(kind in str(parameters) for kind in _LENGTH_DEPENDENT)
+        depends = any(kind in str(parameters) for kind in LENGTH_DEPENDENT)
         key = seq_len if depends else 0
         if key not in self._specs:
             self._specs[key] = rope_specs(self.model, seq_len)

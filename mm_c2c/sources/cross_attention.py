@@ -39,6 +39,8 @@ class MllamaSource(VLMSource):
     each tile led by a summary that is no patch.
     """
 
+    reads_on = False
+
     @property
     def shape(self) -> CacheShape:
         """Geometry of the cross-attention layers, which a prefill without picture leaves empty."""
@@ -111,6 +113,7 @@ class Florence2Source(VLMSource):
     """
 
     one_picture = True
+    reads_on = False
 
     def __init__(
         self,

@@ -40,6 +40,8 @@ class VLMSource(FrozenReader):
     one_picture = False
     # Whether a prompt can show a video.
     takes_videos = False
+    # Whether the model can read on, token by token, behind the K and V that are kept of a prompt.
+    reads_on = True
     # Whether the videos of a batch must have as many frames each.
     equal_videos = False
 

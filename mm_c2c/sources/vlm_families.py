@@ -53,6 +53,7 @@ class Gemma4Source(VLMSource):
     """
 
     takes_videos = True
+    reads_on = False
 
     def views(
         self, encoded: Mapping[str, Tensor], pictures: Sequence[Image.Image]
@@ -289,6 +290,7 @@ class Blip2Source(VLMSource):
     """
 
     one_picture = True
+    reads_on = False
 
     def render(self, item: SourceInput) -> str:
         """The words BLIP-2 was trained with; the processor puts the queries before them."""
@@ -306,6 +308,7 @@ class Kosmos2Source(VLMSource):
     """KOSMOS-2: the picture summed up by queries, then the question; positions after padding's."""
 
     one_picture = True
+    reads_on = False
 
     def render(self, item: SourceInput) -> str:
         """The question; the processor puts the queries before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class DataConfig:
         path: a JSONL file, or a pattern of several (`part*/items.jsonl`), each with its pictures
             beside it; a shard or a pattern of shards (`shards/*.tar`); or what
             `datasets.load_dataset` takes.
-        format: `jsonl`, `webdataset` (tar shards on disk) or `datasets`.
+        format: `jsonl`, `webdataset` (tar shards on disk) or `datasets`; what is said of a data set
+            below is for the last alone.
         name: of a configuration of a data set, where it has several.
         split: of a data set.
         streaming: read a data set as it comes, without keeping it on disk.
@@ -70,6 +72,17 @@ class DataConfig:
         check_one_of("data.format", self.format, FORMATS)
         check_one_of("data.on_corrupt", self.on_corrupt, ON_CORRUPT)
         _at_least_one(self, "data.", "questions", "window")
+        given = {
+            "name": self.name is not None,
+            "split": self.split != "train",
+            "streaming": self.streaming,
+            "columns": bool(self.columns),
+        }
+        if self.format != "datasets" and (idle := [f"data.{k}" for k, v in given.items() if v]):
+            raise ConfigError(
+                f"expected {', '.join(idle)} with data.format datasets alone, got {self.format}; "
+                "leave it out, or set data.format=datasets"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,21 +275,35 @@ class TrainingConfig:
             check_one_of("tracking", name, TRACKERS)
         _at_least_one(self, "", "batch_size", "accumulation", "save_every", "log_every")
         blank = CacheShape(num_layers=1, num_key_value_heads=1, head_dim=2)
-        for link in self.build_links(dict.fromkeys(self.sources, blank), blank):
+        links = self.build_links(dict.fromkeys(self.sources, blank), blank)
+        for link in links:
             if link.source not in self.sources:
                 raise ConfigError(
                     f"a link names source {link.source!r}; sources: {', '.join(self.sources)}"
                 )
-        aligned = any(link.get("geometry") == "aligned" for link in self.links.values())
+        if self.start is None:
+            self.check_links(links)
+
+    def check_links(self, links: Sequence[LinkConfig]) -> None:
+        """Refuse settings that do not go with these links, this config's own or a saved bridge's.
+
+        Raises:
+            ConfigError: which, and what to set.
+        """
+        names = [link.name for link in links]
+        for name in self.drop.named:
+            check_one_of("a link of drop.named", name, names)
+        aligned = any(link.geometry == "aligned" for link in links)
         if self.packed and (aligned or self.drop.questions < 1):
             raise ConfigError(
                 "packed questions share one look of sources that have not read them: expected "
-                "links of geometry slots and drop.questions=1"
+                f"links of geometry slots and drop.questions=1, got {', '.join(names)} and "
+                f"{self.drop.questions:g}; set packed to false"
             )
-        if self.phases.generate.distill and len(self.links) != 1:
+        if self.phases.generate.distill and len(links) != 1:
             raise ConfigError(
                 f"phases.generate.distill takes the answers of one source, and there are "
-                f"{len(self.links)} links; set it to 0"
+                f"{len(links)} links; set it to 0"
             )
 
     def build_links(

@@ -9,7 +9,7 @@ set) of
     text              what the source reads beside them, such as an instruction
     state             a robot's state, numbers
     action_tokens     what a policy that writes its actions as tokens did, ids; else it acts
-    question, answer  or `turns`, a list of such pairs
+    question, answer  strings or numbers; or `turns`, a list of such pairs
     caption           a true description, for the reconstruct phase
 
 so that what `mm-c2c evaluate` asks can be trained on. Lines that follow each other and show the
@@ -22,10 +22,14 @@ import io
 import itertools
 import json
 import logging
+import math
 import random
+import reprlib
+import struct
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -34,7 +38,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mm_c2c.errors import FetchError, InputError, UnsupportedError
 from mm_c2c.images import load_image
@@ -59,8 +63,9 @@ _FIELDS = (
     "turns",
     "caption",
 )
+# Of a damaged file, Pillow also raises what its own parsing stumbles over.
+_DAMAGED = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 _SHOWN = ("image", "images", "video", "fps", "audio", "text", "state", "action_tokens")
-_BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
 class Turn(NamedTuple):
@@ -130,11 +135,11 @@ def open_examples(config: DataConfig, seed: int) -> Examples:
     skip = config.on_corrupt == "skip"
     if config.format == "datasets":
         rows = _load_dataset(config)
-        rename = partial(_rename, config.columns)
+        read = partial(_read_row, config.columns, config.path)
         if config.streaming:
-            return _Stream(rows, rename, config.path, config.window, seed, skip=skip)
+            return _Stream(rows, read, config.path, config.window, seed, skip=skip)
         readers: list[Reader] = [
-            partial(_read_row, rows, index, rename, config.path) for index in range(len(rows))
+            partial(read, index, partial(rows.__getitem__, index)) for index in range(len(rows))
         ]
     elif config.format == "webdataset":
         readers = list(_index_shards(config.path, skip=skip))
@@ -178,14 +183,14 @@ class _Stream:
     def __init__(
         self,
         rows: Iterable[Any],
-        rename: Callable[[Mapping[str, Any]], dict[str, Any]],
+        read: Callable[[int, Callable[[], Any]], Example],
         name: str,
         window: int,
         seed: int,
         *,
         skip: bool,
     ) -> None:
-        self.rows, self.rename, self.name = rows, rename, name
+        self.rows, self.read, self.name = rows, read, name
         self.window, self.seed, self.skip = window, seed, skip
         self._coming = self._endless()
         self._block = -1
@@ -204,8 +209,7 @@ class _Stream:
             self._block += 1
             random.Random(f"{self.seed}/{self._block}").shuffle(self._held)
         index, row = self._held[place]
-        where = f"{self.name}, row {index}"
-        return lambda: _example(self.rename(row), where, _open_picture, _open_recording)
+        return lambda: self.read(index, lambda: row)
 
     def _endless(self) -> Iterator[tuple[int, Any]]:
         while True:
@@ -240,18 +244,15 @@ def _index_lines(path: Path, *, skip: bool) -> Iterator[Reader]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            _turns(row)
-        except (*_BAD_JSON, KeyError, TypeError) as error:
-            _meet_corrupt(
-                f'{path}, line {number}: expected {{"question", "answer"}} and what is shown, got '
-                f"{error!r}",
-                skip=skip,
-            )
+            with _named(f"{path}, line {number}"):
+                row = _read_json(line)
+                _turns(row), _caption(row)
+        except InputError as error:
+            _meet_corrupt(str(error), skip=skip)
             continue
         rows.append((number, row))
 
-    def shown(numbered: tuple[int, dict[str, Any]]) -> str:
+    def shown(numbered: tuple[int, Mapping[str, Any]]) -> str:
         return json.dumps([numbered[1].get(key) for key in _SHOWN])
 
     for seen, group in itertools.groupby(rows, shown):
@@ -259,19 +260,13 @@ def _index_lines(path: Path, *, skip: bool) -> Iterator[Reader]:
         # A line that shows nothing is an example of its own.
         parts = [same] if seen != shown((0, {})) else [(row,) for row in same]
         for number, part in zip(numbers, parts, strict=False):
-            captions = [row["caption"] for row in part if row.get("caption")]
+            captions = [caption for caption in map(_caption, part) if caption]
             merged = {
                 **part[0],
                 "turns": [turn for row in part for turn in _turns(row)],
                 "caption": captions[0] if captions else None,
             }
-            yield partial(
-                _example,
-                merged,
-                f"{path}, line {number}",
-                partial(_beside, path.parent),
-                partial(_recording_beside, path.parent),
-            )
+            yield partial(_read_line, merged, f"{path}, line {number}", path.parent)
 
 
 def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
@@ -305,23 +300,27 @@ def _stem(name: str) -> str:
     return f"{folder}/{file.partition('.')[0]}"
 
 
+def _read_line(row: Mapping[str, Any], where: str, folder: Path) -> Example:
+    with _named(where):
+        return _example(row, partial(_beside, folder), partial(_recording_beside, folder))
+
+
 def _read_sample(shard: Path, stem: str, members: list[tuple[str, int, int]]) -> Example:
-    parts = {}
-    with shard.open("rb") as file:
-        for name, offset, size in members:
-            file.seek(offset)
-            parts[name] = file.read(size)
-            if len(parts[name]) < size:
-                raise InputError(f"shard {shard} is cut off in {name}")
-    try:
-        (text,) = [data for name, data in parts.items() if name.endswith(".json")]
-        row = json.loads(text)
-    except (*_BAD_JSON, ValueError) as error:
-        raise InputError(f"{shard}, sample {stem}: expected one .json, got {error!r}") from error
-    pictures = [data for name, data in parts.items() if name.lower().endswith(_PICTURES)]
-    recordings = [data for name, data in parts.items() if name.lower().endswith(".wav")]
-    shown = {**row, "images": pictures, "audio": next(iter(recordings), None)}
-    return _example(shown, f"{shard}, sample {stem}", _open_picture, _open_recording)
+    with _named(f"{shard}, sample {stem}"):
+        parts = {}
+        with shard.open("rb") as file:
+            for name, offset, size in members:
+                file.seek(offset)
+                parts[name] = file.read(size)
+                if len(parts[name]) < size:
+                    raise InputError(f"{name} is cut off")
+        texts = [data for name, data in parts.items() if name.endswith(".json")]
+        if len(texts) != 1:
+            raise InputError(f"expected one .json, got {', '.join(parts)}")
+        pictures = [data for name, data in parts.items() if name.lower().endswith(_PICTURES)]
+        recordings = [data for name, data in parts.items() if name.lower().endswith(".wav")]
+        shown = {**_read_json(texts[0]), "images": pictures, "audio": next(iter(recordings), None)}
+        return _example(shown, _open_picture, _open_recording)
 
 
 def _load_dataset(config: DataConfig) -> Any:
@@ -332,15 +331,27 @@ def _load_dataset(config: DataConfig) -> Any:
             f'data.format datasets needs a package ({error}): pip install "mm-c2c[train]"'
         ) from error
     try:
-        return datasets.load_dataset(
+        rows = datasets.load_dataset(
             config.path, config.name, split=config.split, streaming=config.streaming
         )
     except (OSError, ValueError) as error:
         raise FetchError(f"data set {config.path}, split {config.split!r}: {error}") from error
+    # Pictures and recordings are opened with the rest of an example, which may be left out where
+    # one is damaged; a stream would end there.
+    if config.streaming:
+        return rows.decode(enable=False) if rows.features else rows
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            rows = rows.cast_column(name, replace(feature, decode=False))
+    return rows
 
 
-def _read_row(rows: Any, index: int, rename: Any, name: str) -> Example:
-    return _example(rename(rows[index]), f"{name}, row {index}", _open_picture, _open_recording)
+def _read_row(
+    columns: Mapping[str, str], name: str, index: int, row: Callable[[], Mapping[str, Any]]
+) -> Example:
+    """An example of a row of a data set; where a list of pictures is damaged, `row` raises."""
+    with _named(f"{name}, row {index}"):
+        return _example(_rename(columns, row()), _open_picture, _open_recording)
 
 
 def _rename(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,38 +363,84 @@ def _rename(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def _read_json(data: bytes) -> Mapping[str, Any]:
+    try:
+        return _mapping(json.loads(data))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"expected JSON, got {reprlib.repr(data)}: {error}") from error
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"expected names and values, got {reprlib.repr(value)}")
+    return value
+
+
+def _list(row: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """What is listed under a name; nothing where there is no such name."""
+    value = row.get(key)
+    if not isinstance(value, list | tuple | None):
+        raise InputError(f"expected {key} to be a list, got {reprlib.repr(value)}")
+    return value or ()
+
+
+def _words(row: Mapping[str, Any], key: str) -> str:
+    """What is said under a name."""
+    value = row.get(key)
+    # No NaN, which is how tables write that there is nothing.
+    numeric = isinstance(value, int | float) and abs(value) < math.inf
+    if isinstance(value, bool) or not (numeric or isinstance(value, str)):
+        raise InputError(f"expected {key} to be a string or a number, got {reprlib.repr(value)}")
+    return str(value)
+
+
 def _turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    pairs = row.get("turns", [row])
-    return tuple(
-        pair if isinstance(pair, Turn) else Turn(str(pair["question"]), str(pair["answer"]))
-        for pair in pairs
-    )
+    """The questions of a row and their answers: one or more."""
+    pairs = _list(row, "turns") if "turns" in row else [row]
+    if not pairs:
+        raise InputError("expected turns to be questions and answers, got none")
+    return tuple(pair if isinstance(pair, Turn) else _turn(_mapping(pair)) for pair in pairs)
+
+
+def _turn(row: Mapping[str, Any]) -> Turn:
+    if not row.keys() >= {"question", "answer"}:
+        raise InputError(f"expected question and answer, got {', '.join(row) or 'nothing'}")
+    return Turn(_words(row, "question"), _words(row, "answer"))
+
+
+def _caption(row: Mapping[str, Any]) -> str | None:
+    return None if row.get("caption") is None else _words(row, "caption") or None
 
 
 def _example(
     row: Mapping[str, Any],
-    where: str,
     open_picture: Callable[[Any], Image.Image],
     open_recording: Callable[[Any], NDArray[np.float32]],
 ) -> Example:
-    """Read what a mapping says and open what it shows; `where` it stands goes into errors."""
+    """Read what a mapping says and open what it shows."""
+    alone = [] if row.get("image") is None else [row["image"]]
+    return Example(
+        images=tuple(open_picture(picture) for picture in _list(row, "images") or alone),
+        video=tuple(open_picture(frame) for frame in _list(row, "video")),
+        fps=float(row.get("fps") or SourceInput.fps),
+        audio=None if row.get("audio") is None else open_recording(row["audio"]),
+        text="" if row.get("text") is None else _words(row, "text"),
+        state=tuple(map(float, _list(row, "state"))),
+        action_tokens=tuple(map(int, _list(row, "action_tokens"))),
+        turns=_turns(row),
+        description=_caption(row),
+    )
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors about what is read say where it stands."""
     try:
-        alone = [] if row.get("image") is None else [row["image"]]
-        return Example(
-            images=tuple(open_picture(picture) for picture in row.get("images") or alone),
-            video=tuple(open_picture(frame) for frame in row.get("video") or ()),
-            fps=float(row.get("fps") or SourceInput.fps),
-            audio=None if row.get("audio") is None else open_recording(row["audio"]),
-            text=str(row.get("text") or ""),
-            state=tuple(map(float, row.get("state") or ())),
-            action_tokens=tuple(map(int, row.get("action_tokens") or ())),
-            turns=_turns(row),
-            description=row.get("caption") or None,
-        )
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(
-            f"{where}: {error if isinstance(error, InputError) else repr(error)}"
-        ) from error
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, *_DAMAGED) as error:
+        raise InputError(f"{where}: {error!r}") from error
 
 
 def look_at(row: Mapping[str, Any], where: str) -> SourceInput:
@@ -396,8 +453,9 @@ def look_at(row: Mapping[str, Any], where: str) -> SourceInput:
     Raises:
         InputError: it cannot be read.
     """
-    beside = partial(_recording_beside, Path())
-    return _example({**row, "turns": ()}, where, load_image, beside).look()
+    with _named(where):
+        unasked = {**row, "turns": [Turn("", "")]}
+        return _example(unasked, load_image, partial(_recording_beside, Path())).look()
 
 
 def _beside(folder: Path, name: str) -> Image.Image:
@@ -413,14 +471,24 @@ def _recording_beside(folder: Path, name: str) -> NDArray[np.float32]:
 
 def _open_recording(data: Any) -> NDArray[np.float32]:
     """The bytes of a WAV file, alone or as `datasets` hands them on undecoded."""
-    return read_wav(data["bytes"] if isinstance(data, Mapping) else data)
+    if isinstance(data, Mapping):
+        held = data["bytes"]
+        data = Path(data["path"]).read_bytes() if held is None else held
+    return read_wav(data)
 
 
 def _open_picture(data: Any) -> Image.Image:
-    """A picture, or the bytes of its file."""
-    if isinstance(data, Image.Image):
-        return data.convert("RGB")
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    """A picture, the bytes of its file, or what `datasets` hands on undecoded; upright."""
+    try:
+        if isinstance(data, Mapping):
+            import datasets
+
+            data = datasets.Image().decode_example(data)
+        elif not isinstance(data, Image.Image):
+            data = Image.open(io.BytesIO(data))
+        return ImageOps.exif_transpose(data).convert("RGB")
+    except _DAMAGED as error:
+        raise InputError(f"expected a picture that can be read, got {error!r}") from error
 
 
 def _meet_corrupt(words: str, *, skip: bool) -> None:

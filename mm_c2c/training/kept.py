@@ -1,18 +1,16 @@
 """Source caches on disk: computed once, so that later epochs do not run the source.
 
-The folder holds shards, each a batch of rows as `transport.save_cache` writes it, and an index of
-each process that wrote some: a line says which rows a shard has. Lines are written after their
-shard, so that what they name is whole.
+The folder holds a file a row, whose name says which source was shown what. Files appear whole or
+not at all, so that any number of trainings may share a folder, also at the same time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +18,40 @@ import torch
 from mm_c2c.cache import SourceCache, join_sources, without_padding
 from mm_c2c.errors import MismatchError
 from mm_c2c.sources.base import SourceInput
-from mm_c2c.transport import load_row, save_cache
+from mm_c2c.transport import load_cache, save_cache
 
 logger = logging.getLogger(__name__)
+
+SAMPLE = 1024
+"""About so many of its numbers tell a tensor from others; smaller ones are read whole."""
+
+
+def fingerprint(source: Any) -> str:
+    """Tells a source from others, and from itself with other weights or settings.
+
+    Of large tensors a sample is read, which takes a moment and sees what training changes; a few
+    rows of an embedding, changed by hand, it may miss.
+
+    Args:
+        source: of any class in `mm_c2c.sources`, or a blank one.
+    """
+    model = source.policy if hasattr(source, "policy") else source.model  # SmolVLA is LeRobot's
+    readers = [getattr(source, name, None) for name in ("processor", "tokenizer")]
+    templates = [getattr(reader, "chat_template", None) for reader in readers]
+    digest = hashlib.sha256(repr((source.origin, model.config, readers, templates)).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(repr((name, tuple(weight.shape))).encode())
+        step = weight.numel() // SAMPLE | 1  # odd: an even one would read few of the columns
+        sample = weight.flatten()[::step].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def row_key(salt: str, look: SourceInput) -> str:
     """Tells what a source was shown from everything else it can be shown.
 
     Args:
-        salt: which source, at which precision.
+        salt: which source, by its `fingerprint`.
         look: text, state, action tokens, pictures and videos by their pixels, and a recording by
             its samples.
     """
@@ -49,31 +71,20 @@ def row_key(salt: str, look: SourceInput) -> str:
     return digest.hexdigest()[:32]
 
 
-class _Place(NamedTuple):
-    shard: str
-    row: int
-
-
 class KeptCaches:
-    """Rows of source caches by key, in shards of a folder.
+    """Rows of source caches by key, each in a file of its own.
 
     Args:
         folder: made if it is not there.
-        budget: bytes that this process may write; what is there already counts.
-        process: number of this process.
+        budget: bytes that the rows of the folder may take; those that are there count.
+        processes: how many of this training share what is left of it, in equal parts.
     """
 
-    def __init__(self, folder: Path, budget: int, process: int = 0) -> None:
+    def __init__(self, folder: Path, budget: int, processes: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.budget = folder, budget
-        self._index = folder / f"index-{process:03d}.jsonl"
-        self._prefix = f"{process:03d}"
-        self._places: dict[str, _Place] = {}
-        self._read: dict[Path, int] = {}
-        self._refresh()
-        own = list(folder.glob(f"{self._prefix}-*.safetensors"))
-        self.num_bytes = sum(path.stat().st_size for path in own)
-        self._shards = len(own)
+        self.folder = folder
+        taken = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+        self.room = (budget - taken) // processes
 
     def fetch(
         self,
@@ -88,55 +99,34 @@ class KeptCaches:
             compute: the cache of some of the rows, by their numbers in `keys`.
             device: where its tensors go.
         """
-        if any(key not in self._places for key in keys):
-            self._refresh()
         rows = {place: row for place, key in enumerate(keys) if (row := self._load(key, device))}
         missing = [place for place in range(len(keys)) if place not in rows]
         if missing:
             cache = compute(missing)
-            self._store([keys[place] for place in missing], cache)
             for number, place in enumerate(missing):
                 rows[place] = without_padding(cache.select(torch.tensor([number])))
+                self._store(keys[place], rows[place])
         return join_sources([rows[place] for place in range(len(keys))])
 
+    def _path(self, key: str) -> Path:
+        # A folder of 100,000s of files is slow to list, and on some disks to open a file in.
+        return self.folder / key[:2] / f"{key}.safetensors"
+
     def _load(self, key: str, device: torch.device | str) -> SourceCache | None:
-        place = self._places.get(key)
-        if place is None:
+        path = self._path(key)
+        if not path.exists():
             return None
         try:
-            return without_padding(load_row(self.folder / place.shard, place.row, device))
+            return load_cache(path, device)
         except MismatchError as error:
             logger.warning("%s; it is computed again", error)
-            del self._places[key]
             return None
 
-    def _store(self, keys: Sequence[str], cache: SourceCache) -> None:
-        """Write a shard, if it is within the budget."""
-        if self.num_bytes + cache.num_bytes > self.budget:
+    def _store(self, key: str, row: SourceCache) -> None:
+        """Write a row, if it is within the budget."""
+        if row.num_bytes > self.room:
             return
-        shard = f"{self._prefix}-{self._shards:06d}.safetensors"
-        save_cache(cache, self.folder / shard)
-        self._shards += 1
-        self.num_bytes += (self.folder / shard).stat().st_size
-        with self._index.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"shard": shard, "rows": list(keys)}) + "\n")
-
-    def _refresh(self) -> None:
-        """Read what processes have added to their indices."""
-        for path in sorted(self.folder.glob("index-*.jsonl")):
-            with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break  # still being written
-                    self._read[path] = self._read.get(path, 0) + len(line)
-                    self._add(path, line)
-
-    def _add(self, path: Path, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("%s: a line is damaged; what it named is computed again", path)
-            return
-        for row, key in enumerate(entry["rows"]):
-            self._places[key] = _Place(entry["shard"], row)
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        save_cache(row, path)
+        self.room -= path.stat().st_size

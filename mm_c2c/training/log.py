@@ -20,25 +20,36 @@ def append_log(path: Path, row: Mapping[str, float]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(row)
-        writer.writerow([f"{value:.6g}" for value in row.values()])
+        # A step is read back as a whole number: no exponent, however large it is.
+        writer.writerow([v if isinstance(v, int) else f"{v:.6g}" for v in row.values()])
 
 
 def cut_log(path: Path, last_step: int) -> None:
-    """Drop the rows after a step: a resumed training goes through those steps again."""
+    """Drop the rows after a step: a training that goes on from it goes through those steps again."""
     if not path.exists():
         return
-    head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    head, *rows = _whole_lines(path) or [""]
     kept = [row for row in rows if int(row.partition(",")[0]) <= last_step]
-    path.write_text(head + "".join(kept), encoding="utf-8")
+    if not kept:
+        path.unlink()
+        return
+    scratch = path.with_suffix(".part")
+    scratch.write_text(head + "".join(kept), encoding="utf-8")
+    scratch.replace(path)
 
 
 def read_log(path: Path) -> dict[str, list[float]]:
     """The columns of a log, by name; the first is the step."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(_whole_lines(path)))
     if not rows:
         raise ConfigError(f"{path} holds no steps yet")
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The last line is left out where a killed training has written part of it."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
 
 
 def plot(logs: list[Path], out: Path) -> None:

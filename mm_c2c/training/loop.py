@@ -71,7 +71,8 @@ class Loop:
         steps: optimiser steps.
         save_every: steps between checkpoints.
         log_every: steps between rows of the log.
-        seed: of the random numbers that `loss` draws from.
+        seed: of the random numbers that `loss` draws, from the generator it is given and from
+            torch's.
         accumulation: pieces of a step, one after the other; their losses are averaged.
         clip: norm to which gradients are clipped.
         on_nan: what to do where gradients are no finite numbers: `stop`, or `skip` the step.
@@ -106,15 +107,17 @@ class Loop:
             optimizers: of what is trained; gradients are clipped over all of it.
             rate: factor of the learning rates at a step.
             loss: of a piece, by its number: step times `accumulation`, plus its place in the step.
-                Draws what is random from the generator it is given, or from the number alone.
+                Draws what is random from the generator it is given, from torch's, which is seeded
+                anew before each piece, or from the number alone.
             save: called by one process after each checkpoint with the module's weights, to write
-                the result so far in its own form.
+                the result so far in its own form; and where no step is left to do, since a
+                training may have been stopped in between.
             gauges: further columns of the log, given the seconds since the last row.
 
         Raises:
-            ConfigError: more steps were done in the folder already.
+            ConfigError: more steps were done in the folder already, or by another training.
             TrainingError: gradients that are not finite and `on_nan` is `stop`, or a checkpoint
-                that could not be written; the last one is whole.
+                or a result that could not be written; the last checkpoint is whole.
         """
         accelerator = self.accelerator
         accelerator.gradient_accumulation_steps = self.accumulation
@@ -134,9 +137,13 @@ class Loop:
                 f"{self.out}: expected a training of at most {self.steps} steps to go on with, but "
                 f"{first} are done there; ask for as many or more, or train in another folder"
             )
-        if first and accelerator.is_main_process:
+        if accelerator.is_main_process:
+            # Also without a checkpoint: one that was killed before its first has logged steps.
             cut_log(log, first)
-            logger.info("resumed at step %d", first)
+            if first:
+                logger.info("resumed at step %d", first)
+        if first == self.steps:
+            keeper.write_result(save)
         if accelerator.log_with:
             accelerator.init_trackers("mm-c2c", dict(self.settings))
         bar = tqdm(
@@ -153,8 +160,10 @@ class Loop:
                     group["lr"] = base * rate(step)
             found: list[Tensor] = []
             for piece in range(self.accumulation):
+                number = step * self.accumulation + piece
+                self._seed_torch(number)
                 with accelerator.accumulate(stepper):
-                    cost = stepper(step * self.accumulation + piece, rng)
+                    cost = stepper(number, rng)
                     accelerator.backward(cost)
                     found.append(cost.detach().float())
             total = torch.stack(found).mean()
@@ -204,6 +213,11 @@ class Loop:
             # It wants a number; batches are cut before it sees them.
             plugin: Any = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+
+    def _seed_torch(self, number: int) -> None:
+        """So that dropout draws the same whether or not the training was stopped before."""
+        drawn = random.Random(f"{self.seed}/{number}/{self.accelerator.process_index}")
+        torch.manual_seed(drawn.getrandbits(63))
 
     def _meet_nan(self, step: int, saved: int) -> None:
         words = f"step {step + 1}: loss or gradients are not finite numbers"
@@ -255,29 +269,38 @@ class _Checkpoints:
         if not checkpoint.exists():
             return 0
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        if saved["weights"].keys() != self.trained.keys():
-            raise ConfigError(
-                f"{checkpoint} holds a training of other parts than this one; give another `out`, "
-                "or delete it to start anew"
-            )
+        self._check(saved)
         with torch.no_grad():
             for name, weight in saved["weights"].items():
                 self.trained[name].copy_(weight)
-        # Not strictly: older checkpoints end in the states of schedules.
-        for part, state in zip(self.stepped, saved["optimizers"], strict=False):
+        for part, state in zip(self.stepped, saved["optimizers"], strict=True):
             part.load_state_dict(state)
         rng.setstate(saved["rng"])
         self.saved = int(saved["step"])
         return self.saved
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        """Refuse what another training has left."""
+        ours = _parts(self.trained, [part.state_dict() for part in self.stepped])
+        came = _parts(saved["weights"], saved["optimizers"])
+        for name in ours | came:
+            expected, got = ours.get(name, "none"), came.get(name, "none")
+            if expected != got:
+                raise ConfigError(
+                    f"{self.out / 'last.pt'} holds a training of other parts than this one: "
+                    f"{name}: expected {expected}, got {got}; go on with the settings that it "
+                    "began with, give another `out`, or delete it to start anew"
+                )
 
     def save(
         self, step: int, rng: random.Random, save: Callable[[Mapping[str, Tensor]], None]
     ) -> None:
         """Write a checkpoint, then the result so far."""
         try:
-            weights = self._write(step, rng)
-            if self.accelerator.is_main_process:
-                save(weights)
+            if self.sharded:
+                self._write_shards(step)
+            elif self.accelerator.is_main_process:
+                self._write(step, rng)
         # torch and safetensors report a full disk in errors of their own.
         except (OSError, RuntimeError, SafetensorError) as error:
             with suppress(OSError):
@@ -288,27 +311,43 @@ class _Checkpoints:
                 f"{free:.2f} GB are free there. The last good one, of step {self.saved}, is whole: "
                 "make room and start again to go on from it"
             ) from error
+        self.saved = step
+        self.write_result(save)
+
+    def write_result(self, save: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Hand the weights to one process's `save`."""
+        weights = self._weights()
+        if self.accelerator.is_main_process:
+            try:
+                save(weights)
+            except (OSError, SafetensorError) as error:
+                raise TrainingError(
+                    f"step {self.saved}: the result could not be written ({error}). The "
+                    f"checkpoint of this step, in {self.out}, is whole: start again to go on "
+                    "from it"
+                ) from error
         self.accelerator.wait_for_everyone()
 
-    def _write(self, step: int, rng: random.Random) -> Mapping[str, Tensor]:
-        if self.sharded:
-            return self._write_shards(step)
-        weights = {name: p.detach() for name, p in self.trained.items()}
-        if self.accelerator.is_main_process:
-            state = {
-                "weights": weights,
-                "optimizers": [part.state_dict() for part in self.stepped],
-                "rng": rng.getstate(),
-                "step": step,
-            }
-            scratch = self.out / "last.part"
-            torch.save(state, scratch)
-            scratch.replace(self.out / "last.pt")
-        self.saved = step
-        return weights
+    def _weights(self) -> Mapping[str, Tensor]:
+        """Of what is trained, whole."""
+        if not self.sharded:
+            return {name: p.detach() for name, p in self.trained.items()}
+        state = self.accelerator.get_state_dict(self.stepper)
+        return {name.removeprefix("module."): weight for name, weight in state.items()}
 
-    def _write_shards(self, step: int) -> Mapping[str, Tensor]:
-        """Every process writes its part; returns the whole weights."""
+    def _write(self, step: int, rng: random.Random) -> None:
+        state = {
+            "weights": self._weights(),
+            "optimizers": [part.state_dict() for part in self.stepped],
+            "rng": rng.getstate(),
+            "step": step,
+        }
+        scratch = self.out / "last.part"
+        torch.save(state, scratch)
+        scratch.replace(self.out / "last.pt")
+
+    def _write_shards(self, step: int) -> None:
+        """Every process writes its part."""
         scratch = self.out / "step.part"
         self.accelerator.save_state(str(scratch))
         self.accelerator.wait_for_everyone()
@@ -316,9 +355,21 @@ class _Checkpoints:
             scratch.rename(self.out / f"step-{step:08d}")
             for old in sorted(self.out.glob("step-*[0-9]"))[:-1]:
                 shutil.rmtree(old)
-        self.saved = step
-        state = self.accelerator.get_state_dict(self.stepper)
-        return {name.removeprefix("module."): weight for name, weight in state.items()}
+
+
+def _parts(
+    weights: Mapping[str, Tensor], optimizers: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """What a checkpoint and the training that goes on from it must have alike, in words."""
+    parts = {f"weight {name}": f"shape {tuple(weight.shape)}" for name, weight in weights.items()}
+    for index, state in enumerate(optimizers, 1):
+        groups = []
+        for group in state["param_groups"]:
+            # Flags are left out: they come and go with torch's releases.
+            settings = sorted(k for k, v in group.items() if not isinstance(v, bool | list | None))
+            groups.append(f"{len(group['params'])} weights with {', '.join(settings)}")
+        parts[f"optimizer {index}"] = " and ".join(groups)
+    return parts
 
 
 def memory_bytes(accelerator: Accelerator) -> int:

@@ -22,9 +22,9 @@ from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, select_rows
 from mm_c2c.errors import InputError
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import FusedInputs, Perception
-from mm_c2c.reference import packing
 from mm_c2c.rope import derotate
 from mm_c2c.sources.base import SourceInput, count_positions, full_cache
+from mm_c2c.training import packing
 from mm_c2c.training.config import DropConfig
 from mm_c2c.training.data import Example, Turn
 
@@ -102,7 +102,7 @@ class Objective:
         Returns:
             The loss, and the tokens that were read, each example's slots once among them.
         """
-        target, prefix = self.bridge.target, perception.input_ids.shape[1]
+        prefix = perception.input_ids.shape[1]
         prompts = self.bridge.question_tokens([turn.question for turn in asked.turns])
         rows: list[list[packing.Turn]] = [[] for _ in range(perception.batch_size)]
         shares: list[list[float]] = [[] for _ in rows]
@@ -114,19 +114,11 @@ class Objective:
         packed = packing.Packed(
             *(part.to(self.bridge.device) for part in packing.pack(rows, prefix))
         )
-        mask = packing.block_mask(packed.segments, prefix)[:, :, prefix:]
-        states = target.model.base_model(
-            packed.input_ids,
-            attention_mask=mask.to(target.model.dtype),
-            position_ids=packed.position_ids,
-            past_key_values=fork(perception.past_key_values),
-            use_cache=True,
-        ).last_hidden_state
-        wanted = packed.labels != -100
-        head: Any = target.model.get_output_embeddings()
-        costs = F.cross_entropy(
-            head(states[wanted]).float(), packed.labels[wanted], reduction="none"
+        logits = packing.read_packed(
+            self.bridge.target.model, packed, fork(perception.past_key_values), prefix
         )
+        labels = packed.labels[packed.labels != -100]
+        costs = F.cross_entropy(logits.float(), labels, reduction="none")
         weights: Any = torch.tensor([share for row in shares for share in row], device=costs.device)
         tokens = int((packed.segments >= 0).sum()) + prefix * perception.batch_size
         return (costs * weights).sum(), tokens
@@ -196,8 +188,10 @@ class Objective:
         seen: dict[str, SourceCache] = {}
         heard: dict[str, SourceCache] = {}
         keep: dict[str, Tensor] = {}
+        names = dict.fromkeys(link.source for link in self.bridge.config.links)
+        dropped = {name: [rng.random() < self.drop.sources for rng in rngs] for name in names}
         for link in self.bridge.config.links:
-            empty = [rng.random() < self.drop.sources for rng in rngs]
+            empty = dropped[link.source]
             if link.geometry == "aligned":
                 looks = [
                     examples[owner].look(turn.question)

@@ -9,9 +9,13 @@ sharded; each process holds the frozen models.
 
 from __future__ import annotations
 
+import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,18 +25,23 @@ from torch import Tensor, nn
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import DTYPES, check_one_of, to_dict
+from mm_c2c.config import DTYPES, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.target import Target
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.data import Example, Examples, Turn, open_examples
-from mm_c2c.training.kept import KeptCaches, row_key
+from mm_c2c.training.kept import KeptCaches, fingerprint, row_key
 from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
 from mm_c2c.training.models import build_bridge, load_source, load_target
 from mm_c2c.training.objective import Asked, Objective, draw_questions
 from mm_c2c.training.optimizers import build_optimizers
+from mm_c2c.training.packing import check_packs
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = "config.json"
 
 
 def train(config: TrainingConfig) -> None:
@@ -79,9 +88,13 @@ class Learner(Protocol):
 def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner) -> None:
     """Train fusers, with their settings beside what comes of it."""
     settings = to_dict(config)
-    if accelerator.is_main_process:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(config.out / "config.json", settings)
+    path = config.out / _SETTINGS
+    _warn_of_changes(path, settings)
+
+    def save(weights: Mapping[str, Tensor]) -> None:
+        learner.save(weights)
+        write_json(path, settings)
+
     optimizer = config.optimizer
     optimizers = build_optimizers(
         learner.fusers,
@@ -102,7 +115,22 @@ def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner)
         accelerator=accelerator,
         settings=flatten(settings),
     )
-    loop.run(learner.fusers, optimizers, learner.rate, learner.loss, learner.save, learner.gauges)
+    loop.run(learner.fusers, optimizers, learner.rate, learner.loss, save, learner.gauges)
+
+
+def _warn_of_changes(path: Path, settings: Mapping[str, Any]) -> None:
+    """Say where a training that goes on has other settings than it was saved with."""
+    if not path.is_file():
+        return
+    before = flatten(json.loads(path.read_text(encoding="utf-8")))
+    now = flatten(json.loads(json.dumps(settings)))
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if str(before.get(key)) != str(now.get(key))
+    ]
+    if changed:
+        logger.warning("%s: goes on with other settings: %s", path.parent, ", ".join(changed))
 
 
 def freeze(fusers: nn.ModuleDict, frozen: Sequence[str]) -> None:
@@ -145,16 +173,17 @@ class Trainer:
             reader.model.to(accelerator.device)
         self.bridge: Bridge = build_bridge(config, target, sources)
         self.fusers = self.bridge.fusers.to(accelerator.device)
-        links = [link.name for link in self.bridge.config.links]
-        for name in config.drop.named:
-            check_one_of("a link of drop.named", name, links)
+        if config.start is not None:
+            config.check_links(self.bridge.config.links)
+        if config.packed:
+            check_packs(target)
         freeze(self.fusers, config.frozen)
         self.share = config.share(accelerator.num_processes)
         self.objective = Objective(self.bridge, self.prefill, config.drop)
         self.kept: KeptCaches | None = None
         if config.kept is not None:
-            budget = int(config.kept.budget_gb * 1e9) // accelerator.num_processes
-            self.kept = KeptCaches(config.kept.folder, budget, accelerator.process_index)
+            budget = int(config.kept.budget_gb * 1e9)
+            self.kept = KeptCaches(config.kept.folder, budget, accelerator.num_processes)
         self._tokens = 0
 
     def loss(self, number: int, rng: random.Random) -> Tensor:
@@ -201,8 +230,13 @@ class Trainer:
 
         if self.kept is None:
             return compute(range(len(looks)))
-        salt = f"{source.origin} {self.config.sources[name].dtype}"
+        salt = self._fingerprints[name]
         return self.kept.fetch([row_key(salt, look) for look in looks], compute, device)
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        """Of each source, whose weights stay as they are throughout a training."""
+        return {name: fingerprint(source) for name, source in self.bridge.sources.items()}
 
     def distil(
         self, examples: Sequence[Example], asked: Asked, rngs: Sequence[random.Random]

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList
+from transformers import Cache, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from mm_c2c.bridge import Bridge
+from mm_c2c.cache import repeat_rows
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms.choice import AmongOptions
-from mm_c2c.sources.base import Source, SourceInput, with_request
+from mm_c2c.perception import FusedInputs
+from mm_c2c.sources.base import Source, SourceInput, full_cache, with_request
 from mm_c2c.sources.text import encode_chats
 
 MAX_NEW_TOKENS = 12
@@ -82,12 +84,14 @@ class Asked(NamedTuple):
         question: what is asked.
         options: answers that this kind of question can have; empty where that is open.
         description: a true description of the picture, where there is one.
+        other: what else the source is shown, in the control `shuffled`.
     """
 
     look: SourceInput
     question: str
     options: tuple[str, ...] = ()
     description: str | None = None
+    other: SourceInput | None = None
 
     @property
     def picture(self) -> Image.Image:
@@ -197,12 +201,8 @@ def build_arm(name: str, setting: Setting) -> Arm:
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(setting)
 
 
-@torch.no_grad()
 def target_answers(
-    bridge: Bridge,
-    prompts: Sequence[str],
-    decoding: Mapping[str, Any] | None = None,
-    model: Any = None,
+    bridge: Bridge, prompts: Sequence[str], decoding: Mapping[str, Any] | None = None
 ) -> list[str]:
     """The target's own answers to a batch of prompts, in its chat template.
 
@@ -210,18 +210,37 @@ def target_answers(
         bridge: with the target.
         prompts: one a row.
         decoding: from `Setting.decoding`; None is free.
-        model: stands in for the target's model; None takes that.
+    """
+    inputs = chat_inputs(bridge, prompts)
+    out = bridge.target.generate(inputs, **(decoding or options(None)))
+    texts = bridge.target.tokenizer.batch_decode(
+        out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()
+def chat_inputs(bridge: Bridge, prompts: Sequence[str]) -> FusedInputs:
+    """What `target.generate` takes of words alone, in its chat template.
+
+    What stands before every prompt is read once and kept, as a bridge keeps it where slots follow:
+    by the clock, words and caches begin at the same place. Rows of unlike length, which are padded
+    in front, are read whole.
+
+    Args:
+        bridge: with the target.
+        prompts: one a row.
     """
     encoded, _ = encode_chats(
         bridge.target.tokenizer, list(prompts), bridge.device, bridge.config.system
     )
-    out = (model or bridge.target.model).generate(
-        **encoded, **bridge.target.spared, **(decoding or options(None))
+    rows, begun = encoded["input_ids"], bridge.fuse_slots({})
+    cache: Cache = full_cache(bridge.target.model)
+    if begun.input_ids.numel() and (rows[:, : begun.input_ids.shape[1]] == begun.input_ids).all():
+        cache = repeat_rows(begun.past_key_values, len(rows))
+    return FusedInputs(
+        input_ids=rows, attention_mask=encoded["attention_mask"], past_key_values=cache
     )
-    texts = bridge.target.tokenizer.batch_decode(
-        out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return [text.strip() for text in texts]
 
 
 def captions(source: Source, requests: Sequence[str], asked: Sequence[Asked]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,26 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting, captions
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import Perception
+from mm_c2c.sources.base import SourceInput
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The source looks without knowing the question; its cache is all the target gets."""
+    """The source looks without knowing the question; its cache is all the target gets.
+
+    Where links are aligned, the source reads the question too, for them.
+    """
 
     setting: Setting
+
+    def __post_init__(self) -> None:
+        others = {link.source for link in self.setting.bridge.config.links}
+        others -= {self.setting.source_name}
+        if others:
+            raise ConfigError(
+                f"this arm hands over what one source saw, {self.setting.source_name!r}; the "
+                f"bridge has links of {', '.join(sorted(others))} too: evaluate it by its own code"
+            )
 
     def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
         """See `Arm`."""
@@ -35,6 +49,11 @@ class Fused:
         cache = self.alter(self.setting.source.prefill([row.look for row in asked]))
         return self.setting.bridge.fuse_slots({self.setting.source_name: cache}, self.keep(asked))
 
+    def hear(self, asked: Sequence[Asked], questions: Sequence[str]) -> SourceCache:
+        """What is handed over of the words that the source reads with the target."""
+        looks = [row.look_for(text) for row, text in zip(asked, questions, strict=True)]
+        return self.alter(self.setting.source.prefill(looks))
+
     def keep(self, asked: Sequence[Asked]) -> dict[str, Tensor] | None:
         """The slots that are written, as `Bridge.fuse_slots` takes them; None writes all."""
         del asked
@@ -44,9 +63,18 @@ class Fused:
     def _ask(
         self, asked: Sequence[Asked], questions: list[str], streamer: BaseStreamer | None
     ) -> list[str]:
+        bridge, name = self.setting.bridge, self.setting.source_name
+        geometries = {link.geometry for link in bridge.config.links}
+        seen = self.see(asked) if "slots" in geometries else None
+        heard = {}
+        if "aligned" in geometries:
+            heard[name] = self.hear(asked, questions)
+            # Words that are aligned must be the source's own.
+            questions = [
+                row.look_for(text).text for row, text in zip(asked, questions, strict=True)
+            ]
         decoding = self.setting.decoding(asked, streamer)
-        answers = self.setting.bridge.generate(self.see(asked), questions, **decoding)
-        return [text.strip() for text in answers]
+        return [text.strip() for text in bridge.generate(seen, questions, heard, **decoding)]
 
 
 class PrefixOnly(Fused):
@@ -86,11 +114,26 @@ def reads_actions(link: LinkConfig) -> bool:
 
 
 class Shuffled(Fused):
-    """A control: each row of a batch gets the next row's cache."""
+    """A control: each row gets the cache of what another item shows."""
 
-    def alter(self, cache: SourceCache) -> SourceCache:
-        """The rows, moved on by one."""
-        return cache.select(torch.arange(cache.batch_size).roll(-1))
+    def see(self, asked: Sequence[Asked]) -> Perception:
+        """The slots, written from the other look."""
+        return super().see([row._replace(look=_other(row)) for row in asked])
+
+    def hear(self, asked: Sequence[Asked], questions: Sequence[str]) -> SourceCache:
+        """The row's own words, for they are aligned, beside what the other look shows."""
+        looks = [dataclasses.replace(_other(row), text=row.look.text) for row in asked]
+        rows = [row._replace(look=look) for row, look in zip(asked, looks, strict=True)]
+        return super().hear(rows, questions)
+
+
+def _other(row: Asked) -> SourceInput:
+    if row.other is None:
+        raise ConfigError(
+            "the arm 'shuffled' wants `other`, what another item shows; give items of two "
+            "pictures (of two episodes, where they are of such), or leave this arm out"
+        )
+    return row.other
 
 
 class Zeroed(Fused):

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from transformers.generation.streamers import BaseStreamer
 
+from mm_c2c.bridge import Bridge
 from mm_c2c.errors import InputError
 from mm_c2c.evaluation.arms import (
     Asked,
@@ -33,8 +34,13 @@ class CaptionRelay:
         written = self.write(asked)
         prompts = [self.prompt(text, row) for text, row in zip(written, asked, strict=True)]
         decoding = self.setting.decoding(asked, streamer)
-        answers = target_answers(self.setting.bridge, prompts, decoding)
+        answers = target_answers(self.reader, prompts, decoding)
         return [Reply(*pair) for pair in zip(answers, written, strict=True)]
+
+    @property
+    def reader(self) -> Bridge:
+        """Whose target reads what was written."""
+        return self.setting.bridge
 
     def write(self, asked: Sequence[Asked]) -> list[str]:
         """The text that is relayed."""

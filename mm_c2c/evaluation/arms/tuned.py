@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
+from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
-from mm_c2c.evaluation.arms import Asked, Reply, target_answers
 from mm_c2c.evaluation.arms.relay import CaptionRelay, DescriptionAndInstruction
 from mm_c2c.target import Target
 
@@ -25,18 +23,13 @@ class TunedRelay(CaptionRelay):
 
     name: ClassVar[str] = "tuned_relay"
 
-    def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
-        """See `Arm`."""
-        written = self.write(asked)
-        prompts = [self.prompt(text, row) for text, row in zip(written, asked, strict=True)]
-        decoding = self.setting.decoding(asked, streamer)
-        answers = target_answers(self.setting.bridge, prompts, decoding, self.model)
-        return [Reply(*pair) for pair in zip(answers, written, strict=True)]
-
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The tuned target."""
-        return load_adapter(self.setting.bridge.target, self.setting.file_of(self.name))
+    def reader(self) -> Bridge:
+        """Of the tuned target."""
+        bridge = self.setting.bridge
+        model = load_adapter(bridge.target, self.setting.file_of(self.name))
+        tuned = Target(model, bridge.target.tokenizer, bridge.target.origin.model)
+        return bridge.onto(tuned)
 
 
 class TunedDescription(DescriptionAndInstruction, TunedRelay):

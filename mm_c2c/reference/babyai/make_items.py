@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 from typing import Any, NamedTuple
 
 from mm_c2c.errors import run_main
@@ -260,7 +261,7 @@ def thin(rows: Sequence[Row], rng: random.Random, narrated: float, most: float =
         rows: questions, in order.
         rng: picks which.
         narrated: share of the narrations that are kept.
-        most: times the mean over a kind's answers that one of them may have.
+        most: times the median over a kind's answers that one of them may have.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
@@ -270,8 +271,7 @@ def thin(rows: Sequence[Row], rng: random.Random, narrated: float, most: float =
         found = counts[question.kind]
         if question.kind == "narration":
             return narrated
-        rarest = sorted(found.values())[: max(1, len(found) // 2 + 1)][-1]
-        return min(1.0, most * rarest / found[question.answer])
+        return min(1.0, most * median_high(found.values()) / found[question.answer])
 
     return [row for row in rows if rng.random() < share(row.question)]
 

@@ -23,10 +23,10 @@ from mm_c2c.errors import InputError
 from mm_c2c.reference.babyai.demonstrations import Demonstrations
 from mm_c2c.reference.babyai.levels import ACTIONS, VIEW_CELLS, Camera, instruction_text
 from mm_c2c.reference.babyai.policy import build_model, build_processor, build_tokenizer
-from mm_c2c.reference.packing import Packed, Turn, block_mask, pack
 from mm_c2c.reference.source import ASSISTANT_TOKEN, USER_TOKEN
 from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.training.optimizers import build_optimizers, mixes_channels
+from mm_c2c.training.packing import Packed, Turn, block_mask, pack
 
 logger = logging.getLogger(__name__)
 

@@ -219,7 +219,6 @@ def train(config: PolicyTrainingConfig) -> None:
     seen: dict[str, float] = {}
 
     def loss(step: int, rng: random.Random) -> Tensor:
-        torch.manual_seed(rng.getrandbits(62))
         each = config.batch_size // len(TASKS)
         chosen = [pool.take(torch.randint(len(pool.states), (each,))) for pool in pools]
         flow, aid = losses(module, *prepare(chosen), config.draws)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Cache
+
+from mm_c2c.errors import UnsupportedError
+from mm_c2c.target import Target
 
 _PAD, _PREFIX = -1, -2
+# Tokens that tell whether a model's logits are what its output layer makes of its states.
+_PROBE = 8
 
 
 class Turn(NamedTuple):
@@ -84,6 +90,54 @@ def split_beginning(prompts: Sequence[list[int]]) -> tuple[list[int], list[list[
     return beginning, [ids[len(beginning) :] for ids in prompts]
 
 
+def read_packed(model: Any, packed: Packed, cache: Cache, done: int) -> Tensor:
+    """Logits `(labels, vocab_size)` where a label is, row after row; gradients reach the cache.
+
+    Args:
+        model: a causal LM of transformers that `check_packs` accepts.
+        packed: of `pack`, on the model's device.
+        cache: what each question of a row reads on from; it grows.
+        done: positions in the cache.
+    """
+    mask = block_mask(packed.segments, done)[:, :, done:]
+    states = model.base_model(
+        packed.input_ids,
+        attention_mask=mask.to(model.dtype),
+        position_ids=packed.position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    # Most positions have no label: the vocabulary is asked for at those that have one.
+    return model.get_output_embeddings()(states[packed.labels != -100])
+
+
+@torch.no_grad()
+def check_packs(target: Target) -> None:
+    """Refuse a model that reads several questions in one sequence otherwise than each alone.
+
+    Raises:
+        UnsupportedError: some of its layers see a window or are recurrent, or its logits are more
+            than its output layer makes of its last states.
+    """
+    wanted = "leave packed at false, which reads each question by itself"
+    if target.minds_padding:
+        raise UnsupportedError(
+            f"{target} has layers that see a window or are recurrent, and cannot tell questions in "
+            f"one sequence apart; {wanted}"
+        )
+    model = target.model
+    ids = torch.arange(1, _PROBE + 1, device=model.device).unsqueeze(0)
+    whole = model(ids).logits.float()
+    plain = model.get_output_embeddings()(model.base_model(ids).last_hidden_state).float()
+    misfit = float((plain - whole).norm() / whole.norm())
+    accepted = max(1e-4, 8 * torch.finfo(model.dtype).eps)
+    if not misfit <= accepted:
+        raise UnsupportedError(
+            f"{target} scales or caps its logits: what its output layer gives is {misfit:.2%} off "
+            f"them, accepted is {accepted:.2%}; {wanted}"
+        )
+
+
 def block_mask(segments: Tensor, prefix_len: int) -> Tensor:
     """Attention mask `(batch, 1, length, length)`: the prefix is causal, segments are apart.
 
@@ -97,8 +151,9 @@ def block_mask(segments: Tensor, prefix_len: int) -> Tensor:
     batch = segments.shape[0]
     owner = torch.cat([segments.new_full((batch, prefix_len), _PREFIX), segments], dim=1)
     length = owner.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
     same = owner[:, :, None] == owner[:, None, :]
     shared = (owner == _PREFIX)[:, None, :]
     allowed = (same | shared) & causal
-    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    mask = torch.zeros(allowed.shape, device=owner.device)
+    return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)[:, None]
