@@ -60,10 +60,23 @@ def _read(path: Path, picture: Image.Image) -> Image.Image:
             f"{path} has {picture.width} x {picture.height} pixels; the limit is "
             f"{MAX_PIXELS // 1_000_000} megapixels: scale it down"
         )
+    return to_rgb(picture, str(path))
+
+
+def to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """A picture as RGB, upright; 16 bits a pixel become 8.
+
+    Args:
+        picture: of any mode.
+        name: what an error calls it.
+
+    Raises:
+        InputError: its values are not known to be brightness.
+    """
     upright = ImageOps.exif_transpose(picture)
     if upright.mode in ("I", "F"):
         raise InputError(
-            f"{path} has 32 bits a pixel (mode {upright.mode}), whose range is not known; scale "
+            f"{name} has 32 bits a pixel (mode {upright.mode}), whose range is not known; scale "
             "its values to 0 to 255 and save it with 8 bits"
         )
     if upright.mode.startswith("I;16"):

@@ -158,6 +158,17 @@ def test_a_picture_stands_upright_wherever_it_is_read_from(
         assert open_examples(config, seed=0).at(0).images[0].size == (3, 4)
 
 
+def test_a_picture_of_16_bits_is_scaled_in_a_shard_too(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    data = io.BytesIO()
+    Image.fromarray(np.full((3, 4), 25700, dtype=np.uint16)).save(data, "PNG")
+    said = json.dumps(rows[0]).encode()
+    write_shard(tmp_path / "a.tar", {"0": {"json": said, "png": data.getvalue()}})
+    examples = open_examples(DataConfig(path=str(tmp_path / "a.tar"), format="webdataset"), seed=0)
+    assert examples.at(0).images[0].getpixel((0, 0)) == (100, 100, 100)
+
+
 def test_what_cannot_be_read_stops_or_is_left_out(
     tmp_path: Path, rows: list[dict[str, Any]], shards: DataConfig
 ) -> None:

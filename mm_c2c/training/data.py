@@ -38,10 +38,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mm_c2c.errors import FetchError, InputError, UnsupportedError
-from mm_c2c.images import load_image
+from mm_c2c.images import load_image, to_rgb
 from mm_c2c.recordings import read_wav
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import DataConfig
@@ -486,7 +486,7 @@ def _open_picture(data: Any) -> Image.Image:
             data = datasets.Image().decode_example(data)
         elif not isinstance(data, Image.Image):
             data = Image.open(io.BytesIO(data))
-        return ImageOps.exif_transpose(data).convert("RGB")
+        return to_rgb(data, "a picture")
     except _DAMAGED as error:
         raise InputError(f"expected a picture that can be read, got {error!r}") from error
 
