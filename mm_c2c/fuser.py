@@ -170,13 +170,14 @@ class CacheFuser(nn.Module):
         """Shut all gates: what is fused then equals the target's own, bit for bit."""
         self.gate_logits.fill_(-torch.inf)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+    def forward(self, source: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Differences to add to the target's K and V.
 
         Args:
             source: `(source_layers, batch, target_len, 2, source_width)`: aligned K (without
                 rotation) and V, heads flattened.
             target: `(target_layers, batch, target_len, 2, target_width)`: the target's own.
+            mask: `(batch, target_len)` bool: False leaves a position as it is; None fuses all.
 
         Returns:
             `(target_layers, batch, target_len, 2, target_width)`; zero where a gate is closed.
@@ -184,6 +185,8 @@ class CacheFuser(nn.Module):
         difference, weights = self.parts(source, target)
         # The small factors first: the difference is read and written once.
         opened = weights * self.gates()[:, None, None, :, None]
+        if mask is not None:
+            opened = opened * mask[None, :, :, None, None]
         return (difference * opened.unsqueeze(-1)).reshape(target.shape)
 
     def parts(self, source: Tensor, target: Tensor) -> Parts:

@@ -221,20 +221,22 @@ def gather_inputs(
         positions: `(batch, target_len)`: the position ids of what the cache holds.
         rope: how each of the target's layers rotates its keys.
     """
-    flat = _source_states(link, source)
-    gathered = alignment.gather(flat.flatten(2)).unflatten(2, flat.shape[2:])
+    states = _source_states(link, source)
+    gathered = alignment.gather(states.flatten(2)).unflatten(2, states.shape[2:])
     aligned = gathered.permute(2, 0, 1, 3, 4, 5).flatten(4)
     layers, indices = read_layers(cache)
-    own, index = _stack(layers), alignment.target_index
-    picked = own.gather(
-        3, index[None, :, None, :, None, None].expand(*own.shape[:3], -1, *own.shape[4:])
+    index = alignment.target_index
+    rows = torch.arange(len(index), device=index.device).unsqueeze(1)
+    # Picked by two indices, a position keeps its heads together, as the fuser wants them.
+    keys, values = _stack(
+        [LayerKV(kv.keys[rows, :, index], kv.values[rows, :, index]) for kv in layers]
     )
-    keys = picked[..., 0, :]
     if not link.fuser.raw_keys:
-        keys = _per_spec(derotate, keys, positions.gather(1, index), [rope[i] for i in indices])
-    states = torch.stack([keys, picked[..., 1, :]], dim=-2)
-    states = states.transpose(2, 3).transpose(3, 4).flatten(4)
-    return FuserInputs(aligned.float(), states.float(), alignment)
+        at = positions.gather(1, index)
+        keys = _per_spec(derotate, keys.transpose(2, 3), at, [rope[i] for i in indices])
+        keys = keys.transpose(2, 3)
+    own = torch.stack([keys, values], dim=3).flatten(4)
+    return FuserInputs(aligned.float(), own.float(), alignment)
 
 
 def write_link(
@@ -248,19 +250,22 @@ def write_link(
 ) -> Cache:
     """A cache in which a fuser has written its differences; arguments as in `gather_inputs`."""
     inputs = gather_inputs(link, source, alignment, cache, positions, rope)
-    delta = fuser(inputs.source, inputs.target)
+    delta = fuser(inputs.source, inputs.target, alignment.mask)
     layers, indices = read_layers(cache)
-    own, index = _stack(layers), alignment.target_index
-    delta = delta.unflatten(-1, (own.shape[2], -1)).permute(0, 1, 4, 2, 3, 5)
-    keys, values = delta[..., 0, :], delta[..., 1, :]
+    heads = layers[0].keys.shape[1]
+    keys, values = delta.unflatten(-1, (heads, -1)).transpose(2, 4).unbind(3)
     if not link.fuser.raw_keys:
-        keys = _per_spec(rotate, keys, positions.gather(1, index), [rope[i] for i in indices])
-    keep = alignment.mask[None, :, None, :, None]
-    at = index[None, :, None, :, None].expand_as(keys)
-    new_keys = own[..., 0, :].scatter_add(3, at, (keys * keep).to(own.dtype))
-    new_values = own[..., 1, :].scatter_add(3, at, (values * keep).to(own.dtype))
-    written = map(LayerKV, new_keys, new_values)
-    return with_layers(cache, dict(zip(indices, written, strict=True)))
+        at = positions.gather(1, alignment.target_index)
+        keys = _per_spec(rotate, keys, at, [rope[i] for i in indices])
+    at = alignment.target_index[:, None, :, None].expand(keys.shape[1:])
+    written = {
+        index: LayerKV(
+            own.keys.scatter_add(2, at, key.to(own.keys.dtype)),
+            own.values.scatter_add(2, at, value.to(own.values.dtype)),
+        )
+        for index, own, key, value in zip(indices, layers, keys, values, strict=True)
+    }
+    return with_layers(cache, written)
 
 
 def check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:
@@ -284,11 +289,10 @@ def _line_up(source: SourceCache, kinds: Sequence[str]) -> SourceCache:
 def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
     """`(batch, source_len, layers, 2, heads, head_dim)`: K as the fuser wants it, and V."""
     check_shape(f"the cache of source {link.source!r}", link.fuser.source, source.shape)
-    states = _stack(source.layers)
+    keys, values = _stack(source.layers)
     if not link.fuser.raw_keys:
-        keys = _per_spec(derotate, states[..., 0, :], source.position_ids, source.rope)
-        states = torch.stack([keys, states[..., 1, :]], dim=-2)
-    return states.permute(1, 3, 0, 4, 2, 5)
+        keys = _per_spec(derotate, keys, source.position_ids, source.rope)
+    return torch.stack([keys, values]).permute(2, 4, 1, 0, 3, 5)
 
 
 def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
@@ -302,12 +306,13 @@ def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
             )
 
 
-def _stack(layers: Sequence[LayerKV]) -> Tensor:
-    """`(layers, batch, heads, seq_len, 2, head_dim)`: K at 0, V at 1."""
+def _stack(layers: Sequence[LayerKV]) -> tuple[Tensor, Tensor]:
+    """K and V of all layers, each with the layers in front."""
     try:
-        return torch.stack([torch.stack([kv.keys, kv.values], dim=3) for kv in layers])
+        keys, values = (torch.stack(part) for part in zip(*layers, strict=True))
     except RuntimeError as error:
         raise AlignmentError(f"layers of unlike shape cannot be fused together: {error}") from error
+    return keys, values
 
 
 def _per_spec(
@@ -315,8 +320,6 @@ def _per_spec(
 ) -> Tensor:
     """Rotate or derotate `(layers, batch, heads, len, head_dim)`, layers of one kind at once."""
     if len(set(specs)) == 1:
-        layers, _, heads = keys.shape[:3]
-        side_by_side = keys.transpose(0, 1).flatten(1, 2)
-        turned = turn(side_by_side, positions, specs[0])
-        return turned.unflatten(1, (layers, heads)).transpose(0, 1)
+        turned: Tensor = turn(keys, positions, specs[0])
+        return turned
     return torch.stack([turn(k, positions, s) for k, s in zip(keys, specs, strict=True)])

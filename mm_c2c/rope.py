@@ -81,8 +81,8 @@ def rotate(keys: Tensor, position_ids: Tensor, spec: RopeSpec | None) -> Tensor:
     """Rotate keys that carry no rotation to the given positions.
 
     Args:
-        keys: `(batch, num_key_value_heads, seq_len, head_dim)`. The heads of several layers that
-            share `spec` may stand side by side.
+        keys: `(batch, num_key_value_heads, seq_len, head_dim)`, or several layers of that, stacked
+            in front, that share `spec`.
         position_ids: `(batch, seq_len)`; for M-RoPE also `(3, batch, seq_len)`.
         spec: how to rotate; None returns `keys`.
 
@@ -96,7 +96,7 @@ def derotate(keys: Tensor, position_ids: Tensor, spec: RopeSpec | None) -> Tenso
     """Undo `rotate`: take rotation and scaling off keys that stand at the given positions.
 
     Args:
-        keys: `(batch, num_key_value_heads, seq_len, head_dim)`, post-RoPE.
+        keys: as `rotate` takes them, post-RoPE.
         position_ids: `(batch, seq_len)`; for M-RoPE also `(3, batch, seq_len)`.
         spec: how the keys were rotated; None returns `keys`.
 
@@ -112,22 +112,28 @@ def _turn(keys: Tensor, position_ids: Tensor, spec: RopeSpec, *, inverse: bool) 
     cos = angles.cos() * scaling
     sin = angles.sin() * (-scaling if inverse else scaling)
 
-    moving, still = keys[..., : spec.rotary_dim], keys[..., spec.rotary_dim :]
-    split = (-1, 2) if spec.interleaved else (2, -1)
+    # Of a pair (a, b) come (a cos - b sin, b cos + a sin): its partner, with a sign, beside it.
+    pairs = (-1, 2) if spec.interleaved else (2, -1)
     pair_dim = -1 if spec.interleaved else -2
-    first, second = moving.unflatten(-1, split).unbind(pair_dim)
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=pair_dim)
-    return torch.cat((turned.flatten(-2).to(keys.dtype), still), dim=-1)
+    cos = torch.stack((cos, cos), dim=pair_dim).flatten(-2)
+    sin = torch.stack((-sin, sin), dim=pair_dim).flatten(-2)
+    moving = keys[..., : spec.rotary_dim]
+    turned = moving * cos
+    turned += moving.unflatten(-1, pairs).flip(pair_dim).flatten(-2) * sin
+    turned = turned.to(keys.dtype)
+    if keys.shape[-1] == spec.rotary_dim:
+        return turned
+    return torch.cat((turned, keys[..., spec.rotary_dim :]), dim=-1)
 
 
 def _angles(keys: Tensor, position_ids: Tensor, spec: RopeSpec) -> Tensor:
     """`(batch, 1, seq_len, rotary_dim / 2)` in float32."""
-    if keys.ndim != 4 or keys.shape[-1] < spec.rotary_dim:
+    if keys.ndim not in (4, 5) or keys.shape[-1] < spec.rotary_dim:
         raise ShapeError(
             "expected keys of (batch, num_key_value_heads, seq_len, head_dim >= "
-            f"{spec.rotary_dim}), got {tuple(keys.shape)}"
+            f"{spec.rotary_dim}), or layers of such, got {tuple(keys.shape)}"
         )
-    batch, seq_len = keys.shape[0], keys.shape[2]
+    batch, seq_len = keys.shape[-4], keys.shape[-2]
     expected: list[tuple[int, ...]] = [(batch, seq_len)]
     if spec.mrope_section is not None:
         expected.append((3, batch, seq_len))

@@ -287,6 +287,16 @@ def test_a_row_does_not_depend_on_its_neighbours(preset: str) -> None:
         torch.testing.assert_close(both[:, row : row + 1], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_masked_positions_are_left_and_the_others_fused(preset: str) -> None:
+    fuser = randomise(make_fuser(preset))
+    source, target = states(SHALLOW), states(TARGET, seed=1)
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    whole, some = fuser(source, target), fuser(source, target, mask)
+    assert torch.equal(some[:, mask], whole[:, mask])
+    assert_zero(some[:, ~mask])
+
+
 # --- sizes and refusals -----------------------------------------------------------------------
 
 

@@ -18,7 +18,8 @@ class Alignment:
             whose weight is 0 point at 0.
         weights: `(batch, target_len, k)` float32 in [0, 1]; a row sums to 1, or to 0 where `mask`
             is False.
-        target_index: `(batch, target_len)` int64, positions of the target's prompt.
+        target_index: `(batch, target_len)` int64, positions of the target's prompt, none twice in
+            a row.
         mask: `(batch, target_len)` bool; False leaves the target's own K and V as they are.
     """
 
