@@ -213,10 +213,9 @@ def test_a_fingerprint_tells_a_sources_weights(build: Callable[[], Any]) -> None
     source = build()
     found = [fingerprint(source)]
     assert fingerprint(build()) == found[0]
-    model = source.policy if isinstance(source, SmolVLASource) else source.model
-    next(model.parameters()).add_(1e-3)
+    next(source.model.parameters()).add_(1e-3)
     found.append(fingerprint(source))
-    model.bfloat16()
+    source.model.bfloat16()
     found.append(fingerprint(source))
     source.origin = source.origin._replace(revision="other")
     found.append(fingerprint(source))

@@ -76,6 +76,11 @@ class SmolVLASource:
         self.seed = seed
 
     @property
+    def model(self) -> Any:
+        """The policy, by the name that other sources have for what they run."""
+        return self.policy
+
+    @property
     def shape(self) -> CacheShape:
         """Geometry of the caches it writes."""
         vlm, config = self.policy.model.vlm_with_expert, self.policy.config

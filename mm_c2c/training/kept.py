@@ -35,11 +35,10 @@ def fingerprint(source: Any) -> str:
     Args:
         source: of any class in `mm_c2c.sources`, or a blank one.
     """
-    model = source.policy if hasattr(source, "policy") else source.model  # SmolVLA is LeRobot's
     readers = [getattr(source, name, None) for name in ("processor", "tokenizer")]
     templates = [getattr(reader, "chat_template", None) for reader in readers]
-    digest = hashlib.sha256(repr((source.origin, model.config, readers, templates)).encode())
-    for name, weight in model.state_dict().items():
+    digest = hashlib.sha256(repr((source.origin, source.model.config, readers, templates)).encode())
+    for name, weight in source.model.state_dict().items():
         digest.update(repr((name, tuple(weight.shape))).encode())
         step = weight.numel() // SAMPLE | 1  # odd: an even one would read few of the columns
         sample = weight.flatten()[::step].contiguous().cpu()
