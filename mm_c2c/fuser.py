@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_c2c.align.layers import KINDS, LayerMap, layer_map, mix_init
+from mm_c2c.align.layers import KINDS, layer_map, layer_pairs, mix_init
 from mm_c2c.align.resampler import PatchResampler
 from mm_c2c.cache import CacheShape
 from mm_c2c.config import check_one_of
@@ -146,7 +146,7 @@ class CacheFuser(nn.Module):
         )
         fed = torch.ones(config.target.num_layers, dtype=torch.bool)
         if config.layers != "mix":
-            fed = _layer_map(config).mask
+            fed = layer_map(*_layers(config)).mask
         self.fed: Tensor
         self.register_buffer("fed", fed, persistent=False)
 
@@ -255,7 +255,9 @@ class SharedProjection(nn.Module):
             self.mix_logits: nn.Parameter | None = nn.Parameter(logits)
         else:
             self.mix_logits = None
-            self.register_buffer("mix_weights", _layer_map(config).weights, persistent=False)
+            self.register_buffer(
+                "mix_weights", layer_map(*_layers(config)).weights, persistent=False
+            )
         self.head_down = Stacked(target.num_layers, hidden, config.rank)
         self.head_up = Stacked(target.num_layers, config.rank, 2 * target.width, zero=True)
         self.head_weight = Stacked(
@@ -280,18 +282,22 @@ class SharedProjection(nn.Module):
 
 
 class LayerwiseProjection(nn.Module):
-    """`c2c`: the paper's block for each target layer, once for K and once for V.
+    """`c2c`: the paper's block for each target layer that is fed, once for K and once for V.
 
     x = [source; target];  u = W_in x;  v = FFN(u), pre-norm, residual;  P = W_out v;
-    weight = W_w FFN_w(u). The 2 x layers blocks are stacked, K's first.
+    weight = W_w FFN_w(u). The blocks of all fed layers are stacked, K's first.
     """
 
     def __init__(self, config: FuserConfig) -> None:
         super().__init__()
         source, target, hidden = config.source, config.target, config.hidden_size
-        blocks = 2 * target.num_layers
-        self.mix_weights: Tensor
-        self.register_buffer("mix_weights", _layer_map(config).weights, persistent=False)
+        pairs = layer_pairs(*_layers(config))
+        self.num_layers = target.num_layers
+        self.fed: Tensor
+        self.feeding: Tensor
+        self.register_buffer("fed", torch.tensor(list(pairs)), persistent=False)
+        self.register_buffer("feeding", torch.tensor(list(pairs.values())), persistent=False)
+        blocks = 2 * len(pairs)
         self.enter = Stacked(blocks, source.width + target.width, hidden)
         self.block = nn.Sequential(
             Stacked(blocks, hidden, hidden), nn.GELU(), Stacked(blocks, hidden, hidden)
@@ -305,20 +311,22 @@ class LayerwiseProjection(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Projected:
         """See `Projection`."""
-        chosen = torch.einsum("ts,snkw->tnkw", self.mix_weights, source)
-        joined = torch.cat([chosen, target], dim=-1)
+        joined = torch.cat([source[self.feeding], target[self.fed]], dim=-1)
         states = self.enter(torch.cat([joined[:, :, 0], joined[:, :, 1]]))
         projected = states + self.block(_normalise(states))
         return Projected(
-            torch.stack(self.leave(projected).chunk(2), dim=2),
-            torch.stack(self.weight_block(_normalise(states)).chunk(2), dim=2),
+            self._place(self.leave(projected)), self._place(self.weight_block(_normalise(states)))
         )
 
+    def _place(self, blocks: Tensor) -> Tensor:
+        """Of K's and V's blocks, `(target_layers, tokens, 2, ...)`; zero where none is fed."""
+        fed = torch.stack(blocks.chunk(2), dim=2)
+        return fed.new_zeros(self.num_layers, *fed.shape[1:]).index_copy(0, self.fed, fed)
 
-def _layer_map(config: FuserConfig) -> LayerMap:
-    return layer_map(
-        config.layers, config.source.num_layers, config.target.num_layers, config.pairs
-    )
+
+def _layers(config: FuserConfig) -> tuple[str, int, int, tuple[tuple[int, int], ...] | None]:
+    """What layers are paired by."""
+    return config.layers, config.source.num_layers, config.target.num_layers, config.pairs
 
 
 def _normalise(states: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ def copy_weights(fuser: CacheFuser, peer: LayerByLayer) -> None:
         "weight_down": stacks.weight_block[2],
     }
     for part, projectors in enumerate((peer.keys, peer.values)):
-        for layer, projector in enumerate(projectors):
+        fed = [layer for layer, pair in enumerate(peer.pairs) if pair is not None]
+        for place, layer in enumerate(fed):
+            projector = projectors[layer]
             assert isinstance(projector, LayerProjector)
-            row = part * len(projectors) + layer
+            row = part * len(fed) + place
             for name, stack in names.items():
                 plain = getattr(projector, name)
                 plain.weight.copy_(stack.weight[row].T)

@@ -97,8 +97,9 @@ def slow_small(fuser: CacheFuser, layer: int, source: Tensor, target: Tensor) ->
 def slow_c2c(fuser: CacheFuser, layer: int, source: Tensor, target: Tensor) -> list[Tensor]:
     p: Any = fuser.projection
     differences, logits = [], []
+    fed = fuser.fed.nonzero().flatten().tolist()
     for part in (0, 1):
-        block = part * fuser.config.target.num_layers + layer
+        block = part * len(fed) + fed.index(layer)
         chosen = torch.zeros(fuser.config.source.width)
         for index, share in layer_weights(fuser.config.layers, fuser, layer).items():
             chosen = chosen + share * source[index, part]
@@ -205,6 +206,15 @@ def test_terminal_leaves_target_layers_below_a_shallow_source_alone(preset: str)
     assert_zero(difference[0])
     assert (difference[1:].abs().amax((1, 2, 4)) > 0).all()
     assert fuser.fed.tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("layers", "fed"), [("terminal", 3), ("proportional", 4)])
+def test_c2c_has_weights_for_the_layers_that_are_fed_alone(layers: str, fed: int) -> None:
+    fuser = make_fuser("c2c", layers=layers)
+    block = 16 * (SHALLOW.width + TARGET.width + 1) + 2 * 16 * 17 + TARGET.width * 17
+    weight_block = 4 * 17 + TARGET.num_key_value_heads * 5
+    gates = 2 * TARGET.num_layers
+    assert fuser.num_parameters == gates + 2 * fed * (block + weight_block)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

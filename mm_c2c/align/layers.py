@@ -45,10 +45,10 @@ class LayerMap:
         return (self.weights != 0).any(1)
 
 
-def layer_map(
+def layer_pairs(
     kind: str, source_layers: int, target_layers: int, pairs: Pairs | None = None
-) -> LayerMap:
-    """Choose the source layer of each target layer.
+) -> dict[int, int]:
+    """Choose the source layer of each target layer that is fed.
 
     Args:
         kind: `proportional` spreads the source evenly over the target: target layer t takes
@@ -59,6 +59,9 @@ def layer_map(
         source_layers: layers of the source that hold K and V.
         target_layers: layers of the target that hold K and V.
         pairs: for `explicit` only: `{target: source}` or pairs in that order.
+
+    Returns:
+        `{target: source}`, by target layer.
     """
     if kind not in KINDS:
         close = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)
@@ -74,9 +77,15 @@ def layer_map(
         chosen = {target_layers - i: source_layers - i for i in range(1, shared + 1)}
     else:
         chosen = _proportional(source_layers, target_layers)
+    return dict(sorted(chosen.items()))
 
+
+def layer_map(
+    kind: str, source_layers: int, target_layers: int, pairs: Pairs | None = None
+) -> LayerMap:
+    """The pairs of `layer_pairs`, which takes the same arguments, as a matrix."""
     weights = torch.zeros(target_layers, source_layers)
-    for target, source in chosen.items():
+    for target, source in layer_pairs(kind, source_layers, target_layers, pairs).items():
         weights[target, source] = 1.0
     return LayerMap(weights=weights)
 
@@ -97,18 +106,18 @@ def mix_init(source_layers: int, target_layers: int) -> Tensor:
             f"nothing would be fused: {source_layers} source, {target_layers} target layers"
         )
     steps = max(target_layers - 1, 1)
-    place = _numerators(source_layers, target_layers)
+    place = torch.tensor(_numerators(source_layers, target_layers))
     return -(torch.arange(source_layers) * steps - place.unsqueeze(1)).abs() / steps
 
 
-def _numerators(source_layers: int, target_layers: int) -> Tensor:
+def _numerators(source_layers: int, target_layers: int) -> list[int]:
     """Each target layer's place in the source, times `target_layers - 1`.
 
     A target of one layer stands at the source's last one, as it does in `terminal`.
     """
     if target_layers == 1:
-        return torch.tensor([source_layers - 1])
-    return torch.arange(target_layers) * (source_layers - 1)
+        return [source_layers - 1]
+    return [target * (source_layers - 1) for target in range(target_layers)]
 
 
 def _proportional(source_layers: int, target_layers: int) -> dict[int, int]:
@@ -116,7 +125,7 @@ def _proportional(source_layers: int, target_layers: int) -> dict[int, int]:
     if source_layers < 1:
         return {}
     steps = max(target_layers - 1, 1)
-    places = _numerators(source_layers, target_layers).tolist()
+    places = _numerators(source_layers, target_layers)
     return {target: round(place / steps) for target, place in enumerate(places)}
 
 

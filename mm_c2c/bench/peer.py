@@ -60,8 +60,13 @@ class LayerByLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.pairs = pairs
-        self.keys = nn.ModuleList(LayerProjector(source, target, hidden_size) for _ in pairs)
-        self.values = nn.ModuleList(LayerProjector(source, target, hidden_size) for _ in pairs)
+        self.keys, self.values = (
+            nn.ModuleList(
+                nn.Identity() if pair is None else LayerProjector(source, target, hidden_size)
+                for pair in pairs
+            )
+            for _ in range(2)
+        )
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Fused K and V.

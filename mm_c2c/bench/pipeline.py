@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_c2c.align.layers import layer_map
+from mm_c2c.align.layers import layer_pairs
 from mm_c2c.bench.peer import LayerByLayer
 from mm_c2c.bench.rounds import in_turn, ratio
 from mm_c2c.bridge import Bridge, BridgeConfig
@@ -114,11 +114,8 @@ class Pipeline:
 
 def paired_layers(source: CacheShape, target: CacheShape) -> list[int | None]:
     """The paper's layer of the source for each of the target; None where it has none."""
-    layers = layer_map("terminal", source.num_layers, target.num_layers)
-    return [
-        int(weights.argmax()) if fed else None
-        for weights, fed in zip(layers.weights, layers.mask, strict=True)
-    ]
+    pairs = layer_pairs("terminal", source.num_layers, target.num_layers)
+    return [pairs.get(layer) for layer in range(target.num_layers)]
 
 
 @torch.no_grad()
