@@ -28,6 +28,12 @@ GOLD = ["cat", "dog", "2", "left"]
 
 @pytest.fixture
 def config(tmp_path: Path) -> AblationConfig:
+    items = [  # two questions a picture
+        {"image": f"{number % 2}.webp", "kind": "what", "question": "What?", "answer": gold}
+        for number, gold in enumerate(GOLD)
+    ]
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    (tmp_path / "items.jsonl").write_text(lines, encoding="utf-8")
     base = {"data": "scenes", "source": "source", "out": "nowhere", "steps": 50}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
     settings = {
@@ -210,6 +216,26 @@ def test_variants_judged_by_other_questions_are_not_compared(
     known["raw_keys-7"] = {"parameters": 1, "right": {"end": {"fused": "01", "zeroed": "00"}}}
     path.write_text(json.dumps(known), encoding="utf-8")
     with pytest.raises(ConfigError, match="judged by 2 and 4 questions"):
+        ablate.tabulate(config)
+
+
+def test_intervals_are_over_pictures(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    ablate.ablate(AblationConfig(**{**vars(config), "seeds": (0,)}))
+    result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))
+    assert (result["questions"], result["pictures"]) == (4, 2)
+    # Of each picture's questions half are right, and so they are whichever pictures are drawn.
+    assert result["variants"]["whole"]["accuracy"] == [0.5, 0.5, 0.5]
+    assert "n = 4 a seed, 95 % intervals over 2 pictures." in ablation_report(config.out)
+
+
+def test_questions_that_did_not_judge_are_refused(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    ablate.ablate(config)
+    config.items.write_text(config.items.read_text("utf-8").splitlines()[0] + "\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"items.jsonl: holds 1 questions, and 4 were asked in"):
         ablate.tabulate(config)
 
 

@@ -32,7 +32,7 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import write_json
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
-from mm_c2c.evaluation.tasks import is_right
+from mm_c2c.evaluation.tasks import is_right, load_items
 from mm_c2c.reference.trainer import run
 from mm_c2c.reference.variants import Variant, build_variant
 
@@ -143,19 +143,19 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     """What has come out so far, of every seed that was judged.
 
     Returns:
-        `questions`, how many; for each of the `variants` its `settings`, `parameters`, `seeds`,
-        `each`: a seed's share of right answers, and of them all, as [value, low, high] of a
-        bootstrap over questions, `accuracy`, `zeroed` (over an empty cache, where there is one)
+        `questions` and `pictures`, how many; for each of the `variants` its `settings`,
+        `parameters`, `seeds`, `each`: a seed's share of right answers, and of them all, as [value,
+        low, high] of a bootstrap over pictures, `accuracy`, `zeroed` (over an empty cache, where there is one)
         and, but for the first variant, `over_first`: how far it is above that, of the seeds that
         both have. `curves`, by variant judged at its end: `steps`, `scenes` seen in them and
         `accuracy`, of all seeds judged there.
 
     Raises:
-        ConfigError: not all were asked as many questions.
+        ConfigError: not all were asked as many questions, or other ones than `items` holds.
     """
     known = read_judgements(config.out)
     if not known:
-        return {"questions": 0, "variants": {}, "curves": {}}
+        return {"questions": 0, "pictures": 0, "variants": {}, "curves": {}}
     counts = {
         len(digits)
         for run in known.values()
@@ -167,14 +167,25 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
             f"{config.out}: judged by {' and '.join(map(str, sorted(counts)))} questions, which "
             "cannot be compared; judge all variants by the same items, in a folder of their own"
         )
+    questions = counts.pop()
+    shown = [item.sampled_with for item in load_items(config.items)]
+    if len(shown) != questions:
+        raise ConfigError(
+            f"{config.items}: holds {len(shown)} questions, and {questions} were asked in "
+            f"{config.out}; name the items that judged, or give another out"
+        )
+    draws = draw_resamples(questions, _RESAMPLES, seed=0, clusters=shown)
     found = {name: _by_seed(config, name, known) for name in config.variants}
     first = {seed: _hits(run, _END) for seed, run in found[next(iter(found))].items()}
-    curves = {name: _curve(config, name, known) for name, runs in found.items() if runs}
+    curves = {name: _curve(config, name, known, draws) for name, runs in found.items() if runs}
     if all(len(curve) < 2 for curve in curves.values()):
         curves = {}  # judged at their ends alone
-    questions = counts.pop()
-    result: dict[str, Any] = {"questions": questions, "variants": {}, "curves": curves}
-    draws = draw_resamples(questions, _RESAMPLES, seed=0)
+    result: dict[str, Any] = {
+        "questions": questions,
+        "pictures": len(set(shown)),
+        "variants": {},
+        "curves": curves,
+    }
     for number, (name, runs) in enumerate(found.items()):
         if not runs:
             continue
@@ -251,7 +262,10 @@ def _by_seed(
 
 
 def _curve(
-    config: AblationConfig, name: str, known: Mapping[str, dict[str, Any]]
+    config: AblationConfig,
+    name: str,
+    known: Mapping[str, dict[str, Any]],
+    draws: NDArray[np.float64],
 ) -> list[dict[str, Any]]:
     """A variant's accuracy after each number of steps at which it was judged."""
     runs = list(_by_seed(config, name, known).values())
@@ -261,7 +275,6 @@ def _curve(
     for steps in sorted({*paused, variant.steps}):
         at = _END if steps == variant.steps else str(steps)
         hits = [_hits(run, at) for run in runs if at in run["right"]]
-        draws = draw_resamples(len(hits[0]), _RESAMPLES, seed=0)
         share = accuracy(np.mean(hits, axis=0), draws)
         curve.append({"steps": steps, "scenes": steps * variant.scenes, "accuracy": share})
     return curve

@@ -30,7 +30,8 @@ def ablation_report(runs: Path) -> str:
         raise InputError(f"{runs} holds no evaluated variant; make some with {_COMMAND} CONFIG")
     head = ["variant", "settings", "parameters", "seeds", "each seed", "all", "against the first"]
     rows = [_row(name, variant) for name, variant in result["variants"].items()]
-    table = f"n = {result['questions']} a seed.\n\n{pipe_table([head, *rows])}"
+    over = f", 95 % intervals over {result['pictures']} pictures" if "pictures" in result else ""
+    table = f"n = {result['questions']} a seed{over}.\n\n{pipe_table([head, *rows])}"
     return table + _curves(result["curves"]) if result.get("curves") else table
 
 
