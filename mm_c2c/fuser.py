@@ -272,13 +272,20 @@ class SharedProjection(nn.Module):
         """See `Projection`."""
         hidden = self.source_in(_normalise(source).flatten(2))
         hidden = hidden + self.down(F.gelu(self.up(_normalise(hidden))))
-        mixed = torch.einsum("ts,snh->tnh", self.mix(), hidden)
-        mixed = mixed + self.target_in(_normalise(target).flatten(2))
+        mixed = torch.einsum("ts,snh->tnh", self.mix(), hidden) + self._read_target(target)
         inner = F.gelu(self.head_down(_normalise(mixed)))
         return Projected(
             self.head_up(inner).unflatten(-1, (2, -1)),
             self.head_weight(inner).unflatten(-1, (2, -1)),
         )
+
+    def _read_target(self, target: Tensor) -> Tensor:
+        """`target_in` of normalised K and V; normalised after the product, where there is less."""
+        squares = torch.linalg.vector_norm(target, dim=-1, keepdim=True).square()
+        scale = torch.rsqrt(squares / target.shape[-1] + torch.finfo(target.dtype).eps)
+        weights = self.target_in.weight.unflatten(1, (2, -1))
+        keys, values = (F.linear(target[:, :, part], weights[:, part]) for part in range(2))
+        return keys * scale[:, :, 0] + values * scale[:, :, 1]
 
 
 class LayerwiseProjection(nn.Module):

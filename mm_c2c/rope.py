@@ -118,9 +118,8 @@ def _turn(keys: Tensor, position_ids: Tensor, spec: RopeSpec, *, inverse: bool) 
     cos = torch.stack((cos, cos), dim=pair_dim).flatten(-2)
     sin = torch.stack((-sin, sin), dim=pair_dim).flatten(-2)
     moving = keys[..., : spec.rotary_dim]
-    turned = moving * cos
-    turned += moving.unflatten(-1, pairs).flip(pair_dim).flatten(-2) * sin
-    turned = turned.to(keys.dtype)
+    partners = moving.unflatten(-1, pairs).flip(pair_dim).flatten(-2)
+    turned = torch.addcmul(moving * cos, partners, sin).to(keys.dtype)
     if keys.shape[-1] == spec.rotary_dim:
         return turned
     return torch.cat((turned, keys[..., spec.rotary_dim :]), dim=-1)
