@@ -300,10 +300,10 @@ class LayerwiseProjection(nn.Module):
         source, target, hidden = config.source, config.target, config.hidden_size
         pairs = layer_pairs(*_layers(config))
         self.num_layers = target.num_layers
-        self.fed: Tensor
-        self.feeding: Tensor
-        self.register_buffer("fed", torch.tensor(list(pairs)), persistent=False)
-        self.register_buffer("feeding", torch.tensor(list(pairs.values())), persistent=False)
+        self.target_layers: Tensor
+        self.source_layers: Tensor
+        for name, layers in (("target_layers", pairs), ("source_layers", pairs.values())):
+            self.register_buffer(name, torch.tensor(list(layers)), persistent=False)
         blocks = 2 * len(pairs)
         self.enter = Stacked(blocks, source.width + target.width, hidden)
         self.block = nn.Sequential(
@@ -318,7 +318,7 @@ class LayerwiseProjection(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Projected:
         """See `Projection`."""
-        joined = torch.cat([source[self.feeding], target[self.fed]], dim=-1)
+        joined = torch.cat([source[self.source_layers], target[self.target_layers]], dim=-1)
         states = self.enter(torch.cat([joined[:, :, 0], joined[:, :, 1]]))
         projected = states + self.block(_normalise(states))
         return Projected(
@@ -328,7 +328,7 @@ class LayerwiseProjection(nn.Module):
     def _place(self, blocks: Tensor) -> Tensor:
         """Of K's and V's blocks, `(target_layers, tokens, 2, ...)`; zero where none is fed."""
         fed = torch.stack(blocks.chunk(2), dim=2)
-        return fed.new_zeros(self.num_layers, *fed.shape[1:]).index_copy(0, self.fed, fed)
+        return fed.new_zeros(self.num_layers, *fed.shape[1:]).index_copy(0, self.target_layers, fed)
 
 
 def _layers(config: FuserConfig) -> tuple[str, int, int, tuple[tuple[int, int], ...] | None]:

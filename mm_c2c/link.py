@@ -252,18 +252,17 @@ def write_link(
     inputs = gather_inputs(link, source, alignment, cache, positions, rope)
     delta = fuser(inputs.source, inputs.target, alignment.mask)
     layers, indices = read_layers(cache)
-    heads = layers[0].keys.shape[1]
+    index, heads = alignment.target_index, layers[0].keys.shape[1]
     keys, values = delta.unflatten(-1, (heads, -1)).transpose(2, 4).unbind(3)
     if not link.fuser.raw_keys:
-        at = positions.gather(1, alignment.target_index)
-        keys = _per_spec(rotate, keys, at, [rope[i] for i in indices])
-    at = alignment.target_index[:, None, :, None].expand(keys.shape[1:])
+        keys = _per_spec(rotate, keys, positions.gather(1, index), [rope[i] for i in indices])
+    where = index[:, None, :, None].expand(keys.shape[1:])
     written = {
-        index: LayerKV(
-            own.keys.scatter_add(2, at, key.to(own.keys.dtype)),
-            own.values.scatter_add(2, at, value.to(own.values.dtype)),
+        layer: LayerKV(
+            own.keys.scatter_add(2, where, key.to(own.keys.dtype)),
+            own.values.scatter_add(2, where, value.to(own.values.dtype)),
         )
-        for index, own, key, value in zip(indices, layers, keys, values, strict=True)
+        for layer, own, key, value in zip(indices, layers, keys, values, strict=True)
     }
     return with_layers(cache, written)
 

@@ -145,10 +145,10 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
     Returns:
         `questions` and `pictures`, how many; for each of the `variants` its `settings`,
         `parameters`, `seeds`, `each`: a seed's share of right answers, and of them all, as [value,
-        low, high] of a bootstrap over pictures, `accuracy`, `zeroed` (over an empty cache, where there is one)
-        and, but for the first variant, `over_first`: how far it is above that, of the seeds that
-        both have. `curves`, by variant judged at its end: `steps`, `scenes` seen in them and
-        `accuracy`, of all seeds judged there.
+        low, high] of a bootstrap over pictures, `accuracy`, `zeroed` (over an empty cache, where
+        there is one) and, but for the first variant, `over_first`: how far it is above that, of
+        the seeds that both have. `curves`, by variant judged at its end: `steps`, `scenes` seen in
+        them and `accuracy`, of all seeds judged there.
 
     Raises:
         ConfigError: not all were asked as many questions, or other ones than `items` holds.
