@@ -176,6 +176,21 @@ def test_what_was_trained_with_other_settings_is_not_taken_for_a_variant(
     assert len(trained) == 4
 
 
+def test_a_setting_that_came_later_had_its_default(
+    config: AblationConfig, trained: list[FuserTrainingConfig]
+) -> None:
+    config = AblationConfig(**{**vars(config), "seeds": (0,), "only": ("whole",)})
+    ablate.ablate(config)
+    path = config.folder("whole", 0) / "settings.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({k: v for k, v in told.items() if k != "pooling"}))
+    ablate.ablate(config)
+    assert len(trained) == 1
+    resampled = {**vars(config), "variants": {"whole": {"pooling": "resampler"}}}
+    with pytest.raises(ConfigError, match=r"pooling: None -> resampler"):
+        ablate.ablate(AblationConfig(**resampled))
+
+
 def test_a_curve_waits_for_its_variant_to_end(
     config: AblationConfig, trained: list[FuserTrainingConfig]
 ) -> None:

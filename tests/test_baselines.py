@@ -237,7 +237,7 @@ def test_a_tuned_relay_answers_otherwise_and_leaves_the_target_as_it_was(
     for reply, other in zip(together, plain, strict=True):
         assert reply.relayed == other.relayed
         assert reply.answer != other.answer
-    tuned = load_adapter(bridge.target, adapter)
+    _, tuned = load_adapter(bridge.target, adapter)
     assert not torch.allclose(tuned(ids).logits, logits)
     assert tuned.get_input_embeddings().weight is target.get_input_embeddings().weight
     assert target(ids).logits.equal(logits)

@@ -14,7 +14,7 @@ from mm_c2c import Bridge, SourceInput, Target
 from mm_c2c.cache import SourceCache
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import FILES, Asked, Setting, build_arm
-from mm_c2c.reference import train_baseline, train_fuser, train_source
+from mm_c2c.reference import lessons, train_baseline, train_fuser, train_source
 from mm_c2c.reference.concepts import CONCEPTS
 from mm_c2c.reference.knowledge import FACTS
 from mm_c2c.reference.models import SOURCE_NAME, load_source
@@ -205,7 +205,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(
 ) -> None:
     config = replace(fuser_config, reconstruct_steps=0, steps=3, drop=0.5)
     train_fuser.train(replace(config, out=tmp_path / "whole"))
-    draw = train_fuser.draw_questions
+    draw = lessons.draw_questions
     calls = []
 
     def stop(*args: Any) -> Any:
@@ -215,7 +215,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(
         return draw(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_fuser, "draw_questions", stop)
+        patch.setattr(lessons, "draw_questions", stop)
         with pytest.raises(KeyboardInterrupt):
             train_fuser.train(config)
     train_fuser.train(config)
@@ -385,14 +385,42 @@ def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
 
     source = load_source(config.source)
     bridge = Bridge.from_pretrained(config.bridge, targets[-1], {SOURCE_NAME: source})
-    setting = Setting(
-        bridge=bridge,
-        source_name=SOURCE_NAME,
-        request="Say.",
-        **{FILES[kind]: config.out / kind},
-    )
+    files = {FILES[kind]: config.out / kind}
+    setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request="Say.", **files)
     asked = [Asked(SourceInput(images=(picture,)), "What is it?") for picture in pictures]
     assert len(build_arm(kind, setting).answer(asked)) == 2
+
+
+@pytest.mark.parametrize("kind", train_baseline.KINDS)
+def test_a_baseline_goes_on_from_a_trained_one(
+    kind: str, fuser_config: FuserTrainingConfig, targets: list[Target], tmp_path: Path
+) -> None:
+    if kind == "tuned_relay":
+        pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
+    train_fuser.train(replace(fuser_config, reconstruct_steps=0))
+    first = BaselineTrainingConfig(
+        kind=kind,
+        data=fuser_config.data,
+        source=fuser_config.source,
+        bridge=fuser_config.out / "bridge",
+        out=tmp_path / "before",
+        parameters=5000,
+        steps=2,
+        warmup=1,
+        scenes=2,
+    )
+    train_baseline.train(first)
+    second = replace(
+        first, start=first.out / kind, out=tmp_path / "after", parameters=1, learning_rate=1e-9
+    )
+    train_baseline.train(second)
+    before, after = (
+        load(next((config.out / kind).glob("*.safetensors")).read_bytes())
+        for config in (first, second)
+    )
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-6)
+    assert any(not weight.equal(after[name]) for name, weight in before.items())
 
 
 def test_a_baseline_of_no_known_kind_is_refused(fuser_config: FuserTrainingConfig) -> None:

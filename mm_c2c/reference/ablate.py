@@ -13,6 +13,7 @@ questions were answered right: laid into an empty folder, it stands for the trai
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -111,6 +112,7 @@ def ablate(config: AblationConfig) -> None:
             known = read_judgements(config.out).get(variant.out.name, {"right": {}})
             settings = _settings(variant)
             before = _read_settings(variant.out) or known.get("settings", settings)
+            before = {**_defaults(variant.training, settings), **before}
             if before != settings:
                 raise ConfigError(
                     f"{variant.out}: trained with other settings than {name!r} has now "
@@ -236,6 +238,15 @@ def _settings(variant: Variant) -> dict[str, Any]:
     """All that says what is learned, as a file keeps it."""
     kept = {k: v for k, v in to_dict(variant.training).items() if k not in _WHEREABOUTS}
     return json.loads(json.dumps(kept))
+
+
+def _defaults(training: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings that have one: what a training had before they could be set."""
+    return {
+        field.name: settings[field.name]
+        for field in dataclasses.fields(training)
+        if field.name in settings and getattr(training, field.name) == field.default
+    }
 
 
 def _read_settings(training: Path) -> dict[str, Any]:

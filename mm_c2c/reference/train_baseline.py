@@ -18,11 +18,12 @@ from transformers import DynamicCache
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import DTYPES, WIDE_DTYPES, check_one_of
-from mm_c2c.evaluation.arms.own_source import OWN_NAME, build_own_bridge
+from mm_c2c.config import DTYPES, check_one_of
+from mm_c2c.evaluation.arms.own_source import OWN_NAME, build_own_bridge, load_own_bridge
 from mm_c2c.evaluation.arms.prompts import RelayPrompt
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig
-from mm_c2c.evaluation.arms.tuned import add_adapter
+from mm_c2c.evaluation.arms.tuned import add_adapter, load_adapter
+from mm_c2c.reference.lessons import LessonConfig, draw_lesson
 from mm_c2c.reference.models import BRIDGE_FOLDER, SOURCE_NAME, load_source, load_target
 from mm_c2c.reference.scene_data import ScenePool
 from mm_c2c.reference.scenes import CAPTION_REQUEST, Question
@@ -30,60 +31,40 @@ from mm_c2c.reference.train_fuser import (
     FeatureReader,
     answer_loss,
     answer_turns,
-    draw_questions,
     turns_loss,
 )
-from mm_c2c.reference.trainer import TrainerConfig, run
+from mm_c2c.reference.trainer import run
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.text import render_chat
 from mm_c2c.sources.vlm import VLMSource
-from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
 from mm_c2c.training.packing import split_beginning
 
 KINDS = ("tuned_relay", "soft_prompt", "own_source")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineTrainingConfig(TrainerConfig):
-    """Settings of one training, beside those that each has.
+class BaselineTrainingConfig(LessonConfig):
+    """Settings of one training, beside those that each on scenes has.
 
     Attributes:
         kind: `tuned_relay` puts a LoRA into the target, which reads the source's captions;
             `soft_prompt` trains a connector from the source's vision tower into the frozen target;
             `own_source` trains a fuser from the target into itself, which sees no picture.
-        data: folder of shards written by `scene_data`.
-        source: folder of the trained source.
         out: where checkpoints, the log and the result (in `out/KIND`) go.
         bridge: folder of the fuser it is compared with: its prompt is taken.
-        parameters: about so many are trained; the reference fuser has 3,419,432.
-        scenes: pictures a step.
-        questions: questions a picture; a request to describe it comes on top.
-        optimizer: `adamw`, or `muon` for the weights, as the fuser has it.
-        easy_steps: steps in which only scenes of one and two stickers are shown.
-        dtype: of the frozen target while training; see `FuserTrainingConfig`.
+        parameters: about so many are trained, where `start` names none; the reference fuser has
+            3,419,432.
     """
 
     kind: str
-    data: Path
-    source: Path
     bridge: Path = BRIDGE_FOLDER
     parameters: int = 3_419_432
-    steps: int = 400
-    scenes: int = 8
-    questions: int = 4
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
-    warmup: int = 20
-    easy_steps: int = 60
-    save_every: int = 25
-    log_every: int = 5
-    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("kind", self.kind, KINDS)
-        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
 
 class _Baseline(NamedTuple):
@@ -105,16 +86,20 @@ def train(config: BaselineTrainingConfig) -> None:
     pool = ScenePool(config.data)
 
     def loss(step: int, rng: random.Random) -> Tensor:
-        features, scenes = pool.draw(rng, config.scenes, easily=step < config.easy_steps)
-        return baseline.loss(features, draw_questions(scenes, rng, config.questions))
+        easily = step < config.easy_steps
+        features, scenes = pool.draw(rng, config.scenes, easily=easily, odd=config.odd)
+        return baseline.loss(features, draw_lesson(scenes, rng, config))
 
-    optimizers = build_optimizers(baseline.module, config.learning_rate, config.optimizer)
+    optimizers = config.optimizers(baseline.module)
     config.loop().run(baseline.module, optimizers, config.rate, loss, lambda _: baseline.save())
 
 
 def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
     """The target with a LoRA, on what the arm of that name will show it."""
-    wrapped, model = add_adapter(bridge.target, config.parameters)
+    if config.start is None:
+        wrapped, model = add_adapter(bridge.target, config.parameters)
+    else:
+        wrapped, model = load_adapter(bridge.target, config.start, trainable=True)
     reader = FeatureReader(source)
     tokenizer, prompt = bridge.target.tokenizer, RelayPrompt()
 
@@ -142,8 +127,11 @@ def _tuned_relay(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSour
 def _soft_prompt(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
     """A connector from the vision tower, on what the arm of that name will show the target."""
     tower = source.model.model.vision_tower
-    shape = ConnectorConfig.of_budget(tower.config.hidden_size, bridge, config.parameters)
-    connector = Connector(shape)
+    if config.start is None:
+        width = tower.config.hidden_size
+        connector = Connector(ConnectorConfig.of_budget(width, bridge, config.parameters))
+    else:
+        connector = Connector.from_pretrained(config.start, bridge)
 
     def loss(features: Tensor, asked: list[list[Question]]) -> Tensor:
         with torch.no_grad():
@@ -156,7 +144,10 @@ def _soft_prompt(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSour
 def _own_source(config: BaselineTrainingConfig, bridge: Bridge, source: VLMSource) -> _Baseline:
     """A fuser from the target into itself, on the questions alone."""
     del source
-    own = build_own_bridge(bridge, config.parameters)
+    if config.start is None:
+        own = build_own_bridge(bridge, config.parameters)
+    else:
+        own = load_own_bridge(config.start, bridge.target)
 
     def loss(features: Tensor, asked: list[list[Question]]) -> Tensor:
         del features

@@ -9,7 +9,6 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,49 +19,39 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, zeroed
-from mm_c2c.config import DTYPES, WIDE_DTYPES, check_one_of
+from mm_c2c.config import DTYPES
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import CAPTION_TOKENS
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import Perception
-from mm_c2c.reference.knowledge import draw_knowledge
+from mm_c2c.reference.lessons import LessonConfig, draw_lesson
 from mm_c2c.reference.models import SOURCE_NAME, SYSTEM, load_source, load_target
 from mm_c2c.reference.scene_data import SPLITS, ScenePool
 from mm_c2c.reference.scenes import (
-    CAPTION_REQUEST,
     PLACES,
     SCENE_PIXELS,
     Question,
     Scene,
-    caption,
     patch_contents,
-    questions,
 )
-from mm_c2c.reference.trainer import TrainerConfig, run
+from mm_c2c.reference.trainer import run
 from mm_c2c.rope import RopeSpec, derotate
 from mm_c2c.sources.base import SourceInput, count_positions
 from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.target import Target
 from mm_c2c.training.loop import cosine_rate
-from mm_c2c.training.optimizers import build_optimizers
 from mm_c2c.training.packing import Turn, pack, read_packed
 
 _NOTHING = "nothing"
-# What wants a name to be found among the slots, or all slots to be looked through.
-_LEARNED_LATE = ("where", "count", "exists", "odd")
-_TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuserTrainingConfig(TrainerConfig):
-    """Settings of one training, beside those that each has.
+class FuserTrainingConfig(LessonConfig):
+    """Settings of one training, beside those that each on scenes has.
 
     Attributes:
-        data: folder of shards written by `scene_data`.
-        source: folder of the trained source.
         out: where checkpoints, the log and the finished bridge go.
-        start: folder of a saved bridge to go on from, with its shape; None starts from nothing.
         preset: the fuser's preset.
         layers: which source layers feed a target layer.
         hidden_size: width of the fuser's projection.
@@ -78,25 +67,14 @@ class FuserTrainingConfig(TrainerConfig):
             cache holds after reading what lies there; no pass through the target.
         reconstruct_scenes: pictures a step of that phase.
         steps: steps of the second phase: cross-entropy of the answers.
-        scenes: pictures a step.
-        questions: questions a picture; a request to describe it comes on top.
-        late: questions a picture of the kinds that are learned late, beside those.
-        odd: pictures an answer step that have an odd one out, among `scenes`; the others may.
-        knowledge: questions whose answer is not in the picture come beside them.
         learning_rate: after the warm-up; falls to zero along a cosine. Matrices follow Muon, the
             rest AdamW.
-        easy_steps: steps in which only scenes of one and two stickers are shown.
         drop: share of answer steps with an empty source cache: the fuser then learns what can be
             said without looking, and the zeroed control is a blind target that knows the form.
         shuffled: each picture's questions are learned over the next picture's cache: a control,
             which can learn how answers look and nothing about pictures.
-        dtype: of the frozen target while training; the fuser stays in float32. bfloat16 is faster
-            only on CPUs with AVX-512 bf16 or AMX; on AVX2 it was measured 36 times slower.
     """
 
-    data: Path
-    source: Path
-    start: Path | None = None
     preset: str = "small"
     layers: str = "mix"
     hidden_size: int = 256
@@ -110,28 +88,14 @@ class FuserTrainingConfig(TrainerConfig):
     slot_token: str = " image"
     reconstruct_steps: int = 300
     reconstruct_scenes: int = 16
-    steps: int = 400
-    scenes: int = 8
-    questions: int = 4
-    late: int = 0
-    odd: int = 0
-    knowledge: bool = False
     learning_rate: float = 2e-3
-    warmup: int = 20
-    easy_steps: int = 60
-    save_every: int = 25
-    log_every: int = 5
     drop: float = 0.1
     shuffled: bool = False
-    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shuffled and min(self.scenes, self.reconstruct_scenes) < 2:
             raise ConfigError("shuffled needs at least 2 scenes and 2 reconstruct_scenes a step")
-        if not 0 <= self.odd <= self.scenes:
-            raise ConfigError(f"odd must be in [0, scenes={self.scenes}], got {self.odd}")
-        check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
     @property
     def all_steps(self) -> int:
@@ -345,19 +309,13 @@ def train(config: FuserTrainingConfig, until: int | None = None) -> None:
         perception = bridge.fuse_slots({SOURCE_NAME: cache})
         if reconstruct:
             return reconstruct_loss(bridge, words(), perception, scenes, config.rows)
-        asked = draw_questions(scenes, rng, config.questions)
-        if config.late:
-            asked = [q + draw_late(s, rng, config.late) for s, q in zip(scenes, asked, strict=True)]
-        if config.knowledge:
-            asked = [q + draw_knowledge(s, rng) for s, q in zip(scenes, asked, strict=True)]
-        return answer_loss(bridge, perception, asked)
+        return answer_loss(bridge, perception, draw_lesson(scenes, rng, config))
 
     def save(_: object) -> None:
         bridge.save_pretrained(config.out / "bridge", dtype=torch.float16)
 
-    optimizers = build_optimizers(bridge.fusers, config.learning_rate)
     loop = replace(config.loop(), steps=until or config.all_steps)
-    loop.run(bridge.fusers, optimizers, config.rate, loss, save)
+    loop.run(bridge.fusers, config.optimizers(bridge.fusers), config.rate, loss, save)
 
 
 def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
@@ -386,29 +344,6 @@ def _build_bridge(config: FuserTrainingConfig) -> tuple[Bridge, VLMSource]:
     )
     prompt = BridgeConfig(links=(link,), system=SYSTEM, slot_token=config.slot_token)
     return Bridge(target, sources, prompt), source
-
-
-def draw_questions(scenes: list[Scene], rng: random.Random, count: int) -> list[list[Question]]:
-    """As many questions about each scene, and one for all of it.
-
-    `odd` and `relation` come where a scene has them.
-    """
-    names = SPLITS["train"].names
-    return [
-        [
-            *rng.sample(questions(scene, rng, names), count),
-            Question("caption", CAPTION_REQUEST, caption(scene)),
-        ]
-        for scene in scenes
-    ]
-
-
-def draw_late(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """At most so many questions of the kinds that are learned late, no two the same."""
-    names = SPLITS["train"].names
-    found = [q for _ in range(_TRIES) for q in questions(scene, rng, names)]
-    late = list(dict.fromkeys(q for q in found if q.kind in _LEARNED_LATE))
-    return rng.sample(late, min(count, len(late)))
 
 
 if __name__ == "__main__":

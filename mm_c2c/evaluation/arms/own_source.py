@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -46,15 +47,18 @@ class OwnSource:
     @cached_property
     def bridge(self) -> Bridge:
         """The trained bridge from the target into itself."""
-        target = self.setting.bridge.target
-        folder = self.setting.file_of("own_source")
-        return Bridge.from_pretrained(folder, target, {OWN_NAME: own_source(target)})
+        return load_own_bridge(self.setting.file_of("own_source"), self.setting.bridge.target)
 
 
 def own_source(target: Target) -> TextSource:
     """The target as a source of text; the model is shared."""
     origin = target.origin
     return TextSource(target.model, target.tokenizer, origin.model, origin.revision)
+
+
+def load_own_bridge(folder: Path, target: Target) -> Bridge:
+    """A trained bridge from a target into itself."""
+    return Bridge.from_pretrained(folder, target, {OWN_NAME: own_source(target)})
 
 
 def build_own_bridge(bridge: Bridge, parameters: int) -> Bridge:

@@ -27,7 +27,7 @@ class TunedRelay(CaptionRelay):
     def reader(self) -> Bridge:
         """Of the tuned target."""
         bridge = self.setting.bridge
-        model = load_adapter(bridge.target, self.setting.file_of(self.name))
+        _, model = load_adapter(bridge.target, self.setting.file_of(self.name))
         tuned = Target(model, bridge.target.tokenizer, bridge.target.origin.model)
         return bridge.onto(tuned)
 
@@ -86,8 +86,18 @@ def add_adapter(target: Target, parameters: int) -> tuple[Any, PreTrainedModel]:
     return wrapped, model
 
 
-def load_adapter(target: Target, folder: Path) -> PreTrainedModel:
-    """The target's model with a trained adapter; `target` itself stays as it is.
+def load_adapter(
+    target: Target, folder: Path, *, trainable: bool = False
+) -> tuple[Any, PreTrainedModel]:
+    """A trained LoRA in the target's model; `target` itself stays as it is.
+
+    Args:
+        target: of the kind that it was trained for.
+        folder: as PEFT saved it.
+        trainable: whether it is trained on, in float32.
+
+    Returns:
+        As `add_adapter` does.
 
     Raises:
         MismatchError: the folder holds no adapter, or one for another model.
@@ -102,5 +112,6 @@ def load_adapter(target: Target, folder: Path) -> PreTrainedModel:
             f"{folder}: the adapter was trained for {trained_for!r}, got {target.origin.model!r}"
         )
     model = share_weights(target.model)
-    peft.PeftModel.from_pretrained(model, folder)
-    return model.eval()
+    wrapped = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    model.eval()
+    return wrapped, model
