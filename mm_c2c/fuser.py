@@ -5,7 +5,7 @@ For each target layer, `K' = K + gate * weight * projection`, and likewise for V
     source K, V ─▶ projection ─▶ hidden ─▶ heads ──▶ difference
     target K, V ─┘                  └────▶ weight      * weight * gate
 
-All keys in here are without rotation. Every stage is one batched product over stacked layers; the
+Keys in here are without rotation, but with `raw_keys`. Every stage is one batched product over stacked layers; the
 output projection starts at zero, so that an untrained fuser changes nothing.
 """
 
@@ -153,7 +153,7 @@ class CacheFuser(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Trained parameters."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def gates(self) -> Tensor:
         """How open each layer is: `(target_layers, 2)` in [0, 1]; column 0 is K, 1 is V."""
@@ -223,14 +223,18 @@ class CacheFuser(nn.Module):
 class Stacked(nn.Module):
     """Linear maps of several layers, stacked: `(layers, tokens, in)` to `(layers, tokens, out)`."""
 
-    def __init__(self, layers: int, inputs: int, outputs: int, *, zero: bool = False) -> None:
+    def __init__(
+        self, layers: int, inputs: int, outputs: int, *, zero: bool = False, bias: bool = True
+    ) -> None:
         super().__init__()
         bound = 0.0 if zero else 1 / math.sqrt(inputs)
         self.weight = nn.Parameter(torch.empty(layers, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(layers, 1, outputs))
+        self.bias = nn.Parameter(torch.zeros(layers, 1, outputs)) if bias else None
 
     def forward(self, states: Tensor) -> Tensor:
         """One batched product for all layers."""
+        if self.bias is None:
+            return torch.bmm(states, self.weight)
         return torch.baddbmm(self.bias, states, self.weight)
 
 
@@ -238,7 +242,7 @@ class SharedProjection(nn.Module):
     """`small`: the source is projected once a source layer; each target layer has a low-rank head.
 
     hidden  = FFN(W_source [K; V])                     a source layer
-    mixed   = sum over source layers, + W_target [K; V] + bias       a target layer
+    mixed   = sum over source layers, + W_target [K; V]       a target layer
     inner   = gelu(W_down mixed);  difference = W_up inner;  weight = W_w inner
     """
 
@@ -288,11 +292,26 @@ class SharedProjection(nn.Module):
         return keys * scale[:, :, 0] + values * scale[:, :, 1]
 
 
-class LayerwiseProjection(nn.Module):
-    """`c2c`: the paper's block for each target layer that is fed, once for K and once for V.
+class ResidualFFN(nn.Module):
+    """The paper's block, of several layers: `x + W_down gelu(W_up norm(x))`, without biases."""
 
-    x = [source; target];  u = W_in x;  v = FFN(u), pre-norm, residual;  P = W_out v;
-    weight = W_w FFN_w(u). The blocks of all fed layers are stacked, K's first.
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(layers, 1, width))
+        self.up = Stacked(layers, width, width, bias=False)
+        self.down = Stacked(layers, width, width, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`(layers, tokens, width)`, as it came in."""
+        return states + self.down(F.gelu(self.up(_normalise(states) * self.scale)))
+
+
+class LayerwiseProjection(nn.Module):
+    """`c2c`: the paper's projector for each target layer that is fed, once for K and once for V.
+
+    u = FFN(W_in [source; target]);  P = W_out FFN(u);  weight = W_w FFN(u), each FFN with weights
+    of its own. The blocks of all fed layers are stacked, K's first. The paper's own code
+    (github.com/thu-nics/C2C, `C2CProjector`) is the same but for dropout and `W_out`'s start at 0.
     """
 
     def __init__(self, config: FuserConfig) -> None:
@@ -306,23 +325,19 @@ class LayerwiseProjection(nn.Module):
             self.register_buffer(name, torch.tensor(list(layers)), persistent=False)
         blocks = 2 * len(pairs)
         self.enter = Stacked(blocks, source.width + target.width, hidden)
-        self.block = nn.Sequential(
-            Stacked(blocks, hidden, hidden), nn.GELU(), Stacked(blocks, hidden, hidden)
-        )
+        self.read = ResidualFFN(blocks, hidden)
+        self.project = ResidualFFN(blocks, hidden)
         self.leave = Stacked(blocks, hidden, target.width, zero=True)
-        self.weight_block = nn.Sequential(
-            Stacked(blocks, hidden, hidden // 4),
-            nn.GELU(),
-            Stacked(blocks, hidden // 4, target.num_key_value_heads),
+        self.weigh = nn.Sequential(
+            ResidualFFN(blocks, hidden), Stacked(blocks, hidden, target.num_key_value_heads)
         ).requires_grad_(config.weighting)
 
     def forward(self, source: Tensor, target: Tensor) -> Projected:
         """See `Projection`."""
         joined = torch.cat([source[self.source_layers], target[self.target_layers]], dim=-1)
-        states = self.enter(torch.cat([joined[:, :, 0], joined[:, :, 1]]))
-        projected = states + self.block(_normalise(states))
+        states = self.read(self.enter(torch.cat([joined[:, :, 0], joined[:, :, 1]])))
         return Projected(
-            self._place(self.leave(projected)), self._place(self.weight_block(_normalise(states)))
+            self._place(self.leave(self.project(states))), self._place(self.weigh(states))
         )
 
     def _place(self, blocks: Tensor) -> Tensor:

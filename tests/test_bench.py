@@ -39,12 +39,19 @@ def copy_weights(fuser: CacheFuser, peer: LayerByLayer) -> None:
     stacks: Any = fuser.projection
     names = {
         "enter": stacks.enter,
-        "up": stacks.block[0],
-        "down": stacks.block[2],
         "leave": stacks.leave,
-        "weight_up": stacks.weight_block[0],
-        "weight_down": stacks.weight_block[2],
+        "leave_weight": stacks.weigh[1],
+        **{
+            f"{ffn}.{part}": getattr(stack, part)
+            for ffn, stack in (
+                ("read", stacks.read),
+                ("project", stacks.project),
+                ("weigh", stacks.weigh[0]),
+            )
+            for part in ("up", "down")
+        },
     }
+    scales = {"read": stacks.read, "project": stacks.project, "weigh": stacks.weigh[0]}
     for part, projectors in enumerate((peer.keys, peer.values)):
         fed = [layer for layer, pair in enumerate(peer.pairs) if pair is not None]
         for place, layer in enumerate(fed):
@@ -52,9 +59,13 @@ def copy_weights(fuser: CacheFuser, peer: LayerByLayer) -> None:
             assert isinstance(projector, LayerProjector)
             row = part * len(fed) + place
             for name, stack in names.items():
-                plain = getattr(projector, name)
+                plain: Any = projector.get_submodule(name)
                 plain.weight.copy_(stack.weight[row].T)
-                plain.bias.copy_(stack.bias[row, 0])
+                if stack.bias is not None:
+                    plain.bias.copy_(stack.bias[row, 0])
+            for name, ffn in scales.items():
+                norm: Any = projector.get_submodule(f"{name}.norm")
+                norm.weight.copy_(ffn.scale[row, 0])
             projector.gate_logit.copy_(fuser.gate_logits[layer, part])
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mm_c2c.cache import CacheShape
 from mm_c2c.errors import AlignmentError, ConfigError, ShapeError
 from mm_c2c.fuser import GATES, CacheFuser, FuserConfig
+from mm_c2c.geometry import find
 
 SHALLOW = CacheShape(num_layers=3, num_key_value_heads=3, head_dim=5)
 TARGET = CacheShape(num_layers=4, num_key_value_heads=2, head_dim=6)
@@ -94,6 +95,11 @@ def slow_small(fuser: CacheFuser, layer: int, source: Tensor, target: Tensor) ->
     ]
 
 
+def ffn(block: Any, index: int, states: Tensor) -> Tensor:
+    inner = F.gelu((rms(states) * block.scale[index, 0]) @ block.up.weight[index])
+    return states + inner @ block.down.weight[index]
+
+
 def slow_c2c(fuser: CacheFuser, layer: int, source: Tensor, target: Tensor) -> list[Tensor]:
     p: Any = fuser.projection
     differences, logits = [], []
@@ -103,12 +109,9 @@ def slow_c2c(fuser: CacheFuser, layer: int, source: Tensor, target: Tensor) -> l
         chosen = torch.zeros(fuser.config.source.width)
         for index, share in layer_weights(fuser.config.layers, fuser, layer).items():
             chosen = chosen + share * source[index, part]
-        entered = linear(p.enter, block, torch.cat([chosen, target[part]]))
-        inner = F.gelu(linear(p.block[0], block, rms(entered)))
-        left = linear(p.leave, block, entered + linear(p.block[2], block, inner))
-        inner = F.gelu(linear(p.weight_block[0], block, rms(entered)))
-        differences.append(left)
-        logits.append(linear(p.weight_block[2], block, inner))
+        read = ffn(p.read, block, linear(p.enter, block, torch.cat([chosen, target[part]])))
+        differences.append(linear(p.leave, block, ffn(p.project, block, read)))
+        logits.append(linear(p.weigh[1], block, ffn(p.weigh[0], block, read)))
     return [*differences, *logits]
 
 
@@ -211,10 +214,10 @@ def test_terminal_leaves_target_layers_below_a_shallow_source_alone(preset: str)
 @pytest.mark.parametrize(("layers", "fed"), [("terminal", 3), ("proportional", 4)])
 def test_c2c_has_weights_for_the_layers_that_are_fed_alone(layers: str, fed: int) -> None:
     fuser = make_fuser("c2c", layers=layers)
-    block = 16 * (SHALLOW.width + TARGET.width + 1) + 2 * 16 * 17 + TARGET.width * 17
-    weight_block = 4 * 17 + TARGET.num_key_value_heads * 5
+    block = 16 * (SHALLOW.width + TARGET.width + 1) + 3 * (2 * 16 * 16 + 16)
+    heads = (TARGET.width + TARGET.num_key_value_heads) * 17
     gates = 2 * TARGET.num_layers
-    assert fuser.num_parameters == gates + 2 * fed * (block + weight_block)
+    assert fuser.num_parameters == gates + 2 * fed * (block + heads)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -247,7 +250,7 @@ def test_ablated_gates_and_weights_equal_the_plain_reference(
     moved = {name for name, weight in fuser.named_parameters() if weight.grad is not None}
     assert asking == moved
     assert ("gate_logits" in asking) == (fuser.config.gate != "open")
-    assert any("weight_" in name or "head_weight" in name for name in asking) == (
+    assert any("weigh." in name or "head_weight" in name for name in asking) == (
         fuser.config.weighting
     )
 
@@ -383,3 +386,9 @@ def test_the_c2c_preset_has_the_papers_choices() -> None:
         "straight_through",
     )
     assert config.raw_keys
+    # The fuser between the paper's own pair has 478 M parameters (its section on costs), all layers
+    # of the target counted.
+    source, target = (find(name).layout.shape for name in ("Qwen2.5-0.5B", "Qwen3-0.6B"))
+    paper = replace(FuserConfig.c2c(source, target), layers="proportional")
+    with torch.device("meta"):
+        assert round(CacheFuser(paper).num_parameters / 1e6) == 478

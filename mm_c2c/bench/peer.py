@@ -2,8 +2,10 @@
 
 Fu et al., arXiv:2510.03215. For each target layer, once for K and once for V:
 
-    x = [source; target];  u = W_in x;  v = FFN(u), pre-norm, residual;  P = W_out v;
-    weight = sigmoid(W_w FFN_w(u));  gate = one number;  K' = K + gate * weight * P
+    u = FFN(W_in [source; target]);  P = W_out FFN(u);  weight = sigmoid(W_w FFN(u));
+    gate = one number;  K' = K + gate * weight * P
+
+As in the paper's own code (github.com/thu-nics/C2C, `C2CProjector`), without dropout.
 """
 
 from __future__ import annotations
@@ -15,6 +17,20 @@ from torch.nn import functional as F
 from mm_c2c.cache import CacheShape
 
 
+class ResidualFFN(nn.Module):
+    """`x + W_down gelu(W_up norm(x))`, without biases."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.up = nn.Linear(width, width, bias=False)
+        self.down = nn.Linear(width, width, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`(tokens, width)`, as it came in."""
+        return states + self.down(F.gelu(self.up(self.norm(states))))
+
+
 class LayerProjector(nn.Module):
     """One target layer's K, or V."""
 
@@ -22,19 +38,18 @@ class LayerProjector(nn.Module):
         super().__init__()
         self.heads = target.num_key_value_heads
         self.enter = nn.Linear(source.width + target.width, hidden_size)
-        self.up = nn.Linear(hidden_size, hidden_size)
-        self.down = nn.Linear(hidden_size, hidden_size)
+        self.read = ResidualFFN(hidden_size)
+        self.project = ResidualFFN(hidden_size)
         self.leave = nn.Linear(hidden_size, target.width)
-        self.weight_up = nn.Linear(hidden_size, hidden_size // 4)
-        self.weight_down = nn.Linear(hidden_size // 4, self.heads)
+        self.weigh = ResidualFFN(hidden_size)
+        self.leave_weight = nn.Linear(hidden_size, self.heads)
         self.gate_logit = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """`(tokens, source_width)` and `(tokens, target_width)` to `(tokens, target_width)`."""
-        states = self.enter(torch.cat([source, target], dim=-1))
-        inner = F.rms_norm(states, states.shape[-1:])
-        projected = self.leave(states + self.down(F.gelu(self.up(inner))))
-        weight = torch.sigmoid(self.weight_down(F.gelu(self.weight_up(inner))))
+        states = self.read(self.enter(torch.cat([source, target], dim=-1)))
+        projected = self.leave(self.project(states))
+        weight = torch.sigmoid(self.leave_weight(self.weigh(states)))
         difference = projected.unflatten(-1, (self.heads, -1)) * weight.unsqueeze(-1)
         # A step at inference, as in the paper.
         gate = (torch.sigmoid(self.gate_logit) > 0.5).to(target.dtype)
