@@ -21,7 +21,7 @@ from transformers import Cache
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.tokens import align_tokens, answer_start
-from mm_c2c.cache import SourceCache, fork, join_rows, repeat_rows, select_rows
+from mm_c2c.cache import SourceCache, fork, is_prompt, join_rows, repeat_rows, select_rows
 from mm_c2c.config import from_dict
 from mm_c2c.errors import ConfigError, InputError, MismatchError, ShapeError
 from mm_c2c.fuser import CacheFuser
@@ -91,6 +91,7 @@ class Bridge(nn.Module):
             check_link(link, sources, target.shape)
         target.check_continues()
         self.fusers = nn.ModuleDict({link.name: build_fuser(link) for link in config.links})
+        self.fusers.to(target.model.device)
         self.prompt = Prompt(target.tokenizer, config.system, config.slot_token)
         self._prefix_memo: dict[tuple[Any, ...], Cache] = {}
 
@@ -162,7 +163,7 @@ class Bridge(nn.Module):
         input_ids = torch.tensor(ids, dtype=torch.long, device=self.device).expand(batch, -1)
         positions = torch.arange(len(ids), device=self.device).expand(batch, -1)
         for link in links:
-            source = caches[link.source]
+            source = caches[link.source].to(self.device)
             index = torch.tensor(places[link.name], device=self.device).expand(batch, -1)
             alignment = align_slots(link, self._fuser(link), source, index)
             if keep and link.name in keep:
@@ -177,6 +178,7 @@ class Bridge(nn.Module):
             link: one of the bridge's own.
             source: the source's cache.
         """
+        source = source.to(self.device)
         before = self.prompt.before
         ids = (*before, *[self.prompt.slot_id] * link.num_slots)
         positions = torch.arange(len(ids), device=self.device).expand(source.batch_size, -1)
@@ -203,8 +205,8 @@ class Bridge(nn.Module):
             caches: for `aligned` links, the sources' caches of the same questions.
 
         Returns:
-            What `target.generate` takes. Hand it a copy of the cache to use it twice: generating
-            grows it. Shorter questions are padded before the question; in front of the prompt
+            What `target.generate` takes, which leaves the cache as it is (transformers' own, by
+            `target.model.generate(**fused)`, lets it grow). Shorter questions are padded before the question; in front of the prompt
             where the target would feel that (`Target.minds_padding`), and then the cache covers
             all but the last token.
         """
@@ -241,12 +243,13 @@ class Bridge(nn.Module):
         for link in self._aligned_links():
             if link.source not in caches:
                 continue
-            source = caches[link.source]
+            source = caches[link.source].to(self.device)
             check_texts(link.source, source.texts, reading.questions)
             spans = reading.spans[:, :-1]
             # Without a chat template the last token is the question's, and has its own partners.
             begins = answer_start(reading.attention_mask[:, :-1] != 0) * (spans[..., 0] < 0)
-            alignment = align_tokens(source.spans, spans, answer_start(source.kinds != 0), begins)
+            theirs = answer_start(is_prompt(source.kinds))
+            alignment = align_tokens(source.spans, spans, theirs, begins)
             cache = self._write(link, source, alignment, cache, positions)
         return reading._replace(past_key_values=cache).inputs
 
@@ -306,7 +309,11 @@ class Bridge(nn.Module):
             "format": 1,
             "bridge": asdict(self.config),
             "target": self.target.origin._asdict(),
-            "sources": {name: s.origin._asdict() for name, s in self.sources.items()},
+            "sources": {
+                name: source.origin._asdict()
+                for name, source in self.sources.items()
+                if name in {link.source for link in self.config.links}
+            },
         }
         write_tensors(folder / WEIGHTS_NAME, weights)
         (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")

@@ -184,6 +184,19 @@ class SourceCache:
         """Bytes of K and V together."""
         return sum(kv.keys.nbytes + kv.values.nbytes for kv in self.layers)
 
+    def to(self, device: torch.device | str) -> SourceCache:
+        """The same on another device; itself where it is there already."""
+        if self.kinds.device == torch.device(device) == self.layers[0].keys.device:
+            return self
+        return replace(
+            self,
+            layers=tuple(LayerKV(kv.keys.to(device), kv.values.to(device)) for kv in self.layers),
+            position_ids=self.position_ids.to(device),
+            kinds=self.kinds.to(device),
+            patches=self.patches.to(device),
+            spans=self.spans.to(device),
+        )
+
     def select(self, rows: Tensor) -> SourceCache:
         """Rows of the batch, in the order given.
 
@@ -206,6 +219,12 @@ class SourceCache:
             spans=self.spans[rows],
             texts=tuple(self.texts[i] for i in order),
         )
+
+
+def is_prompt(kinds: Tensor) -> Tensor:
+    """Positions of what a model was told: no padding, and not what a policy adds to it."""
+    added = (PositionKind.PAD, PositionKind.STATE, PositionKind.ACTION)
+    return torch.stack([kinds != kind for kind in added]).all(0)
 
 
 def zeroed(cache: SourceCache) -> SourceCache:

@@ -223,18 +223,13 @@ class CacheFuser(nn.Module):
 class Stacked(nn.Module):
     """Linear maps of several layers, stacked: `(layers, tokens, in)` to `(layers, tokens, out)`."""
 
-    def __init__(
-        self, layers: int, inputs: int, outputs: int, *, zero: bool = False, bias: bool = True
-    ) -> None:
+    def __init__(self, layers: int, inputs: int, outputs: int, *, zero: bool = False) -> None:
         super().__init__()
-        bound = 0.0 if zero else 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(layers, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(layers, 1, outputs)) if bias else None
+        self.weight = _draw(layers, inputs, outputs, 0.0 if zero else 1 / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(layers, 1, outputs))
 
     def forward(self, states: Tensor) -> Tensor:
         """One batched product for all layers."""
-        if self.bias is None:
-            return torch.bmm(states, self.weight)
         return torch.baddbmm(self.bias, states, self.weight)
 
 
@@ -298,12 +293,14 @@ class ResidualFFN(nn.Module):
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(layers, 1, width))
-        self.up = Stacked(layers, width, width, bias=False)
-        self.down = Stacked(layers, width, width, bias=False)
+        self.up_weight, self.down_weight = (
+            _draw(layers, width, width, 1 / math.sqrt(width)) for _ in range(2)
+        )
 
     def forward(self, states: Tensor) -> Tensor:
         """`(layers, tokens, width)`, as it came in."""
-        return states + self.down(F.gelu(self.up(_normalise(states) * self.scale)))
+        inner = F.gelu(torch.bmm(_normalise(states) * self.scale, self.up_weight))
+        return torch.baddbmm(states, inner, self.down_weight)
 
 
 class LayerwiseProjection(nn.Module):
@@ -349,6 +346,11 @@ class LayerwiseProjection(nn.Module):
 def _layers(config: FuserConfig) -> tuple[str, int, int, tuple[tuple[int, int], ...] | None]:
     """What layers are paired by."""
     return config.layers, config.source.num_layers, config.target.num_layers, config.pairs
+
+
+def _draw(layers: int, inputs: int, outputs: int, bound: float) -> nn.Parameter:
+    """Uniform within `bound`, as `nn.Linear` begins."""
+    return nn.Parameter(torch.empty(layers, inputs, outputs).uniform_(-bound, bound))
 
 
 def _normalise(states: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mm_c2c.errors import FetchError, UnsupportedError
+from mm_c2c.errors import ConfigError, FetchError, UnsupportedError
 from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME
 
 CARD_NAME = "README.md"
@@ -79,9 +79,14 @@ def fetch_folder(folder: str | Path, revision: str | None = None) -> Path:
         revision: branch, tag or commit of the repository; None takes its newest.
 
     Raises:
+        ConfigError: a revision of a folder, which has none.
         FetchError: there is no such folder, and the repository could not be had.
     """
     if isinstance(folder, Path) or Path(folder).is_dir() or not is_repo_id(folder):
+        if revision is not None:
+            raise ConfigError(
+                f"{folder} is a folder, which has no revisions; leave revision={revision!r} out"
+            )
         return Path(folder)
     try:
         found = snapshot_download(

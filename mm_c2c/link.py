@@ -22,7 +22,7 @@ from mm_c2c.cache import (
     read_layers,
     with_layers,
 )
-from mm_c2c.errors import AlignmentError, ConfigError, InputError, ShapeError
+from mm_c2c.errors import ConfigError, InputError, ShapeError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.pretrained import check_shape
 from mm_c2c.rope import RopeSpec, derotate, rotate
@@ -291,7 +291,10 @@ def _source_states(link: LinkConfig, source: SourceCache) -> Tensor:
     keys, values = _stack(source.layers)
     if not link.fuser.raw_keys:
         keys = _per_spec(derotate, keys, source.position_ids, source.rope)
-    return torch.stack([keys, values]).permute(2, 4, 1, 0, 3, 5)
+    both = torch.stack([keys, values])
+    # A weight of 0 does not silence what is no number, which kernels may leave where padding is.
+    both.masked_fill_((source.kinds == PositionKind.PAD)[:, None, :, None], 0)
+    return both.permute(2, 4, 1, 0, 3, 5)
 
 
 def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
@@ -307,10 +310,7 @@ def _check_pictures(link: LinkConfig, source: SourceCache) -> None:
 
 def _stack(layers: Sequence[LayerKV]) -> tuple[Tensor, Tensor]:
     """K and V of all layers, each with the layers in front."""
-    try:
-        keys, values = (torch.stack(part) for part in zip(*layers, strict=True))
-    except RuntimeError as error:
-        raise AlignmentError(f"layers of unlike shape cannot be fused together: {error}") from error
+    keys, values = (torch.stack(part) for part in zip(*layers, strict=True))
     return keys, values
 
 

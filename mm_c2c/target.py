@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,6 @@ from mm_c2c.cache import fork, minds_padding, repeat_rows
 from mm_c2c.errors import UnsupportedError
 from mm_c2c.hub import load_pretrained
 from mm_c2c.sources.base import (
-    LENGTH_DEPENDENT,
     FrozenReader,
     count_positions,
     full_cache,
@@ -89,6 +88,8 @@ class Target(FrozenReader):
                 `past_key_values`, which are not changed.
         """
         cache, mask = inputs.get("past_key_values"), inputs["attention_mask"]
+        if cache is not None:
+            self._check_length(mask.shape[1], mask.shape[1])
         done = 0 if cache is None else cache.get_seq_length()
         out = self.model(
             input_ids=inputs["input_ids"][:, done:],
@@ -98,6 +99,19 @@ class Target(FrozenReader):
             **self.spared,
         )
         return out.logits[:, -1]
+
+    def score(
+        self, inputs: Mapping[str, Any], rows: Sequence[int], answers: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """As `FrozenReader.score`.
+
+        Raises:
+            UnsupportedError: prompt and answer are longer than what has been read can follow.
+        """
+        if inputs.get("past_key_values") is not None:
+            prompt = inputs["input_ids"].shape[1]
+            self._check_length(prompt, prompt + max(map(len, answers), default=0))
+        return super().score(inputs, rows, answers)
 
     def generate(self, inputs: Mapping[str, Any], **kwargs: Any) -> Tensor:
         """Prompts and answers, by `model.generate(**kwargs)`, over a cache that stays as it is.
@@ -168,7 +182,7 @@ class Target(FrozenReader):
                     self.generate(inputs, streamer=streamer, stopping_criteria=criteria, **kwargs)
             except Exception as error:  # noqa: BLE001, raised again in the caller's thread
                 failure.append(error)
-                streamer.end()
+                streamer.on_finalized_text("", stream_end=True)  # `end` would decode once more
 
         # No daemon: torch aborts a process that ends while one is decoding.
         worker = threading.Thread(target=run)
@@ -244,19 +258,16 @@ class Target(FrozenReader):
             prompt: tokens of the prompt, padding included.
             longest: tokens of prompt and answer; None where transformers chooses.
         """
-        config = self.model.config.get_text_config(decoder=True)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") not in LENGTH_DEPENDENT:
+        limit = self.turns_until
+        if limit is None:
             return
-        most = config.max_position_embeddings
-        longest = min(prompt + _NEW_TOKENS, most) if longest is None else longest
-        limit = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", most
-        )
+        if longest is None:
+            most = self.model.config.get_text_config(decoder=True).max_position_embeddings
+            longest = min(prompt + _NEW_TOKENS, most)
         if longest > limit:
             raise UnsupportedError(
-                f"{self} turns its keys otherwise beyond {limit} tokens (RoPE of type "
-                f"{rope['rope_type']!r}), where what is fused would be lost: expected prompt and "
+                f"{self} turns its keys otherwise beyond {limit} tokens (RoPE that depends on the "
+                "length), where what is fused would be lost: expected prompt and "
                 f"answer to be no longer, got {prompt} tokens and {longest - prompt} new ones; set "
                 f"max_new_tokens to at most {max(limit - prompt, 0)}, or ask less"
             )

@@ -28,9 +28,9 @@ GOLD = ["cat", "dog", "2", "left"]
 
 @pytest.fixture
 def config(tmp_path: Path) -> AblationConfig:
-    items = [  # two questions a picture
-        {"image": f"{number % 2}.webp", "kind": "what", "question": "What?", "answer": gold}
-        for number, gold in enumerate(GOLD)
+    items = [  # two questions a picture, in another order than they are asked in
+        {"image": f"{number // 2}.webp", "kind": "what", "question": question, "answer": gold}
+        for number, (question, gold) in enumerate(zip("ABAB", GOLD, strict=True))
     ]
     lines = "".join(json.dumps(item) + "\n" for item in items)
     (tmp_path / "items.jsonl").write_text(lines, encoding="utf-8")
@@ -240,7 +240,8 @@ def test_intervals_are_over_pictures(
     ablate.ablate(AblationConfig(**{**vars(config), "seeds": (0,)}))
     result = json.loads((config.out / "ablations.json").read_text(encoding="utf-8"))
     assert (result["questions"], result["pictures"]) == (4, 2)
-    # Of each picture's questions half are right, and so they are whichever pictures are drawn.
+    # Asked are A of both pictures, then B, and the first two answers are right: half of each
+    # picture's, whichever pictures are drawn. In the file's order both would be of one picture.
     assert result["variants"]["whole"]["accuracy"] == [0.5, 0.5, 0.5]
     assert "n = 4 a seed, 95 % intervals over 2 pictures." in ablation_report(config.out)
 

@@ -37,35 +37,23 @@ def pipeline() -> Pipeline:
 def copy_weights(fuser: CacheFuser, peer: LayerByLayer) -> None:
     """The stacked weights into the plain layers; K's blocks come first."""
     stacks: Any = fuser.projection
-    names = {
-        "enter": stacks.enter,
-        "leave": stacks.leave,
-        "leave_weight": stacks.weigh[1],
-        **{
-            f"{ffn}.{part}": getattr(stack, part)
-            for ffn, stack in (
-                ("read", stacks.read),
-                ("project", stacks.project),
-                ("weigh", stacks.weigh[0]),
-            )
-            for part in ("up", "down")
-        },
-    }
-    scales = {"read": stacks.read, "project": stacks.project, "weigh": stacks.weigh[0]}
+    names = {"enter": stacks.enter, "leave": stacks.leave, "leave_weight": stacks.weigh[1]}
+    ffns = {"read": stacks.read, "project": stacks.project, "weigh": stacks.weigh[0]}
     for part, projectors in enumerate((peer.keys, peer.values)):
         fed = [layer for layer, pair in enumerate(peer.pairs) if pair is not None]
         for place, layer in enumerate(fed):
-            projector = projectors[layer]
+            projector: Any = projectors[layer]
             assert isinstance(projector, LayerProjector)
             row = part * len(fed) + place
             for name, stack in names.items():
-                plain: Any = projector.get_submodule(name)
+                plain = getattr(projector, name)
                 plain.weight.copy_(stack.weight[row].T)
-                if stack.bias is not None:
-                    plain.bias.copy_(stack.bias[row, 0])
-            for name, ffn in scales.items():
-                norm: Any = projector.get_submodule(f"{name}.norm")
-                norm.weight.copy_(ffn.scale[row, 0])
+                plain.bias.copy_(stack.bias[row, 0])
+            for name, ffn in ffns.items():
+                plain = getattr(projector, name)
+                plain.norm.weight.copy_(ffn.scale[row, 0])
+                plain.up.weight.copy_(ffn.up_weight[row].T)
+                plain.down.weight.copy_(ffn.down_weight[row].T)
             projector.gate_logit.copy_(fuser.gate_logits[layer, part])
 
 

@@ -96,8 +96,8 @@ def slow_small(fuser: CacheFuser, layer: int, source: Tensor, target: Tensor) ->
 
 
 def ffn(block: Any, index: int, states: Tensor) -> Tensor:
-    inner = F.gelu((rms(states) * block.scale[index, 0]) @ block.up.weight[index])
-    return states + inner @ block.down.weight[index]
+    inner = F.gelu((rms(states) * block.scale[index, 0]) @ block.up_weight[index])
+    return states + inner @ block.down_weight[index]
 
 
 def slow_c2c(fuser: CacheFuser, layer: int, source: Tensor, target: Tensor) -> list[Tensor]:

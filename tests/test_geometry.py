@@ -109,6 +109,8 @@ class MetaModel:
     """Stands for a source or a target: its geometry on the meta device, no weights."""
 
     minds_padding = False
+    model = torch.nn.Module()
+    model.device = torch.device("meta")  # type: ignore[assignment]
 
     def check_continues(self) -> None:
         """Meta tensors hold no logits that could differ."""

@@ -104,7 +104,7 @@ def test_an_evaluation_of_a_policy_leaves_out_what_wants_its_words(
 
 
 def test_partners_of_the_shuffled_control_know_nothing_of_each_other() -> None:
-    items = run._ordered(load_items(Path(babyai.__file__).parent / "unseen" / "items.jsonl"))
+    items = run.ordered(load_items(Path(babyai.__file__).parent / "unseen" / "items.jsonl"))
     others = run._others(items)
     pairs = [(item, items[at]) for item, at in zip(items, others, strict=True) if at is not None]
     assert len(pairs) == len(items)

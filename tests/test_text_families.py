@@ -450,10 +450,18 @@ def test_decoding_past_the_length_where_keys_turn_otherwise_is_refused(
     prompt = bridge.fuse(seen, QUESTIONS[1:])["input_ids"].shape[1]
     fits, settings = 72 - prompt, {"do_sample": False, "pad_token_id": 2}
     assert len(bridge.generate(seen, QUESTIONS[1:], max_new_tokens=fits, **settings)) == 1
-    message = rf"beyond 72 tokens .*'{name}'.* got {prompt} tokens and .* at most {fits}, or ask"
+    message = rf"beyond 72 tokens .* got {prompt} tokens and .* at most {fits}, or ask"
     for longer in ({"max_new_tokens": fits + 1}, {"max_length": 73}):
         with pytest.raises(UnsupportedError, match=message):
             bridge.generate(seen, QUESTIONS[1:], **longer, **settings)
+    fused = bridge.fuse(seen, QUESTIONS[1:])
+    answers = [[5] * count for count in (1, fits)]
+    assert len(bridge.target.score(fused, [0, 0], answers)[0]) == 2
+    with pytest.raises(UnsupportedError, match=rf"got {prompt} tokens and {fits + 1} new ones"):
+        bridge.target.score(fused, [0], [[5] * (fits + 1)])
+    long = bridge.fuse(seen, [QUESTIONS[1] + " what" * 72])
+    with pytest.raises(UnsupportedError, match="beyond 72 tokens"):
+        bridge.target.next_logits(long)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
 from mm_c2c.evaluation.results import JsonLines, claim, hold
-from mm_c2c.evaluation.run import fingerprint_files, to_asked
+from mm_c2c.evaluation.run import fingerprint_files, to_asked, weights_of
 from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
@@ -128,6 +128,7 @@ def _run(
                 "items": place,
                 "items_fingerprint": fingerprint_files(config.items),
                 "fuser": fingerprint(bridge.fusers.state_dict()),
+                "models": weights_of(bridge),
             },
             DiagnosticsConfig,
         )

@@ -21,7 +21,7 @@ from mm_c2c.evaluation import monitor, probe
 from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.render import pipe_table, span
 from mm_c2c.evaluation.report import lie_table, markdown
-from mm_c2c.evaluation.results import read_summary
+from mm_c2c.evaluation.results import read_rows, read_summary
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.evaluation.tasks import is_right
 
@@ -52,8 +52,7 @@ def intent_report(run: Path) -> str:
 
 def why_table(run: Path) -> str:
     """How often each arm is right about what goes wrong, over all and by the truth, in Markdown."""
-    lines = (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(run / "answers.jsonl")
     draws = draw_resamples(len(rows), _RESAMPLES, 0, [row["episode"] for row in rows])
     golds = np.array([row["gold"] for row in rows])
     counts = Counter(golds.tolist())

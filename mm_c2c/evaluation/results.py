@@ -30,7 +30,7 @@ class JsonLines:
         self.rows: list[dict[str, Any]] = []
         if path is None or not path.exists():
             return
-        found = _read_whole(path)
+        found = read_rows(path)
         whole = max((end for end in ends if end <= len(found)), default=0)
         self.rows = found[:whole]
         scratch = path.with_suffix(".part")
@@ -79,7 +79,8 @@ def claim(folder: Path, settings: dict[str, Any], kind: type[Any] | None = None)
     Args:
         folder: of the run.
         settings: plain values.
-        kind: their dataclass; a key that the folder's `config.json` lacks had the default.
+        kind: their dataclass; a key that the folder's `config.json` lacks had the default, and
+            where there is none, no value that is known.
 
     Raises:
         ConfigError: they are not.
@@ -89,8 +90,7 @@ def claim(folder: Path, settings: dict[str, Any], kind: type[Any] | None = None)
         write_json(path, settings)
         return
     found = _defaults(kind) | json.loads(path.read_text(encoding="utf-8"))
-    keys = settings.keys() | found.keys()
-    if changed := sorted(key for key in keys if settings.get(key) != found.get(key)):
+    if changed := sorted(key for key in found if settings.get(key) != found[key]):
         raise ConfigError(
             f"{folder} holds a run with other settings ({', '.join(changed)} differ); give another "
             "folder, or delete this one to start anew"
@@ -149,8 +149,8 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read_whole(path: Path) -> list[dict[str, Any]]:
-    """Rows up to the first that is cut off."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines, up to the first that is cut off."""
     rows = []
     # Not `splitlines`: JSON may hold other line breaks as they are.
     for line in path.read_text(encoding="utf-8").split("\n"):

@@ -36,6 +36,7 @@ from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.pretrained import fingerprint
 from mm_c2c.reference.models import HERE
+from mm_c2c.training.kept import fingerprint_weights
 
 _WARM_UP = 2
 DECODINGS = ("free", "choice")
@@ -128,7 +129,7 @@ def evaluate(
 def _run(
     bridge: Bridge, config: EvaluationConfig, out: Path | None, *, progress: bool
 ) -> dict[str, Any]:
-    items = _ordered(load_items(config.items, config.limit, config.kinds))
+    items = ordered(load_items(config.items, config.limit, config.kinds))
     others = _others(items)
     given = {key: getattr(config, key) for key in FILES.values()}
     source = source_name(bridge, config.source)
@@ -149,6 +150,7 @@ def _run(
         # What the target has, whoever loaded it.
         "dtype": str(bridge.target.model.dtype).removeprefix("torch."),
         "fuser": fingerprint(bridge.fusers.state_dict()),
+        "models": weights_of(bridge),
         "items_fingerprint": fingerprint_files(config.items),
         **{key: path and fingerprint_files(path) for key, path in given.items()},
     }
@@ -169,7 +171,7 @@ def _run(
             folder, choice = config.items.parent, setting.among_options
             rows = [_asked_row(items[at], others[at], folder, choice=choice) for at in here]
             answers.append([row | reply for row, reply in zip(rows, replies, strict=True)])
-    turns = range(_WARM_UP, min(count, _WARM_UP + config.timed))
+    turns = _spread(count, config.timed)
     times = JsonLines(out / "times.jsonl" if out else None, range(1, len(turns) + 1))
     todo = turns[len(times.rows) :]
     for at in range(_WARM_UP) if todo else ():  # this process is cold, whatever an earlier one did
@@ -211,6 +213,13 @@ def portable(config: Any) -> dict[str, Any]:
         if isinstance(value, Path) or (key == "bridge" and value):
             values[key] = "/".join(Path(value).parts[-2:])
     return {**values, "source_model": None, "target_model": None}
+
+
+def _spread(count: int, timed: int) -> list[int]:
+    """Rows to time, of all kinds of question; the first ones warm up."""
+    left = max(0, count - _WARM_UP)
+    few = min(left, timed)
+    return [_WARM_UP + number * left // few for number in range(few)]
 
 
 def source_name(bridge: Bridge, name: str | None) -> str:
@@ -294,6 +303,13 @@ def to_asked(item: Item, other: Item | None = None) -> Asked:
     return Asked(item.look(), item.question, item.options, item.description, shown)
 
 
+def weights_of(bridge: Bridge) -> str:
+    """Tells the frozen models of a bridge from the same ones with other weights."""
+    readers: list[Any] = [bridge.target, *bridge.sources.values()]
+    found = [fingerprint_weights(reader.model) for reader in readers]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
 def fingerprint_files(path: Path) -> str:
     """Which bytes a file has, or all files of a folder.
 
@@ -308,7 +324,7 @@ def fingerprint_files(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _ordered(items: Sequence[Item]) -> list[Item]:
+def ordered(items: Sequence[Item]) -> list[Item]:
     """Items in an order in which neighbours often ask alike; what they show differs by chance.
 
     Items of the same step of two episodes would know how long the other has lasted, and so what to

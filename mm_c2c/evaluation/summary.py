@@ -51,7 +51,8 @@ def summarise(
     """
     names = list(rows[0]["answers"])
     hits = {n: hits_of([is_right(row["answers"][n], row["gold"]) for row in rows]) for n in names}
-    wordy = {name: hits[name] | _wordy_hits(rows, name) for name in names}
+    options = _options(rows)
+    wordy = {name: hits[name] | _wordy_hits(rows, name, options) for name in names}
     unit, clusters = clusters_of(rows)
     draws = draw_resamples(len(rows), resamples, seed, clusters)
 
@@ -140,8 +141,9 @@ def _shown(names: Sequence[str]) -> str:
 def swap_outcomes(rows: Sequence[Row], source: Hits | None) -> dict[str, dict[str, float | int]]:
     """Whose answer the target gives when it is handed another row's picture, `shuffled_with`.
 
-    Counted where that row asks the same question and its true answer differs: `truth` has them all; `source_right` those where the source itself is right about both pictures, for a
-    source that answers.
+    Counted where that row asks the same question and its true answer differs: `truth` has them
+    all; `source_right` those where the source itself is right about both pictures, for a source
+    that answers.
 
     Returns:
         For either, `n`, and the shares that `follow` the swapped-in picture, that `stay` with the
@@ -222,7 +224,7 @@ def _followed(pairs: Sequence[tuple[int, int]], rows: Sequence[Row]) -> dict[str
     }
 
 
-def _options(rows: Sequence[Row]) -> list[set[str]]:
+def _options(rows: Sequence[Row]) -> list[frozenset[str]]:
     """The answers that each question has, and what was told.
 
     Where it is open, or the run did not keep them: those of its kind.
@@ -230,8 +232,9 @@ def _options(rows: Sequence[Row]) -> list[set[str]]:
     of_kind: dict[str, set[str]] = {}
     for row in rows:
         of_kind.setdefault(row["kind"], set()).update(_golds(row))
+    shared = {kind: frozenset(golds) for kind, golds in of_kind.items()}
     return [
-        {*row["options"], *_golds(row)} if row.get("options") else of_kind[row["kind"]]
+        frozenset((*row["options"], *_golds(row))) if row.get("options") else shared[row["kind"]]
         for row in rows
     ]
 
@@ -240,11 +243,11 @@ def _golds(row: Row) -> set[str]:
     return {row["gold"]} if row.get("told") is None else {row["gold"], row["told"]}
 
 
-def _wordy_hits(rows: Sequence[Row], name: str) -> Hits:
+def _wordy_hits(rows: Sequence[Row], name: str, options: Sequence[frozenset[str]]) -> Hits:
     return hits_of(
         [
             is_right_in_a_sentence(row["answers"][name], row["gold"], among)
-            for row, among in zip(rows, _options(rows), strict=True)
+            for row, among in zip(rows, options, strict=True)
         ]
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,8 +205,22 @@ def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
 
 def is_right_in_a_sentence(answer: str, gold: str, options: Collection[str]) -> bool:
     """Whether a wordy answer names the true option, and no other one of its kind."""
-    names = {normalise(name) for name in (*options, gold)} - {""}
-    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    # Whole words, and 5 is not named in -5.
-    named = re.findall(rf"(?<![\w-])({longest_first})(?!\w)", normalise(answer))
-    return set(named) == {normalise(gold)}
+    names, longest = _names(frozenset(options) if gold in options else frozenset((*options, gold)))
+    words = normalise(answer).split()
+    named, at = set(), 0
+    while at < len(words):
+        for end in range(min(at + longest, len(words)), at, -1):  # the longest name first
+            if (name := " ".join(words[at:end])) in names:
+                named.add(name)
+                at = end
+                break
+        else:
+            at += 1
+    return named == {normalise(gold)}
+
+
+@lru_cache(maxsize=256)
+def _names(options: frozenset[str]) -> tuple[frozenset[str], int]:
+    """Options as they are compared, and the words of the longest: open questions share many."""
+    names = frozenset(map(normalise, options)) - {""}
+    return names, max((len(name.split()) for name in names), default=0)

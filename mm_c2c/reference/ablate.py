@@ -30,8 +30,8 @@ from safetensors import safe_open
 
 from mm_c2c.config import set_key, to_dict
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.results import write_json
-from mm_c2c.evaluation.run import EvaluationConfig, evaluate
+from mm_c2c.evaluation.results import read_rows, write_json
+from mm_c2c.evaluation.run import EvaluationConfig, evaluate, ordered
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.evaluation.tasks import is_right, load_items
 from mm_c2c.reference.trainer import run
@@ -170,7 +170,7 @@ def tabulate(config: AblationConfig) -> dict[str, Any]:
             "cannot be compared; judge all variants by the same items, in a folder of their own"
         )
     questions = counts.pop()
-    shown = [item.sampled_with for item in load_items(config.items)]
+    shown = [item.sampled_with for item in ordered(load_items(config.items))]  # as judged
     if len(shown) != questions:
         raise ConfigError(
             f"{config.items}: holds {len(shown)} questions, and {questions} were asked in "
@@ -226,7 +226,7 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
         if settings := _read_settings(training):
             run["settings"] = settings
         run["parameters"] = sum(map(_count_parameters, training.glob("*/*.safetensors")))
-        rows = _rows(summary.parent)
+        rows = read_rows(summary.parent / "answers.jsonl")
         run["right"][summary.parent.name.partition("-")[2] or _END] = {
             arm: "".join(str(int(is_right(row["answers"][arm], row["gold"]))) for row in rows)
             for arm in rows[0]["answers"]
@@ -289,11 +289,6 @@ def _curve(
         share = accuracy(np.mean(hits, axis=0), draws)
         curve.append({"steps": steps, "scenes": steps * variant.scenes, "accuracy": share})
     return curve
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def _hits(run: Mapping[str, Any], at: str) -> NDArray[np.float64]:

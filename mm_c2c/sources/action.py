@@ -289,8 +289,8 @@ class TokenActionSource(VLMSource):
     def entropy(self, inputs: Sequence[SourceInput]) -> Tensor:
         """How unsure the policy is of its own action: `(batch, action_dim)`, in nats."""
         encoded = self._encode(inputs, [self.render(item) for item in inputs])
-        out = self.model.generate(
-            **self._known(encoded),
+        out = self._generate(
+            encoded,
             max_new_tokens=len(self.bins.low),
             do_sample=False,
             num_beams=1,
@@ -308,9 +308,7 @@ class TokenActionSource(VLMSource):
         """
         encoded = self._encode(inputs, [self.render(item) for item in inputs])
         action_dim = len(self.bins.low)
-        out = self.model.generate(
-            **self._known(encoded), max_new_tokens=action_dim, do_sample=False, num_beams=1
-        )
+        out = self._generate(encoded, max_new_tokens=action_dim, do_sample=False, num_beams=1)
         tokens = out[:, encoded["input_ids"].shape[1] :]
         stop = self.model.generation_config.eos_token_id
         stops = torch.tensor([] if stop is None else stop, device=tokens.device)

@@ -114,9 +114,16 @@ class FrozenReader:
         self._known_arguments = frozenset(inspect.signature(model.forward).parameters) - {"labels"}
         # Nobody reads the logits of a prefill, which are the largest tensor of it. An index, not a
         # number: a slice is not contiguous, and over it torch's CPU product copies the vocabulary.
-        spared = {"logits_to_keep": torch.tensor([-1])}
-        self.spared = spared if spared.keys() <= self._known_arguments else {}
-        self._specs: dict[int, tuple[RopeSpec | None, ...]] = {}
+        self._last = torch.tensor([-1])
+        self._specs: dict[Any, tuple[RopeSpec | None, ...]] = {}
+
+    @property
+    def spared(self) -> dict[str, Tensor]:
+        """Arguments that leave all logits out but the last token's; none where there are none."""
+        if "logits_to_keep" not in self._known_arguments:
+            return {}
+        self._last = self._last.to(self.model.device)  # else each step would send it there
+        return {"logits_to_keep": self._last}
 
     @property
     def shape(self) -> CacheShape:
@@ -260,12 +267,39 @@ class FrozenReader:
         """How each decoder layer rotates its keys in a prompt of `seq_len` positions."""
         if self.model.config.is_encoder_decoder:
             return (None,) * (self.layer_indices[-1] + 1)
-        parameters = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", {})
-        depends = any(kind in str(parameters) for kind in LENGTH_DEPENDENT)
-        key = seq_len if depends else 0
+        key = self._rope_state(seq_len)
         if key not in self._specs:
             self._specs[key] = rope_specs(self.model, seq_len)
         return self._specs[key]
+
+    @property
+    def turns_until(self) -> int | None:
+        """The prompt's length beyond which all keys turn by other angles; None has no such."""
+        limits = [limit for kind, limit in self._rope_limits() if kind in LENGTH_DEPENDENT]
+        return min(limits, default=None)
+
+    def _rope_limits(self) -> list[tuple[str | None, int]]:
+        """The type of RoPE, and the length up to which it is the original, of each kind of layer."""
+        config = self.model.config.get_text_config(decoder=True)
+        found = getattr(config, "rope_parameters", None) or {}
+        kinds = [found, *(part for part in found.values() if isinstance(part, dict))]
+        most = getattr(config, "max_position_embeddings", 0)
+        most = getattr(config, "original_max_position_embeddings", None) or most
+        return [
+            (kind.get("rope_type"), kind.get("original_max_position_embeddings") or most)
+            for kind in kinds
+        ]
+
+    def _rope_state(self, seq_len: int) -> Any:
+        """What the rotation of a prompt's keys depends on, beside the model."""
+        kinds = [kind for kind, _ in self._rope_limits()]
+        if "dynamic" in kinds:
+            # Transformers keeps the frequencies of a longer prompt that was read before.
+            buffers = self.model.get_decoder().named_buffers()
+            turns = [tuple(freq.tolist()) for name, freq in buffers if name.endswith("inv_freq")]
+            return seq_len, tuple(turns)
+        limits = [limit for kind, limit in self._rope_limits() if kind == "longrope"]
+        return tuple(seq_len > limit for limit in limits)
 
 
 def full_cache(model: PreTrainedModel) -> DynamicCache:

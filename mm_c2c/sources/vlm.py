@@ -103,16 +103,23 @@ class VLMSource(FrozenReader):
     def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
         """The model's own answers."""
         encoded = self._encode(inputs, [self.render(item) for item in inputs])
+        out = self._generate(encoded, **kwargs)
+        start = 0 if self.model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+        return self.processor.batch_decode(out[:, start:], skip_special_tokens=True)
+
+    def _generate(self, encoded: Mapping[str, Any], **kwargs: Any) -> Any:
+        """`model.generate`, which leaves nothing behind.
+
+        M-RoPE models keep the last prompt's offset between calls, and whoever is in the middle of
+        another one goes on by it.
+        """
         base = self.model.base_model
         before = getattr(base, "rope_deltas", None)
         try:
-            out = self.model.generate(**self._known(encoded), **kwargs)
+            return self.model.generate(**self._known(encoded), **kwargs)
         finally:
-            # M-RoPE models keep the last prompt's offset between calls.
             if hasattr(base, "rope_deltas"):
                 base.rope_deltas = before
-        start = 0 if self.model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
-        return self.processor.batch_decode(out[:, start:], skip_special_tokens=True)
 
     def render(self, item: SourceInput) -> str:
         """The prompt in the model's own template, image placeholders unexpanded."""

@@ -182,7 +182,7 @@ class OptimizerConfig:
         name: `muon` for the weights with AdamW for biases and gates, or `adamw` for all.
         learning_rate: after the warm-up; falls to zero along a cosine in each phase.
         weight_decay: AdamW's.
-        clip: norm to which gradients are clipped.
+        clip: norm to which gradients are clipped; `.inf` leaves them as they are.
         dtype: of Muon's own products; `bfloat16` is as published, and faster where hardware has it.
     """
 
@@ -195,6 +195,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_one_of("optimizer.name", self.name, OPTIMIZERS)
         check_one_of("optimizer.dtype", self.dtype, WIDE_DTYPES)
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"optimizer.{name} must exceed 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

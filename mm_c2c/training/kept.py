@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from mm_c2c.cache import SourceCache, join_sources, without_padding
 from mm_c2c.errors import MismatchError
@@ -37,8 +39,15 @@ def fingerprint(source: Any) -> str:
     """
     readers = [getattr(source, name, None) for name in ("processor", "tokenizer")]
     templates = [getattr(reader, "chat_template", None) for reader in readers]
-    digest = hashlib.sha256(repr((source.origin, source.model.config, readers, templates)).encode())
-    for name, weight in source.model.state_dict().items():
+    weights = fingerprint_weights(source.model)
+    whole = repr((source.origin, source.model.config, readers, templates, weights))
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """Tells a model's weights from others, by a sample of each."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
         digest.update(repr((name, tuple(weight.shape))).encode())
         step = weight.numel() // SAMPLE | 1  # odd: an even one would read few of the columns
         sample = weight.flatten()[::step].contiguous().cpu()
@@ -126,6 +135,11 @@ class KeptCaches:
         if row.num_bytes > self.room:
             return
         path = self._path(key)
-        path.parent.mkdir(exist_ok=True)
-        save_cache(row, path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_cache(row, path)
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s: %s; what is not kept is computed again each time", path, error)
+            self.room = 0
+            return
         self.room -= path.stat().st_size

@@ -126,12 +126,16 @@ class Loop:
         count = sum(p.numel() for p in trained.values())
         logger.info("%d trained parameters on %d processes", count, accelerator.num_processes)
         rates = [[group["lr"] for group in part.param_groups] for part in optimizers]
+        wanted = [[_settings(group) for group in part.param_groups] for part in optimizers]
         stepper, *stepped = accelerator.prepare(_Piece(module, loss), *optimizers)
         keeper = _Checkpoints(self.out, accelerator, stepper, stepped, trained)
         rng = random.Random(self.seed)
         self.out.mkdir(parents=True, exist_ok=True)
         log = self.out / "log.csv"
         first = keeper.restore(rng)
+        for part, groups in zip(optimizers, wanted, strict=True):
+            for group, settings in zip(part.param_groups, groups, strict=True):
+                group.update(settings)  # a checkpoint brings those that it was written with
         if first > self.steps:
             raise ConfigError(
                 f"{self.out}: expected a training of at most {self.steps} steps to go on with, but "
@@ -188,7 +192,7 @@ class Loop:
                 row |= gauges(now - logged)
                 logged = now
                 if accelerator.is_main_process:
-                    append_log(log, row)
+                    keeper.log(log, row)
                 accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
                 shown = {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "seconds")}
                 bar.set_postfix({**shown, "memory": f"{memory_bytes(accelerator) / 1e9:.2f} GB"})
@@ -213,6 +217,9 @@ class Loop:
             # It wants a number; batches are cut before it sees them.
             plugin: Any = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+            # It clips by itself, and takes 0 for not at all.
+            clip = self.clip if math.isfinite(self.clip) else 0.0
+            plugin.deepspeed_config["gradient_clipping"] = clip
 
     def _seed_torch(self, number: int) -> None:
         """So that dropout draws the same whether or not the training was stopped before."""
@@ -227,6 +234,11 @@ class Loop:
                 "there, with a lower learning rate, or with on_nan=skip to leave such steps out"
             )
         logger.warning("%s; it is left out", words)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer was told about a group of parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 class _Piece(nn.Module):
@@ -313,6 +325,16 @@ class _Checkpoints:
             ) from error
         self.saved = step
         self.write_result(save)
+
+    def log(self, path: Path, row: Mapping[str, float]) -> None:
+        """Add a row to the log."""
+        try:
+            append_log(path, row)
+        except OSError as error:
+            raise TrainingError(
+                f"the log {path} could not be written ({error}). The last good checkpoint, of step "
+                f"{self.saved}, is whole: make room and start again to go on from it"
+            ) from error
 
     def write_result(self, save: Callable[[Mapping[str, Tensor]], None]) -> None:
         """Hand the weights to one process's `save`."""
