@@ -109,7 +109,7 @@ class Bridge(nn.Module):
         inputs: Image.Image | SourceInput | Sequence[Image.Image | SourceInput],
         text: str = "",
     ) -> Perception:
-        """Look once: prefill the sources and fuse their slots.
+        """Look once: prefill the sources and fuse their slots; gradients in training mode only.
 
         Args:
             inputs: a picture, or one for each row of a batch; a `SourceInput` in a picture's place
@@ -128,7 +128,9 @@ class Bridge(nn.Module):
             )
         rows = source_inputs(inputs, text)
         with torch.no_grad():
-            return self.fuse_slots({name: self.sources[name].prefill(rows) for name in named})
+            caches = {name: self.sources[name].prefill(rows) for name in named}
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return self.fuse_slots(caches)
 
     def fuse_slots(
         self, caches: Mapping[str, SourceCache], keep: Mapping[str, Tensor] | None = None
@@ -140,7 +142,7 @@ class Bridge(nn.Module):
             keep: by link name, `(batch, slots)` bool: slots that are fused, while the others stay
                 the target's own; links that are not named are fused whole.
         """
-        self._check_caches(caches)
+        self._check_caches(caches, "slots")
         slots = [link for link in self.config.links if link.num_slots]
         unknown = sorted(set(keep or ()) - {link.name for link in slots})
         if unknown:
@@ -202,7 +204,8 @@ class Bridge(nn.Module):
             perception: from `perceive`; a row serves as many questions as the others, which
                 follow each other. None asks without slots.
             questions: one, or several, for each perceived row.
-            caches: for `aligned` links, the sources' caches of the same questions.
+            caches: for `aligned` links, the sources' caches of the same questions; a link whose
+                source is absent is left out.
 
         Returns:
             What `target.generate` takes, which leaves the cache as it is (transformers' own, by
@@ -211,7 +214,7 @@ class Bridge(nn.Module):
             all but the last token.
         """
         caches = caches or {}
-        self._check_caches(caches)
+        self._check_caches(caches, "aligned")
         reading = self._ask(perception, questions)
         if any(link.source in caches for link in self._aligned_links()):
             return self.fuse_words(self._read_on(reading), caches)
@@ -427,8 +430,8 @@ class Bridge(nn.Module):
     def _aligned_links(self) -> list[LinkConfig]:
         return [link for link in self.config.links if link.geometry == "aligned"]
 
-    def _check_caches(self, caches: Mapping[str, SourceCache]) -> None:
-        """Refuse caches under unknown names, and those that another model wrote."""
+    def _check_caches(self, caches: Mapping[str, SourceCache], geometry: str | None = None) -> None:
+        """Refuse caches under unknown names, of other models, and those that no link would read."""
         unknown = sorted(set(caches) - set(self.sources))
         if unknown:
             raise ConfigError(
@@ -437,6 +440,16 @@ class Bridge(nn.Module):
         for name, cache in caches.items():
             expected = self.sources[name].origin._asdict()
             check_origin(f"the cache of source {name!r}", expected, cache.origin)
+            links = {link.geometry for link in self.config.links if link.source == name}
+            if geometry is not None and links and geometry not in links:
+                raise ConfigError(
+                    f"source {name!r} has no {geometry} link: its cache belongs "
+                    + (
+                        "to fuse_slots"
+                        if geometry == "aligned"
+                        else "beside the questions, in fuse"
+                    )
+                )
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """What follows the slots: each question, and what the chat template puts behind it."""

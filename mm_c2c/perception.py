@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from mm_c2c.errors import InputError
+from mm_c2c.images import to_rgb
 from mm_c2c.sources.base import SourceInput
 
 
@@ -25,19 +26,20 @@ def source_inputs(
     given = [inputs] if isinstance(inputs, Image.Image | SourceInput) else inputs
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise InputError(
-            f"expected a PIL picture, a SourceInput or a list of them, got {given!r}; open a file "
-            "by PIL.Image.open"
+            "expected a PIL picture, a SourceInput or a list of them, got a "
+            f"{type(given).__name__}; open a file by mm_c2c.images.load_image"
         )
     if not given:
         raise InputError("expected at least one picture or SourceInput, got an empty list")
     rows = []
     for row, item in enumerate(given):
         if isinstance(item, Image.Image):
-            rows.append(SourceInput(text=text, images=(item,)))
+            rows.append(SourceInput(text=text, images=(to_rgb(item, f"row {row}"),)))
         elif not isinstance(item, SourceInput):
             raise InputError(
                 f"row {row}: expected a PIL picture or a SourceInput, got a {type(item).__name__}; "
-                "open a file by PIL.Image.open, make a picture of an array by PIL.Image.fromarray"
+                "open a file by mm_c2c.images.load_image, make a picture of an array by "
+                "PIL.Image.fromarray"
             )
         elif not text:
             rows.append(item)

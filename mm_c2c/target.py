@@ -139,7 +139,7 @@ class Target(FrozenReader):
             raise UnsupportedError(
                 "return_dict_in_generate: a bridge answers with texts only; for scores and the "
                 "like, call bridge.target.model.generate(**bridge.fuse(...), "
-                "return_dict_in_generate=True)"
+                "return_dict_in_generate=True), with one beam and one sequence"
             )
         for name in _REFUSED:
             if setting(name) is not None:
@@ -147,6 +147,10 @@ class Target(FrozenReader):
                     f"{name}: assisted decoding over a prefilled cache gives wrong output in "
                     "transformers 5.23; leave it out"
                 )
+        if setting("use_cache") is False:
+            raise UnsupportedError(
+                "use_cache=False: what is fused lies in the cache, and nowhere else; leave it out"
+            )
         prompt = inputs["input_ids"].shape[1]
         new = setting("max_new_tokens")
         self._check_length(prompt, setting("max_length") if new is None else prompt + new)

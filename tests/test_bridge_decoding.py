@@ -270,3 +270,25 @@ def test_a_dict_instead_of_texts_is_refused(rig: Rig, how: str) -> None:
     new = rig.target.tokenizer.batch_decode(out.sequences[:, -3:], skip_special_tokens=True)
     assert new == bridge.generate(perception, QUESTIONS, max_new_tokens=3)
     assert len(out.scores) == 3
+
+
+def test_a_stream_whose_tokens_cannot_be_decoded_says_so(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures[0])
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise KeyError("no such token")
+
+    monkeypatch.setattr(bridge.target.tokenizer, "decode", fail)
+    with pytest.raises(KeyError, match="no such token"):
+        list(bridge.stream(perception, QUESTIONS[0], max_new_tokens=3))
+
+
+def test_decoding_without_the_cache_that_was_fused_into_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    for how in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
+        with pytest.raises(UnsupportedError, match="what is fused lies in the cache"):
+            bridge.generate(perception, QUESTIONS, **how)

@@ -251,3 +251,13 @@ def test_an_average_lies_half_way_and_wants_one_bridge_twice(rig: Rig, tmp_path:
     with pytest.raises(MismatchError, match="differ in bridge"):
         average(tmp_path / "before", tmp_path / "other", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_source_that_no_link_reads_is_not_asked_for(rig: Rig, tmp_path: Path) -> None:
+    eyes = rig.sources["eyes"]
+    Bridge(rig.target, {"eyes": eyes, "idle": eyes}, rig.bridge([EYES]).config).save_pretrained(
+        tmp_path
+    )
+    Bridge.from_pretrained(tmp_path, rig.target, {"eyes": eyes})
+    with pytest.raises(ConfigError, match="leave revision='v1' out"):
+        Bridge.from_pretrained(tmp_path, rig.target, rig.sources, revision="v1")

@@ -22,10 +22,11 @@ from bridge_rigs import (
     read_on,
     target_alone,
 )
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.cache import PositionKind, SourceCache
+from mm_c2c.cache import LayerKV, PositionKind, SourceCache
 from mm_c2c.errors import (
     AlignmentError,
     InputError,
@@ -84,6 +85,41 @@ def test_a_bridge_perceives_pictures_and_whole_inputs_alike(rig: Rig) -> None:
     assert bridge.perceive(whole[0]).batch_size == 1
     with pytest.raises(InputError, match=r"row 1 is a SourceInput, .* put 'look' there"):
         bridge.perceive([first, whole[1]], "look")
+
+
+def test_a_photo_is_perceived_upright(rig: Rig, tmp_path: Path) -> None:
+    bridge = rig.bridge([EYES])
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    rig.pictures[0].rotate(180).save(tmp_path / "photo.png", exif=turned)
+    expected = bridge.perceive(rig.pictures[0]).past_key_values
+    with Image.open(tmp_path / "photo.png") as photo:
+        assert_same_cache(bridge.perceive(photo).past_key_values, expected, **EXACT)
+
+
+def test_gradients_reach_the_fusers_through_what_is_perceived(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    assert not bridge.perceive(rig.pictures).past_key_values.layers[0].keys.requires_grad
+    assert bridge.train().perceive(rig.pictures).past_key_values.layers[0].keys.requires_grad
+
+
+def test_what_stands_where_padding_is_does_not_matter(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    looks = [
+        SourceInput(text=text, images=(picture,))
+        for text, picture in zip(("", QUESTIONS[0] * 2), rig.pictures, strict=True)
+    ]
+    cache = rig.sources["eyes"].prefill(looks)
+    padding = (cache.kinds == PositionKind.PAD)[:, None, :, None]
+    assert padding.any()
+    layers = tuple(
+        LayerKV(*(states.masked_fill(padding, torch.nan) for states in kv)) for kv in cache.layers
+    )
+    fused, spoilt = (
+        bridge.fuse_slots({"eyes": found}).past_key_values
+        for found in (cache, replace(cache, layers=layers))
+    )
+    assert_same_cache(spoilt, fused, **EXACT)
 
 
 @EACH_POOLING

@@ -142,8 +142,8 @@ def test_slots_kept_of_an_unknown_link_are_refused(rig: Rig) -> None:
     ("given", "message"),
     [
         ([], "at least one picture or SourceInput, got an empty list"),
-        ("photo.png", "got 'photo.png'; open a file by PIL.Image.open"),
-        (None, "got None; open a file by PIL.Image.open"),
+        ("photo.png", "got a str; open a file by mm_c2c.images.load_image"),
+        (None, "got a NoneType; open a file by mm_c2c.images.load_image"),
         (["photo.png"], "row 0: expected a PIL picture or a SourceInput, got a str"),
         ([np.zeros((4, 4, 3), np.uint8)], "got a ndarray; .*array by PIL.Image.fromarray"),
     ],
@@ -198,3 +198,13 @@ def test_settings_that_cannot_be_built_from_are_refused(rig: Rig) -> None:
         Bridge(rig.target, rig.sources, replace(config, slot_token=" xylophone"))
     with pytest.raises(MismatchError, match="source 'eyes': the fuser was made for"):
         Bridge(rig.target, {"eyes": rig.sources["second"]}, config)
+
+
+def test_a_cache_that_no_link_would_read_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES, ("reader", "aligned")])
+    eyes = rig.sources["eyes"].prefill([SourceInput(images=(rig.pictures[0],))])
+    words = rig.sources["reader"].prefill([SourceInput(text=QUESTIONS[0])])
+    with pytest.raises(ConfigError, match=r"'eyes' has no aligned link: .* to fuse_slots"):
+        bridge.generate(None, QUESTIONS[:1], {"eyes": eyes})
+    with pytest.raises(ConfigError, match=r"'reader' has no slots link: .* in fuse"):
+        bridge.fuse_slots({"reader": words})

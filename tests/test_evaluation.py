@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from arm_rigs import open_up
 from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
-from mm_c2c.evaluation import arms, command
+from mm_c2c.evaluation import arms, command, run
 from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Reply, Setting, build_arm
 from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
@@ -204,6 +205,41 @@ def test_a_folder_of_another_run_is_left_alone(
     with pytest.raises(ConfigError, match="limit differ"):
         evaluate(bridge, dataclasses.replace(config, limit=3), out, progress=False)
     assert (out / "answers.jsonl").read_text() == kept
+
+
+def test_a_run_does_not_go_on_over_models_with_other_weights(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    evaluate(bridge, config, tmp_path / "run", progress=False)
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert told["models"] == run.weights_of(bridge)
+    other = json.dumps({**told, "models": "0123456789abcdef"})
+    (tmp_path / "run" / "config.json").write_text(other)
+    with pytest.raises(ConfigError, match="models differ"):
+        evaluate(bridge, config, tmp_path / "run", progress=False)
+    # A run of before this was told apart goes on.
+    del told["models"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(told))
+    evaluate(bridge, config, tmp_path / "run", progress=False)
+
+
+def test_frozen_models_are_told_apart_by_their_weights(bridge: Bridge) -> None:
+    before = run.weights_of(bridge)
+    assert run.weights_of(bridge) == before
+    model: Any = next(iter(bridge.sources.values())).model  # type: ignore[attr-defined]
+    weight = next(model.parameters())
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1)
+    assert run.weights_of(bridge) != before
+    with torch.no_grad():
+        weight.copy_(kept)
+
+
+def test_what_is_timed_lies_all_over_the_items() -> None:
+    assert run._spread(1050, 5) == [2, 211, 421, 630, 840]
+    assert run._spread(4, 10) == [2, 3]
+    assert run._spread(1, 10) == []
 
 
 def test_a_folder_that_another_process_writes_in_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from mm_c2c.sources import SourceInput
 from mm_c2c.sources.smolvla import SmolVLASource
 from mm_c2c.sources.text import TextSource
 from mm_c2c.sources.vlm import VLMSource
+from mm_c2c.training import kept
 from mm_c2c.training.blank import BlankSource
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.kept import SAMPLE, KeptCaches, fingerprint, row_key
@@ -307,3 +309,17 @@ def test_a_source_whose_weights_change_in_place_is_read_anew(
     plain = go(replace(config, out=tmp_path / "plain"))
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
     assert any(not found[name].isclose(before[name], rtol=1e-3).all() for name in found)
+
+
+def test_a_full_disk_costs_what_is_kept_and_not_the_training(
+    fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kept, "save_cache", fail)
+    caches = KeptCaches(tmp_path, PLENTY)
+    for _ in range(2):
+        _, computed = fetch(caches, [0, 1])
+        assert computed
+    assert caplog.text.count("No space left on device") == 1

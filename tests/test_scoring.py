@@ -59,6 +59,20 @@ def test_an_answer_that_is_no_text_is_refused_before_anything_is_asked(
         load_items(path)
 
 
+@pytest.mark.parametrize("key", ["options", "human_answers", "images", "video"])
+def test_words_where_a_list_is_due_are_refused(key: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "items.jsonl", [{"question": "Q?", "answer": "3", key: "3, 4"}])
+    with pytest.raises(InputError, match=r"line 1: .*'3, 4' where a list is due"):
+        load_items(path)
+
+
+def test_items_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_bytes('{"question": "où?"}'.encode("latin-1"))
+    with pytest.raises(InputError, match="it is no UTF-8"):
+        load_items(path)
+
+
 def test_no_item_at_all_cannot_be_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path / "items.jsonl", [{"question": "Q?", "answer": "3"}])
     with pytest.raises(InputError, match="limit must be at least 1, got 0"):

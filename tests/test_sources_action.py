@@ -20,10 +20,15 @@ from mm_c2c import Bridge, BridgeConfig, FuserConfig, LinkConfig, Target
 from mm_c2c.cache import PositionKind
 from mm_c2c.errors import AlignmentError, ConfigError, InputError, UnsupportedError
 from mm_c2c.sources import Source, SourceInput, action, load_source, source_class
-from mm_c2c.sources.action import ActionBins, TokenActionSource, backbone_source
+from mm_c2c.sources.action import (
+    ActionBins,
+    TokenActionSource,
+    backbone_source,
+    policy_class,
+)
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.vlm import VLMSource
-from mm_c2c.sources.vlm_families import PaliGemmaSource
+from mm_c2c.sources.vlm_families import PaliGemmaSource, QwenVLSource
 
 # --- action tokens in the cache (OpenVLA's form) ----------------------------------------------
 
@@ -380,3 +385,17 @@ def test_a_policy_with_neither_cache_nor_backbone_is_refused(tiny_llava: Any) ->
     policy = nn.Sequential(nn.Conv2d(3, 4, 3), tiny_llava.model.model.vision_tower)
     with pytest.raises(UnsupportedError, match="Sequential has neither a cache of its own nor"):
         backbone_source(policy, tiny_llava.processor, "tiny/act")
+
+
+@torch.no_grad()
+def test_acting_leaves_the_offsets_of_a_prompt_that_someone_is_amid(
+    bins: ActionBins, instructions: list[SourceInput]
+) -> None:
+    vlm = FAMILIES["qwen2_vl"].build()
+    policy = policy_class(QwenVLSource)(vlm.model, vlm.processor, bins, "tiny/qwen-policy")
+    base: Any = vlm.model.base_model
+    base.rope_deltas = before = torch.tensor([[-28]])
+    policy.act(instructions[:1])
+    assert base.rope_deltas is before
+    policy.entropy(instructions[:1])
+    assert base.rope_deltas is before

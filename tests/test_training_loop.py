@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import random
 from collections.abc import Callable, Mapping
@@ -67,8 +68,8 @@ class Training:
     def run(self, loop: Loop, save: Callable[[Mapping[str, Tensor]], None] | None = None) -> None:
         # One that was stopped amid a step has counted some of its pieces.
         loop = replace(loop, accelerator=build_accelerator(loop.out, cpu=True))
-        optimizers = [self.kind(self.layer.parameters(), lr=0.1)]
-        loop.run(self.layer, optimizers, lambda step: 1.0, self.loss, save or self.keep)
+        self.optimizers = [self.kind(self.layer.parameters(), lr=0.1)]
+        loop.run(self.layer, self.optimizers, lambda step: 1.0, self.loss, save or self.keep)
 
 
 def test_what_draws_from_torch_goes_on_to_the_bit(loop: Loop, tmp_path: Path) -> None:
@@ -170,3 +171,25 @@ def test_another_number_of_optimizers_is_refused(loop: Loop, before: int, now: i
     message = f"optimizer 1: expected {3 - now} weights .*, got {3 - before} weights"
     with pytest.raises(ConfigError, match=message):
         run(now)
+
+
+def test_a_resumed_training_has_the_optimizer_settings_that_it_is_given(loop: Loop) -> None:
+    def build(decay: float) -> Training:
+        return Training(kind=functools.partial(torch.optim.AdamW, weight_decay=decay))
+
+    build(0.1).run(replace(loop, steps=2))
+    resumed = build(0.5)
+    resumed.run(loop)
+    assert [group["weight_decay"] for group in resumed.optimizers[0].param_groups] == [0.5]
+
+
+def test_a_log_that_cannot_be_written_names_the_last_checkpoint(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, row: Mapping[str, float]) -> None:
+        if row["step"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mm_c2c.training.loop.append_log", fail)
+    with pytest.raises(TrainingError, match=r"log\.csv could not be .*checkpoint, of step 2, is"):
+        Training().run(loop)

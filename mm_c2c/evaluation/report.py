@@ -249,8 +249,10 @@ def set_beside(summary: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any
     if "choice" in summary or "choice" not in choice:
         raise MismatchError("expected a run with decoding=free, and beside it one with choice")
     own, other = summary["config"], choice["config"]
-    # A file that only one of them was given serves an arm that the other has not.
-    lone = {key for key in FILES.values() if None in (own.get(key), other.get(key))}
+    # A file that only one of them was given serves an arm that the other has not; an older run does
+    # not say which weights its models had.
+    told = (*FILES.values(), "models")
+    lone = {key for key in told if None in (own.get(key), other.get(key))}
     keys = (own.keys() | other.keys()) - _MAY_DIFFER - lone
     apart = sorted(key for key in keys if own.get(key) != other.get(key))
     if summary["kinds"] != choice["kinds"]:

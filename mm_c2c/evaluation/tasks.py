@@ -104,6 +104,8 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
         *lines, last = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise InputError(f"cannot read items from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read items from {path}: it is no UTF-8 ({error})") from error
     lines += [last] * bool(last)
     if not lines:
         raise InputError(f"{path} holds no items")
@@ -113,9 +115,11 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
+            lists = [row.get(key) or [] for key in ("options", "human_answers", "images", "video")]
+            if wrong := [found for found in lists if not isinstance(found, list)]:
+                raise TypeError(f"{wrong[0]!r} where a list is due")
+            texts = [row["question"], row["answer"], *lists[0], *lists[1]]
             rows.append({"kind": "question", **row, **_shown_paths(row, path.parent)})
-            texts = [row["question"], row["answer"], *row.get("options", ())]
-            texts += row.get("human_answers", ())
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f'{path}, line {number}: expected {{"image", "question", "answer"}}, got {error!r}'

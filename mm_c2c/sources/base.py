@@ -109,7 +109,7 @@ class FrozenReader:
     def __init__(self, model: PreTrainedModel, name: str, revision: str | None = None) -> None:
         # `generate` and the like are untyped in transformers.
         self.model: Any = model.eval().requires_grad_(requires_grad=False)
-        self.origin = CacheOrigin(name, revision, model.config.model_type)
+        self.origin = CacheOrigin(str(name), revision, model.config.model_type)
         # PaliGemma's processor gives labels too; a reader wants no loss.
         self._known_arguments = frozenset(inspect.signature(model.forward).parameters) - {"labels"}
         # Nobody reads the logits of a prefill, which are the largest tensor of it. An index, not a
