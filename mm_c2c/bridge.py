@@ -31,6 +31,7 @@ from mm_c2c.link import (
     LinkConfig,
     align_slots,
     build_fuser,
+    check_is_read,
     check_link,
     check_texts,
     gather_inputs,
@@ -308,15 +309,12 @@ class Bridge(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         found = self.fusers.state_dict() if weights is None else weights
         weights = {k: v.detach().to(dtype).contiguous() for k, v in found.items()}
+        read = {link.source for link in self.config.links}
         header = {
             "format": 1,
             "bridge": asdict(self.config),
             "target": self.target.origin._asdict(),
-            "sources": {
-                name: source.origin._asdict()
-                for name, source in self.sources.items()
-                if name in {link.source for link in self.config.links}
-            },
+            "sources": {name: self.sources[name].origin._asdict() for name in sorted(read)},
         }
         write_tensors(folder / WEIGHTS_NAME, weights)
         (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
@@ -440,16 +438,7 @@ class Bridge(nn.Module):
         for name, cache in caches.items():
             expected = self.sources[name].origin._asdict()
             check_origin(f"the cache of source {name!r}", expected, cache.origin)
-            links = {link.geometry for link in self.config.links if link.source == name}
-            if geometry is not None and links and geometry not in links:
-                raise ConfigError(
-                    f"source {name!r} has no {geometry} link: its cache belongs "
-                    + (
-                        "to fuse_slots"
-                        if geometry == "aligned"
-                        else "beside the questions, in fuse"
-                    )
-                )
+            check_is_read(name, geometry, self.config.links)
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """What follows the slots: each question, and what the chat template puts behind it."""

@@ -267,6 +267,18 @@ def write_link(
     return with_layers(cache, written)
 
 
+def check_is_read(name: str, geometry: str | None, links: Sequence[LinkConfig]) -> None:
+    """Refuse a source's cache where none of its links is of a geometry; None takes any.
+
+    Raises:
+        ConfigError: it would be left out without a word.
+    """
+    found = {link.geometry for link in links if link.source == name}
+    if geometry is not None and found and geometry not in found:
+        place = "to fuse_slots" if geometry == "aligned" else "beside the questions, in fuse"
+        raise ConfigError(f"source {name!r} has no {geometry} link: its cache belongs {place}")
+
+
 def check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:
     """Refuse a source that read other texts than the target: their spans would overlap all the same.
 

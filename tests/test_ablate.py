@@ -319,6 +319,9 @@ def test_a_baseline_is_a_variant_with_a_base_of_its_own(
     assert [result[name]["accuracy"][0] for name in ("whole", "relay")] == [1.0, 1.0]
     assert ("zeroed" in result["whole"], "zeroed" in result["relay"]) == (True, False)
     assert "| relay | `base=" in ablation_report(config.out)
+    told = json.loads((config.out / "judgements.json").read_text(encoding="utf-8"))
+    bridges = {run["settings"]["bridge"] for name, run in told.items() if name.startswith("relay")}
+    assert bridges == {"mm_c2c/reference/bridge"}  # wherever the package lies
     with pytest.raises(ConfigError, match="the trainer of 'relay' does not pause"):
         AblationConfig(**{**settings, "judged_at": (10,)})
     AblationConfig(**{**settings, "judged_at": (10,), "only": ("whole",)})

@@ -34,6 +34,7 @@ from mm_c2c.evaluation.results import read_rows, write_json
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, ordered
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.evaluation.tasks import is_right, load_items
+from mm_c2c.reference.models import HERE
 from mm_c2c.reference.trainer import run
 from mm_c2c.reference.variants import Variant, build_variant
 
@@ -237,7 +238,8 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
 def _settings(variant: Variant) -> dict[str, Any]:
     """All that says what is learned, as a file keeps it."""
     kept = {k: v for k, v in to_dict(variant.training).items() if k not in _WHEREABOUTS}
-    return json.loads(json.dumps(kept))
+    # What ships is called as the configs call it, wherever the package lies.
+    return json.loads(json.dumps(kept).replace(f"{HERE}/", "mm_c2c/reference/"))
 
 
 def _defaults(training: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
