@@ -210,9 +210,9 @@ class Bridge(nn.Module):
 
         Returns:
             What `target.generate` takes, which leaves the cache as it is (transformers' own, by
-            `target.model.generate(**fused)`, lets it grow). Shorter questions are padded before the question; in front of the prompt
-            where the target would feel that (`Target.minds_padding`), and then the cache covers
-            all but the last token.
+            `target.model.generate(**fused)`, lets it grow). Shorter questions are padded before
+            the question; in front of the prompt where the target would feel that
+            (`Target.minds_padding`), and then the cache covers all but the last token.
         """
         caches = caches or {}
         self._check_caches(caches, "aligned")

@@ -5,8 +5,8 @@ For each target layer, `K' = K + gate * weight * projection`, and likewise for V
     source K, V ─▶ projection ─▶ hidden ─▶ heads ──▶ difference
     target K, V ─┘                  └────▶ weight      * weight * gate
 
-Keys in here are without rotation, but with `raw_keys`. Every stage is one batched product over stacked layers; the
-output projection starts at zero, so that an untrained fuser changes nothing.
+Keys in here are without rotation, but with `raw_keys`. Every stage is one batched product over
+stacked layers; the output projection starts at zero, so that an untrained fuser changes nothing.
 """
 
 from __future__ import annotations

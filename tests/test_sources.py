@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from text_families import LONGER, build
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -22,6 +23,7 @@ from transformers import (
 
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import FetchError, InputError, UnsupportedError
+from mm_c2c.rope_probe import rope_specs
 from mm_c2c.sources import SOURCES, Source, SourceInput, load_source, source_class
 from mm_c2c.sources.action import PI0Source
 from mm_c2c.sources.base import full_cache
@@ -444,3 +446,14 @@ def test_a_text_source_refuses_a_picture(
 ) -> None:
     with pytest.raises(InputError, match="tiny/text reads text only, but got a picture"):
         sources["text"].prefill([SourceInput(text="hello", images=(pictures[0],))])
+
+
+def test_keys_turn_as_a_longer_prompt_before_them_left_it(tiny_text_source_tokenizer: Any) -> None:
+    tokenizer = tiny_text_source_tokenizer
+    model = build(LONGER["dynamic"], len(tokenizer))
+    source = TextSource(model, tokenizer, "tiny/dynamic")
+    short, long = ([SourceInput(text=" what" * count)] for count in (80, 160))
+    fresh = source.prefill(short).rope
+    source.prefill(long)
+    assert source.prefill(short).rope == rope_specs(model, source.prefill(short).seq_len)
+    assert source.prefill(short).rope != fresh

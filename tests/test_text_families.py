@@ -41,7 +41,6 @@ from mm_c2c.geometry import cache_layout
 from mm_c2c.inspection import describe
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import FusedInputs
-from mm_c2c.rope_probe import rope_specs
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.base import full_cache
 from mm_c2c.sources.text import TextSource
@@ -497,13 +496,3 @@ def test_inspect_says_which_layers_hold_keys_and_values(
 def test_inspect_says_which_layers_a_cache_file_holds(tmp_path: Path) -> None:
     save_cache(reader("lfm2").prefill([SourceInput(text="a")]), tmp_path / "read.safetensors")
     assert "layers     2 (1, 3), 2 KV heads of 8" in describe(str(tmp_path / "read.safetensors"))
-
-
-def test_keys_turn_as_a_longer_prompt_before_them_left_it() -> None:
-    model = build(LONGER["dynamic"], len(TOKENIZER))
-    source = TextSource(model, TOKENIZER, "tiny/dynamic")
-    short, long = ([SourceInput(text=" what" * count)] for count in (80, 160))
-    fresh = source.prefill(short).rope
-    source.prefill(long)
-    assert source.prefill(short).rope == rope_specs(model, source.prefill(short).seq_len)
-    assert source.prefill(short).rope != fresh

@@ -340,20 +340,19 @@ def test_a_reader_describes_a_picture_as_the_source_does() -> None:
     assert "dog" in found[0]
 
 
-@pytest.mark.parametrize("kind", train_baseline.KINDS)
-def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
-    kind: str,
+@pytest.fixture(params=train_baseline.KINDS)
+def baseline_config(
+    request: pytest.FixtureRequest,
     fuser_config: FuserTrainingConfig,
     targets: list[Target],
-    tiny_target: Any,
-    pictures: list[Image.Image],
     tmp_path: Path,
-) -> None:
-    if kind == "tuned_relay":
+) -> BaselineTrainingConfig:
+    """Of each kind, beside a trained fuser."""
+    if request.param == "tuned_relay":
         pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
     train_fuser.train(replace(fuser_config, reconstruct_steps=0))
-    config = BaselineTrainingConfig(
-        kind=kind,
+    return BaselineTrainingConfig(
+        kind=request.param,
         data=fuser_config.data,
         source=fuser_config.source,
         bridge=fuser_config.out / "bridge",
@@ -367,14 +366,23 @@ def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
         log_every=1,
     )
 
-    def result() -> dict[str, torch.Tensor]:
-        (path,) = (config.out / kind).glob("*.safetensors")
-        return load(path.read_bytes())
 
+def trained_baseline(config: BaselineTrainingConfig) -> dict[str, torch.Tensor]:
+    (path,) = (config.out / config.kind).glob("*.safetensors")
+    return load(path.read_bytes())
+
+
+def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
+    baseline_config: BaselineTrainingConfig,
+    targets: list[Target],
+    tiny_target: Any,
+    pictures: list[Image.Image],
+) -> None:
+    config, kind = baseline_config, baseline_config.kind
     train_baseline.train(config)
-    before = result()
+    before = trained_baseline(config)
     train_baseline.train(replace(config, steps=4))
-    after = result()
+    after = trained_baseline(config)
     assert read_log(config.out / "log.csv")["step"] == [1, 2, 3, 4]
     assert before.keys() == after.keys()
     assert all(not before[name].equal(after[name]) for name in before if "lora_A" not in name)
@@ -391,33 +399,20 @@ def test_a_baseline_training_goes_on_where_it_stopped_and_serves_its_arm(
     assert len(build_arm(kind, setting).answer(asked)) == 2
 
 
-@pytest.mark.parametrize("kind", train_baseline.KINDS)
 def test_a_baseline_goes_on_from_a_trained_one(
-    kind: str, fuser_config: FuserTrainingConfig, targets: list[Target], tmp_path: Path
+    baseline_config: BaselineTrainingConfig, tmp_path: Path
 ) -> None:
-    if kind == "tuned_relay":
-        pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
-    train_fuser.train(replace(fuser_config, reconstruct_steps=0))
-    first = BaselineTrainingConfig(
-        kind=kind,
-        data=fuser_config.data,
-        source=fuser_config.source,
-        bridge=fuser_config.out / "bridge",
-        out=tmp_path / "before",
-        parameters=5000,
-        steps=2,
-        warmup=1,
-        scenes=2,
-    )
-    train_baseline.train(first)
+    first = baseline_config
     second = replace(
-        first, start=first.out / kind, out=tmp_path / "after", parameters=1, learning_rate=1e-9
+        first,
+        start=first.out / first.kind,
+        out=tmp_path / "after",
+        parameters=1,
+        learning_rate=1e-9,
     )
-    train_baseline.train(second)
-    before, after = (
-        load(next((config.out / kind).glob("*.safetensors")).read_bytes())
-        for config in (first, second)
-    )
+    for config in (first, second):
+        train_baseline.train(config)
+    before, after = trained_baseline(first), trained_baseline(second)
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-6)
     assert any(not weight.equal(after[name]) for name, weight in before.items())
