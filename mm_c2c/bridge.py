@@ -31,13 +31,19 @@ from mm_c2c.link import (
     LinkConfig,
     align_slots,
     build_fuser,
-    check_is_read,
+    check_caches,
     check_link,
     check_texts,
     gather_inputs,
     write_link,
 )
-from mm_c2c.perception import FusedInputs, Perception, Reading, source_inputs
+from mm_c2c.perception import (
+    FusedInputs,
+    Perception,
+    Reading,
+    check_perception,
+    source_inputs,
+)
 from mm_c2c.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -143,7 +149,7 @@ class Bridge(nn.Module):
             keep: by link name, `(batch, slots)` bool: slots that are fused, while the others stay
                 the target's own; links that are not named are fused whole.
         """
-        self._check_caches(caches, "slots")
+        check_caches(caches, self.sources, self.config.links, "slots")
         slots = [link for link in self.config.links if link.num_slots]
         unknown = sorted(set(keep or ()) - {link.name for link in slots})
         if unknown:
@@ -215,7 +221,7 @@ class Bridge(nn.Module):
             (`Target.minds_padding`), and then the cache covers all but the last token.
         """
         caches = caches or {}
-        self._check_caches(caches, "aligned")
+        check_caches(caches, self.sources, self.config.links, "aligned")
         reading = self._ask(perception, questions)
         if any(link.source in caches for link in self._aligned_links()):
             return self.fuse_words(self._read_on(reading), caches)
@@ -241,7 +247,7 @@ class Bridge(nn.Module):
             reading: from `read_questions`; it is not changed.
             caches: by source name, of the same questions; those without an `aligned` link are left.
         """
-        self._check_caches(caches)
+        check_caches(caches, self.sources, self.config.links)
         cache = reading.past_key_values
         positions = count_positions(reading.attention_mask)[:, :-1]
         for link in self._aligned_links():
@@ -398,7 +404,8 @@ class Bridge(nn.Module):
     def _ask(self, perception: Perception | None, questions: Sequence[str]) -> Reading:
         """Questions behind what was perceived, which is all that the cache holds, padding apart."""
         ids, mask, spans = (part.to(self.device) for part in self.prompt.read(questions))
-        perception = perception or self.fuse_slots({})
+        perception = self.fuse_slots({}) if perception is None else perception
+        check_perception(perception, self.target.shape)
         if len(questions) % perception.batch_size:
             raise ShapeError(
                 f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
@@ -427,18 +434,6 @@ class Bridge(nn.Module):
 
     def _aligned_links(self) -> list[LinkConfig]:
         return [link for link in self.config.links if link.geometry == "aligned"]
-
-    def _check_caches(self, caches: Mapping[str, SourceCache], geometry: str | None = None) -> None:
-        """Refuse caches under unknown names, of other models, and those that no link would read."""
-        unknown = sorted(set(caches) - set(self.sources))
-        if unknown:
-            raise ConfigError(
-                f"no source named {unknown}; known: {', '.join(sorted(self.sources))}"
-            )
-        for name, cache in caches.items():
-            expected = self.sources[name].origin._asdict()
-            check_origin(f"the cache of source {name!r}", expected, cache.origin)
-            check_is_read(name, geometry, self.config.links)
 
     def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
         """What follows the slots: each question, and what the chat template puts behind it."""

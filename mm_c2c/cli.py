@@ -25,7 +25,14 @@ QUICK_ITEMS = 200
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes no more `key=value` once an option has come between.
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if late != rest or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mm_c2c").setLevel(logging.INFO)
     warnings.simplefilter("ignore")
@@ -82,11 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of every arm and control")
-    evaluate.add_argument("--config", type=Path, help="YAML; the shipped scenes when left out")
     evaluate.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items only")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of tables")
     evaluate.add_argument("--out", type=Path, help="folder for all answers and the report")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as items=FILE")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="[CONFIG] key=value",
+        help="YAML, such as configs/evaluation.yaml, or the shipped scenes; and such as items=FILE",
+    )
     evaluate.set_defaults(run=_evaluate)
 
     prompts = commands.add_parser("prompts", help="find the words a caption relay does best with")
@@ -247,12 +258,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.evaluation.report import text_table, write_report
     from mm_c2c.evaluation.run import EvaluationConfig, evaluate, reference_config
 
-    overrides = [*([f"limit={QUICK_ITEMS}"] if args.quick else []), *args.overrides]
-    start = load_config(EvaluationConfig, args.config) if args.config else reference_config()
+    has_file = bool(args.overrides) and "=" not in args.overrides[0]
+    overrides = [f"limit={QUICK_ITEMS}"] * args.quick + args.overrides[has_file:]
+    if has_file:
+        start = load_config(EvaluationConfig, Path(args.overrides[0]))
+    else:
+        start = reference_config()
     config = override(start, overrides)
-    if not args.config and config.bridge is not None:
-        # The shipped words were found with the reference pair.
-        config = override(replace(start, prompts=None), overrides)
+    if not has_file and config.bridge is not None:
+        # The shipped words and connector are the reference pair's.
+        config = override(replace(start, prompts=None, connector=None), overrides)
     if args.out:
         _make_folder(args.out)
         new_figure(1, 1)  # the report needs it: better known now than after all questions
@@ -292,7 +307,7 @@ def _diagnose(args: argparse.Namespace) -> None:
         new_figure(1, 1)  # the report needs it: better known now than after all questions
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
     config = override(config, args.overrides)
-    bridge = _load_bridge()
+    bridge = _load_bridge(config.bridge, config.source_model, config.target_model)
     result = diagnose(bridge, config, args.out)
     if args.out:
         write_report(result, look(bridge, config), args.out)

@@ -117,6 +117,14 @@ def check_one_of(name: str, value: str, known: Collection[str]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
+def check_at_least_one(config: Any, *names: str, where: str = "") -> None:
+    """Refuse a config whose settings of these names are below 1; None is let through."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{where}{name} must be at least 1, got {value}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a config, ready for JSON; `from_dict` reads them back."""
     return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}

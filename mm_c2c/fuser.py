@@ -12,6 +12,7 @@ stacked layers; the output projection starts at zero, so that an untrained fuser
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from mm_c2c.align.layers import KINDS, layer_map, layer_pairs, mix_init
 from mm_c2c.align.resampler import PatchResampler
 from mm_c2c.cache import CacheShape
-from mm_c2c.config import check_one_of
+from mm_c2c.config import check_at_least_one, check_one_of
 from mm_c2c.errors import ConfigError, ShapeError
 
 PRESETS = ("small", "c2c")
@@ -42,7 +43,8 @@ class FuserConfig:
             `explicit` (then `pairs` says it), or `mix`, a learned mix of all of them, which
             `c2c` does not have.
         pairs: for `explicit` only: (target layer, source layer), counted among the layers that
-            hold keys and values; target layers not named stay as they are.
+            hold keys and values; target layers not named stay as they are. A mapping is taken too,
+            and becomes that.
         hidden_size: width of the projection; the paper's is 1024.
         rank: inner width of `small`'s heads.
         gate: `sigmoid` is open by degrees, `straight_through` open or closed. Either is one
@@ -66,6 +68,9 @@ class FuserConfig:
     def __post_init__(self) -> None:
         for name, known in (("preset", PRESETS), ("layers", (*KINDS, "mix")), ("gate", GATES)):
             check_one_of(name, getattr(self, name), known)
+        if self.pairs is not None:
+            pairs = self.pairs.items() if isinstance(self.pairs, Mapping) else self.pairs
+            object.__setattr__(self, "pairs", tuple((t, s) for t, s in pairs))  # as files have it
         if (self.pairs is not None) != (self.layers == "explicit"):
             raise ConfigError(
                 "pairs and layers='explicit' belong together, got "
@@ -76,9 +81,7 @@ class FuserConfig:
                 "preset 'c2c' takes one source layer for each target layer and cannot mix them; "
                 "set layers to proportional, terminal (the paper's) or explicit"
             )
-        for name in ("hidden_size", "rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "hidden_size", "rank")
 
     @classmethod
     def c2c(cls, source: CacheShape, target: CacheShape) -> FuserConfig:

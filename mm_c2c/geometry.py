@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -251,15 +251,19 @@ class TrainingMemory(NamedTuple):
 
 
 def training_memory(
-    fuser_parameters: int, source: Geometry, target: Geometry, rows: int = 8, positions: int = 128
+    fuser_parameters: int,
+    sources: Sequence[Geometry],
+    target: Geometry,
+    rows: int = 8,
+    positions: int = 128,
 ) -> TrainingMemory:
     """Estimate the memory that training a fuser needs.
 
         fuser        4 bytes a weight: float32 master weights
         gradients    4 bytes a weight
         optimizer    8 bytes a weight: Adam's two moments in float32
-        frozen       2 bytes a weight of both text decoders (bfloat16); the source's are not
-                     needed where its caches are kept on disk, and its vision tower comes on top
+        frozen       2 bytes a weight of all text decoders (bfloat16); the sources' are not
+                     needed where its caches are kept on disk, and vision towers come on top
         activations  of the target, which gradients run through: a position leaves 34 * hidden
                      bytes in each layer (Korthikanti et al., arXiv:2205.05198, without the
                      attention matrix, which fused kernels do not keep) and 8 * vocabulary bytes of
@@ -267,7 +271,7 @@ def training_memory(
 
     Args:
         fuser_parameters: trained weights.
-        source: the model that is read.
+        sources: the models that are read.
         target: the model that answers.
         rows: rows of a batch.
         positions: positions a row that gradients run through: slots, question and answer.
@@ -278,7 +282,7 @@ def training_memory(
         fuser=4 * fuser_parameters,
         gradients=4 * fuser_parameters,
         optimizer=8 * fuser_parameters,
-        frozen=2 * (source.num_parameters + target.num_parameters),
+        frozen=2 * sum(model.num_parameters for model in (*sources, target)),
         activations=rows * positions * a_position,
     )
 
@@ -294,7 +298,7 @@ def pair_costs(source: Geometry, target: Geometry) -> dict[str, Any]:
     for preset, config in presets.items():
         with torch.device("meta"):
             count = CacheFuser(config).num_parameters
-        memory = training_memory(count, source, target)
+        memory = training_memory(count, [source], target)
         fusers[preset] = {
             "parameters": count,
             "fp16_bytes": 2 * count,

@@ -10,6 +10,7 @@ import transformers
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError
 
 from mm_c2c.errors import ConfigError, FetchError, UnsupportedError
 from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME
@@ -40,7 +41,7 @@ def load_pretrained(
     weights = {} if dtype is None else {"dtype": dtype, "use_safetensors": True}
     try:
         return found.from_pretrained(name, revision=revision, **weights)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         said = str(error).strip().partition("\n")[0]
         raise FetchError(f"{name!r} could not be loaded as {kind}: {said}") from error
 

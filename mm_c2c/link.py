@@ -22,9 +22,10 @@ from mm_c2c.cache import (
     read_layers,
     with_layers,
 )
+from mm_c2c.config import check_at_least_one
 from mm_c2c.errors import ConfigError, InputError, ShapeError
 from mm_c2c.fuser import CacheFuser, FuserConfig
-from mm_c2c.pretrained import check_shape
+from mm_c2c.pretrained import check_origin, check_shape
 from mm_c2c.rope import RopeSpec, derotate, rotate
 from mm_c2c.sources.base import Source
 
@@ -84,9 +85,7 @@ class LinkConfig:
                 "pooling 'resampler' shares patches among slots, and geometry 'aligned' has none; "
                 "leave pooling at 'window' or set geometry to 'slots'"
             )
-        for name in ("rows", "cols", "images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "rows", "cols", "images")
         if self.geometry == "aligned" and self.images > 1:
             raise ConfigError(
                 f"images counts pictures that get slots, and geometry 'aligned' has none, got "
@@ -267,16 +266,39 @@ def write_link(
     return with_layers(cache, written)
 
 
-def check_is_read(name: str, geometry: str | None, links: Sequence[LinkConfig]) -> None:
-    """Refuse a source's cache where none of its links is of a geometry; None takes any.
+def check_caches(
+    caches: Mapping[str, SourceCache],
+    sources: Mapping[str, Source],
+    links: Sequence[LinkConfig],
+    geometry: str | None = None,
+) -> None:
+    """Refuse caches under unknown names, of other models, and those that no link would read.
+
+    Args:
+        caches: by source name.
+        sources: the bridge's own.
+        links: likewise.
+        geometry: of the links that read them; None is any.
 
     Raises:
-        ConfigError: it would be left out without a word.
+        ConfigError: a name is unknown, or a cache would be left out without a word.
+        InputError: they are no mapping.
+        MismatchError: another model, or revision, wrote one.
     """
-    found = {link.geometry for link in links if link.source == name}
-    if geometry is not None and found and geometry not in found:
-        place = "to fuse_slots" if geometry == "aligned" else "beside the questions, in fuse"
-        raise ConfigError(f"source {name!r} has no {geometry} link: its cache belongs {place}")
+    known = ", ".join(sorted(sources))
+    if not isinstance(caches, Mapping):
+        raise InputError(
+            f"expected caches by the names of their sources ({known}), got a "
+            f"{type(caches).__name__}; write {{name: cache}}"
+        )
+    if unknown := sorted(set(caches) - set(sources)):
+        raise ConfigError(f"no source named {unknown}; known: {known}")
+    for name, cache in caches.items():
+        check_origin(f"the cache of source {name!r}", sources[name].origin._asdict(), cache.origin)
+        found = {link.geometry for link in links if link.source == name}
+        if geometry is not None and found and geometry not in found:
+            place = "to fuse_slots" if geometry == "aligned" else "beside the questions, in fuse"
+            raise ConfigError(f"source {name!r} has no {geometry} link: its cache belongs {place}")
 
 
 def check_texts(name: str, texts: Sequence[str], questions: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import Cache
 
-from mm_c2c.errors import InputError
+from mm_c2c.cache import CacheShape, read_layers
+from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.images import to_rgb
 from mm_c2c.sources.base import SourceInput
 
@@ -20,9 +21,11 @@ def source_inputs(
     """What the sources read of a picture, or of one for each row; as `Bridge.perceive` takes it.
 
     Raises:
-        InputError: there is none, something else stands in its place, or `text` beside a
-            `SourceInput`.
+        InputError: there is none, something else stands in its place, `text` is none, or is
+            given beside a `SourceInput`.
     """
+    if not isinstance(text, str):
+        raise InputError(f"text must be a text, got {text!r}; leave it out where there is none")
     given = [inputs] if isinstance(inputs, Image.Image | SourceInput) else inputs
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise InputError(
@@ -66,6 +69,26 @@ class Perception(NamedTuple):
     def batch_size(self) -> int:
         """Rows of the batch."""
         return self.input_ids.shape[0]
+
+
+def check_perception(perception: Perception, target: CacheShape) -> None:
+    """Refuse what no bridge perceived, or one to another target.
+
+    Raises:
+        InputError: it is none.
+        MismatchError: its cache has another shape.
+    """
+    if not isinstance(perception, Perception):
+        raise InputError(
+            f"expected what Bridge.perceive returns, or None, got a {type(perception).__name__}"
+        )
+    if not perception.input_ids.shape[1]:
+        return  # without slots and without a system prompt there is nothing to be of another
+    layers, _ = read_layers(perception.past_key_values)
+    _, heads, _, head_dim = layers[0].keys.shape
+    found = CacheShape(num_layers=len(layers), num_key_value_heads=heads, head_dim=head_dim)
+    if found != target:
+        raise MismatchError(f"the perception is of another target: expected {target}, got {found}")
 
 
 class Reading(NamedTuple):

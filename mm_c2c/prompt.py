@@ -70,14 +70,16 @@ class Prompt:
         """The tokens of several questions.
 
         Raises:
-            InputError: there is none, or one is empty.
+            InputError: there is none, one is empty, or something else stands in their place.
         """
-        if isinstance(questions, str) or not questions:
+        if isinstance(questions, str) or not isinstance(questions, Sequence):
             raise InputError(
-                f"expected a list of questions, got the text {questions!r}"
-                if questions
-                else "expected at least one question, got none"
+                f"expected a list of questions, got {questions!r} ({type(questions).__name__})"
             )
+        if not questions:
+            raise InputError("expected at least one question, got none")
+        if wrong := [question for question in questions if not isinstance(question, str)]:
+            raise InputError(f"a question must be a text, got {wrong[0]!r}")
         if not all(question.strip() for question in questions):
             raise InputError("the question is empty; ask something")
         rows = [self.tokens(question) for question in questions]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
 from mm_c2c.errors import ConfigError, InputError, MismatchError, UnsupportedError
-from mm_c2c.evaluation.arms import FILES, Asked, Setting, build_arm
+from mm_c2c.evaluation.arms import FILES, MAX_NEW_TOKENS, Asked, Setting, build_arm
 from mm_c2c.evaluation.arms.own_source import OWN_NAME, build_own_bridge
 from mm_c2c.evaluation.arms.prompts import Example, RelayPrompt, read_winner
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig, tower_features
@@ -173,7 +173,7 @@ def test_a_connector_answers_from_a_folder_row_by_row(
     with torch.no_grad():
         seen = connector.perceive(bridge, features)
     questions = [row.question for row in asked]
-    said = bridge.generate(seen, questions, max_new_tokens=12, do_sample=False)
+    said = bridge.generate(seen, questions, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     assert [reply.answer for reply in together] == [text.strip() for text in said]
     assert len(set(said)) == 2
 
@@ -278,7 +278,7 @@ def test_the_target_as_its_own_source_sees_no_picture(
     with pytest.raises(ConfigError, match="too few"):
         build_own_bridge(bridge, parameters=100)
     questions = [row.question for row in asked]
-    alone = bridge.generate(None, questions, max_new_tokens=12, do_sample=False)
+    alone = bridge.generate(None, questions, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
 
     def answers() -> list[str]:
         own.save_pretrained(tmp_path)

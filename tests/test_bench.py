@@ -147,7 +147,7 @@ def test_a_bench_times_all_in_turn(
     )
     result = bench(config, progress=False)
     row = result["pairs"]["tiny"]
-    assert list(row["ms"]) == ["peer", "c2c", "small"]
+    assert list(row["ms"]) == ["peer", "c2c", "small", "small, as wide"]
     for speed in row["speed"].values():
         assert 0 < speed.low <= speed.median <= speed.high
     assert [list(row[name]) for name in ("positions", "layers")] == [["4", "8"], ["1", "3", "6"]]

@@ -30,6 +30,20 @@ from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.target import Target
 
 
+def test_a_folder_is_the_same_with_a_slash_behind_it(rig: Rig, tmp_path: Path) -> None:
+    rig.bridge([EYES]).save_pretrained(tmp_path)
+    origin = rig.target.origin
+    path = tmp_path / "config.json"
+    header = json.loads(path.read_text())
+    header["target"]["model"] = origin.model + "/"
+    path.write_text(json.dumps(header))
+    Bridge.from_pretrained(tmp_path, rig.target, rig.sources)
+    header["target"]["model"] = origin.model + "/other"
+    path.write_text(json.dumps(header))
+    with pytest.raises(MismatchError, match="was trained with"):
+        Bridge.from_pretrained(tmp_path, rig.target, rig.sources)
+
+
 @EACH_POOLING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_saved_bridge_comes_back_bit_for_bit(
@@ -68,8 +82,11 @@ def test_nothing_but_fusers_and_references_is_saved(rig: Rig, tmp_path: Path) ->
     assert header["sources"]["eyes"]["revision"] == "e1"
 
 
-def test_a_bridge_with_explicit_layers_comes_back_bit_for_bit(rig: Rig, tmp_path: Path) -> None:
-    bridge = rig.bridge([EYES], layers="explicit", pairs=((2, 0), (1, 3)))
+@pytest.mark.parametrize("pairs", [((2, 0), (1, 3)), {2: 0, 1: 3}, [[2, 0], [1, 3]]])
+def test_a_bridge_with_explicit_layers_comes_back_bit_for_bit(
+    rig: Rig, tmp_path: Path, pairs: Any
+) -> None:
+    bridge = rig.bridge([EYES], layers="explicit", pairs=pairs)
     bridge.save_pretrained(tmp_path)
     loaded = Bridge.from_pretrained(tmp_path, rig.target, rig.sources)
     assert loaded.config == bridge.config  # tuples again, not JSON's lists

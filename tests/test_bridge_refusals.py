@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from bridge_rigs import (
     SLOT,
     Rig,
 )
+from PIL import Image
 
 from mm_c2c.bridge import Bridge, BridgeConfig
-from mm_c2c.cache import CacheOrigin
+from mm_c2c.cache import CacheOrigin, with_layers
 from mm_c2c.errors import (
     ConfigError,
     InputError,
@@ -38,9 +40,64 @@ def test_no_question_at_all_is_refused(rig: Rig) -> None:
         rig.bridge([EYES]).fuse(None, [])
 
 
-def test_a_question_that_is_not_in_a_list_is_refused(rig: Rig) -> None:
-    with pytest.raises(InputError, match="expected a list of questions, got the text 'is it red"):
-        rig.bridge([EYES]).fuse(None, QUESTIONS[0])
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        (QUESTIONS[0], "expected a list of questions, got 'is it red"),
+        ((q for q in QUESTIONS), r"expected a list of questions, got .*\(generator\)"),
+        ([[QUESTIONS[0]]], r"a question must be a text, got \['is it red"),
+        ([3], "a question must be a text, got 3"),
+    ],
+)
+def test_what_is_no_list_of_questions_is_refused(rig: Rig, questions: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rig.bridge([EYES]).fuse(None, questions)
+
+
+@pytest.mark.parametrize("wrong", ["cache", "picture"])
+def test_what_was_not_perceived_is_refused(rig: Rig, wrong: str) -> None:
+    bridge = rig.bridge([EYES])
+    perception: Any = bridge.perceive(rig.pictures)
+    perception = {"cache": perception.past_key_values, "picture": rig.pictures[0]}[wrong]
+    with pytest.raises(InputError, match=r"expected what Bridge\.perceive returns, or None, got a"):
+        bridge.fuse(perception, QUESTIONS)
+
+
+def test_what_was_perceived_for_another_target_is_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    perception = bridge.perceive(rig.pictures)
+    fewer = with_layers(perception.past_key_values, {})
+    del fewer.layers[-1:]
+    with pytest.raises(MismatchError, match=r"perception is of another target: expected .*got"):
+        bridge.fuse(perception._replace(past_key_values=fewer), QUESTIONS)
+
+
+def test_caches_without_their_sources_names_are_refused(rig: Rig) -> None:
+    bridge = rig.bridge([EYES])
+    cache: Any = rig.sources["eyes"].prefill([SourceInput(images=(rig.pictures[0],))])
+    for give in (bridge.fuse_slots, partial(bridge.fuse, None, QUESTIONS)):
+        with pytest.raises(InputError, match=r"expected caches by the names .*\(.*eyes"):
+            give(cache)
+
+
+def test_a_text_that_is_none_is_refused(rig: Rig) -> None:
+    text: Any = None
+    with pytest.raises(InputError, match="text must be a text, got None"):
+        rig.bridge([EYES]).perceive(rig.pictures, text)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": 3}, "text must be a text, got 3"),
+        ({"images": Image.new("RGB", (4, 4))}, r"write images=\(picture,\)"),
+        ({"images": ("a.png",)}, "images must hold PIL pictures, got a str; open files by"),
+        ({"images": (np.zeros((4, 4, 3)),)}, "images must hold PIL pictures, got a ndarray"),
+    ],
+)
+def test_an_input_of_the_wrong_kind_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SourceInput(**given)
 
 
 def test_rows_and_questions_must_agree_in_number(rig: Rig) -> None:

@@ -24,7 +24,7 @@ from mm_c2c.reference import models
 
 PLAIN_ARMS = [name for name in ARMS if name not in (*FILES, "prefix_only", "action_only")]
 # More tokens than a free answer may have.
-LONG = "the blue circle left of a red square in detail"
+LONG = "the blue circle left of a red square, above the apple, in some detail"
 OPTIONS = (("cat", "cat sat", LONG), (), ("yes", "no"), (LONG,))
 QUESTIONS = ("What?", "Where is it in the picture?", "Is it there?", "What is above the apple ?")
 

@@ -11,6 +11,7 @@ from PIL import Image
 from mm_c2c import Bridge
 from mm_c2c.cli import main
 from mm_c2c.config import from_dict
+from mm_c2c.evaluation.arms import MAX_NEW_TOKENS
 from mm_c2c.evaluation.arms.prompts import RelayPrompt, read_winner
 from mm_c2c.evaluation.prompt_search import PromptSearchConfig
 from mm_c2c.reference import models
@@ -68,7 +69,7 @@ def test_streaming_prints_what_generating_gives(
 
     perception = tiny_reference.perceive(load_image(picture))
     expected = tiny_reference.generate(
-        perception, ["Where is it?"], max_new_tokens=12, do_sample=False
+        perception, ["Where is it?"], max_new_tokens=MAX_NEW_TOKENS, do_sample=False
     )[0]
     argv = ["ask", "--image", str(picture), "Where is it?", "--only", "fused", "--stream"]
     assert main(argv) == 0
@@ -82,7 +83,7 @@ def test_streaming_prints_what_generating_gives(
         (["ask", "--image", "absent.png", "  "], "the question is empty"),
         (["ask", "--image", "absent.png", "What?", "--stream"], "--stream goes with --only"),
         (["inspect", "no/such/folder"], "neither a saved bridge nor a model"),
-        (["evaluate", "--config", "absent.yaml"], "cannot read config"),
+        (["evaluate", "absent.yaml"], "cannot read config"),
     ],
 )
 def test_bad_input_is_one_line_and_a_non_zero_exit(
@@ -107,7 +108,7 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(
         (["diagnose", "--out", "file"], "--out: cannot make the folder file: File exists"),
         (["prompts", "--out", ".", "items=a.jsonl"], "--out: expected a file, . is a folder"),
         (["prompts", "--out", "file/a.json", "items=a.jsonl"], "cannot make the folder file"),
-        (["evaluate", "--config", "file"], "file is not valid YAML: 'utf-8' codec"),
+        (["evaluate", "file"], "file is not valid YAML: 'utf-8' codec"),
         (["demo", "--port", "99999"], "--port must be from 1 to 65535, got 99999"),
     ],
 )
@@ -143,6 +144,7 @@ def test_evaluate_takes_its_settings_from_the_command_line(
     (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     out = tmp_path / "run"
     settings = [f"items={tmp_path / 'mine.jsonl'}", "timed=1", "resamples=20", "limit=2"]
+    settings.append("connector=null")  # the shipped one is the reference target's
     assert main(["evaluate", "--json", "--out", str(out), *settings]) == 0
     printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert printed["n"] == 2
@@ -155,6 +157,13 @@ def test_evaluate_takes_its_settings_from_the_command_line(
     assert json.loads((out / "summary.json").read_text()) == printed
     assert "n/a" in (out / "report.md").read_text()
     assert len((out / "answers.jsonl").read_text().splitlines()) == 2
+    # The same from a file, which other settings may follow.
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"items: {tmp_path / 'mine.jsonl'}\ntimed: 0\narms: [fused, blind]")
+    assert main(["evaluate", str(file), "--json", "resamples=20"]) == 0
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (printed["n"], list(printed["arms"])) == (3, ["fused", "blind"])
+    assert printed["config"]["resamples"] == 20
 
 
 @pytest.mark.usefixtures("tiny_reference")

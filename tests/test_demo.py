@@ -10,7 +10,7 @@ from mm_c2c import Bridge, SourceInput
 from mm_c2c.demo.compare import Look, _Live, check_question, columns_html, compare
 from mm_c2c.demo.pair import open_picture
 from mm_c2c.errors import InputError
-from mm_c2c.evaluation.arms import Asked, Setting, build_arm
+from mm_c2c.evaluation.arms import MAX_NEW_TOKENS, Asked, Setting, build_arm
 from mm_c2c.reference.models import SOURCE_NAME
 from mm_c2c.reference.scenes import CAPTION_REQUEST
 
@@ -70,7 +70,7 @@ def test_an_answer_that_the_limit_cut_says_so(
     *_, columns = compare(look, "Where is it?")
     blind = columns["blind"]  # random weights never end by themselves
     assert blind.is_cut
-    assert "(cut after 12 tokens)" in columns_html({"blind": blind}, look)
+    assert f"(cut after {MAX_NEW_TOKENS} tokens)" in columns_html({"blind": blind}, look)
     model = bridge.target.model
     last = bridge.target.tokenizer.eos_token_id
     monkeypatch.setattr(model, "lm_head", _Always(last, model.config.vocab_size))

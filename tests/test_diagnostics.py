@@ -185,6 +185,27 @@ def test_a_diagnosis_has_a_row_for_every_variant(
         diagnosis_report.diagnosis_section(tmp_path)
 
 
+def test_each_layer_can_be_the_only_one_that_is_fused(
+    trained: Bridge, config: DiagnosticsConfig
+) -> None:
+    config = dataclasses.replace(config, each_layer=True, cosine_items=0)
+    name = trained.config.links[0].name
+    variants = diagnostics._variants(trained, name, config)
+    picture = load_items(config.items)[0].picture()
+    closed, _ = read_layers(variants["nothing written"].perceive(picture).past_key_values)
+    labels = [label for label in variants if re.fullmatch(r"layer \d+ only", label)]
+    assert len(labels) == len(closed)
+    for label in labels:
+        written, _ = read_layers(variants[label].perceive(picture).past_key_values)
+        changed = [
+            at
+            for at, (a, b) in enumerate(zip(closed, written, strict=True))
+            if not a[1].equal(b[1])
+        ]
+        assert label == f"layer {changed[0]} only"
+        assert len(changed) == 1
+
+
 def test_cosines_compare_with_the_target_that_reads_a_description(
     trained: Bridge, config: DiagnosticsConfig
 ) -> None:

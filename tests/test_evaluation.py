@@ -17,7 +17,16 @@ from mm_c2c import Bridge, SourceInput
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.evaluation import arms, command, run
-from mm_c2c.evaluation.arms import ARMS, FILES, Arm, Asked, Reply, Setting, build_arm
+from mm_c2c.evaluation.arms import (
+    ARMS,
+    FILES,
+    MAX_NEW_TOKENS,
+    Arm,
+    Asked,
+    Reply,
+    Setting,
+    build_arm,
+)
 from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.render import new_figure, write_readme
@@ -30,7 +39,7 @@ from mm_c2c.evaluation.report import (
 )
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
 from mm_c2c.evaluation.statistics import hits_of
-from mm_c2c.evaluation.summary import swap_outcomes
+from mm_c2c.evaluation.summary import summarise, swap_outcomes
 from mm_c2c.evaluation.tasks import load_items, normalise, vqa_accuracy
 from mm_c2c.evaluation.text_to_text import split_rows
 from mm_c2c.reference import models
@@ -98,7 +107,7 @@ class _Counting:
 def test_a_timed_answer_is_the_arms_own(setting: Setting, asked: list[Asked]) -> None:
     alone = timed(build_arm("source", setting), setting.bridge, asked[0])
     item = SourceInput(text="go .\nWhat?", images=(asked[0].picture,))
-    expected = setting.source.generate([item], max_new_tokens=12, do_sample=False)[0]
+    expected = setting.source.generate([item], max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0]
     assert alone.answer == expected.strip()
     assert alone.relayed is None
     assert timed(build_arm("caption_relay", setting), setting.bridge, asked[0]).relayed is not None
@@ -192,8 +201,9 @@ def test_an_answer_has_no_more_tokens_than_it_may(
         said = [json.loads(line)["answers"] for line in lines]
         lengths[tokens] = {arm: max(len(row[arm]) for row in said) for arm in ITEM_ARMS}
     assert all(lengths[1][arm] < lengths[8][arm] for arm in ITEM_ARMS)
-    with pytest.raises(ConfigError, match="answer_tokens must be at least 1, got 0"):
-        dataclasses.replace(config, answer_tokens=0)
+    for name in ("answer_tokens", "limit", "resamples"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+            dataclasses.replace(config, **{name: 0})
 
 
 def test_a_folder_of_another_run_is_left_alone(
@@ -315,15 +325,66 @@ def test_a_swap_counts_where_the_other_row_asks_alike_and_differs() -> None:
             for place, ((question, gold), answer) in enumerate(zip(asked, said, strict=True))
         ]
 
+    def shares(counted: dict[str, Any]) -> dict[str, float]:
+        return {key: found if key == "n" else found.value for key, found in counted.items()}
+
     source = hits_of([True, True, False, True])
-    counted = swap_outcomes(rows(["Dog.", "dog", "cat", "cat"]), source)
+    counted = swap_outcomes(rows(["Dog.", "dog", "cat", "cat"]), source, 50, 0)
     # 0 takes 1's picture and says so; 2 takes 0's and says so; 1 and 2 agree; 3 asks otherwise.
-    assert counted["truth"] == {"n": 2, "follow": 1.0, "stay": 0.0, "neither": 0.0}
-    assert counted["source_right"] == {"n": 1, "follow": 1.0, "stay": 0.0, "neither": 0.0}
-    counted = swap_outcomes(rows(["cat", "dog", "bird", "cat"]), source)
-    assert counted["truth"] == {"n": 2, "follow": 0.0, "stay": 0.5, "neither": 0.5}
-    alone = swap_outcomes([{**rows(["cat"] * 4)[0], "shuffled_with": 0}], source[:1])
-    assert math.isnan(alone["truth"]["follow"])
+    assert shares(counted["truth"]) == {"n": 2, "follow": 1.0, "stay": 0.0, "neither": 0.0}
+    assert shares(counted["source_right"]) == {"n": 1, "follow": 1.0, "stay": 0.0, "neither": 0.0}
+    counted = swap_outcomes(rows(["cat", "dog", "bird", "cat"]), source, 50, 0)
+    assert shares(counted["truth"]) == {"n": 2, "follow": 0.0, "stay": 0.5, "neither": 0.5}
+    assert counted["truth"]["stay"] == (0.5, 0.0, 1.0)
+    alone = swap_outcomes([{**rows(["cat"] * 4)[0], "shuffled_with": 0}], source[:1], 50, 0)
+    assert math.isnan(alone["truth"]["follow"].value)
+
+
+def test_what_each_relay_misses_is_counted_by_itself() -> None:
+    said = {"fused": "xxy", "source": "xxx", "caption_relay": "yyx", "tuned_relay": "yxx"}
+    rows = [
+        {"question": "Q?", "gold": "x", "kind": "k", "options": ["x", "y"]}
+        | {"answers": {name: answers[place] for name, answers in said.items()}}
+        for place in range(3)
+    ]
+    found = summarise(rows, [], 50, 0)["recovered"]
+    assert {name: part["n"] for name, part in found.items()} == {
+        "caption_relay": 2,
+        "tuned_relay": 1,
+    }
+    assert all(part["share"][0] == 1.0 for part in found.values())
+
+
+def test_the_intervals_of_a_swap_are_over_pictures() -> None:
+    # Two pictures with as many questions each, all answered alike: the sample has two, not 40.
+    rows: list[dict[str, Any]] = [
+        {
+            "question": f"{number}?",
+            "gold": f"{picture}",
+            "image": f"{picture}.png",
+            "answers": {"shuffled": "1"},
+            "shuffled_with": 20 * (1 - picture) + number,
+        }
+        for picture in range(2)
+        for number in range(20)
+    ]
+    truth = swap_outcomes(rows, None, 200, 0)["truth"]
+    assert truth["n"] == 40
+    assert truth["follow"] == (0.5, 0.0, 1.0)
+
+
+def test_the_first_token_is_compared_over_what_ran_by_the_clock() -> None:
+    row = {"question": "Q?", "gold": "x", "kind": "k", "answers": {"fused": "x"}}
+    times = [
+        {
+            "caption_relay": {"ttft_ms": relay, "total_ms": 1.0, "tokens": 1},
+            "fused": {"ttft_ms": 10.0, "total_ms": 1.0, "tokens": 1},
+        }
+        for relay in (20.0, 30.0, 40.0)
+    ]
+    value, low, high = summarise([row], times, 400, 0)["speed"]
+    assert (value, low, high) == (3.0, 2.0, 4.0)
+    assert "speed" not in summarise([row], [{"fused": times[0]["fused"]}], 400, 0)
 
 
 def test_items_may_bring_their_own_options_and_no_kind(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_the_fuser_that_is_priced_is_the_one_that_is_built() -> None:
 
 def test_training_memory_counts_what_it_says() -> None:
     source, target = geometry("SmolVLM-256M"), geometry("SmolLM2-135M")
-    memory = training_memory(1000, source, target, rows=2, positions=3)
+    memory = training_memory(1000, [source], target, rows=2, positions=3)
     assert memory[:3] == (4000, 4000, 8000)
     assert memory.frozen == 2 * (source.num_parameters + 134_515_008)
     assert memory.activations == 6 * (34 * 576 * 30 + 8 * 49152)

@@ -10,6 +10,7 @@ import pytest
 
 import mm_c2c
 from mm_c2c.config import load_config
+from mm_c2c.evaluation.run import EvaluationConfig
 from mm_c2c.reference.ablate import AblationConfig
 from mm_c2c.reference.babyai.train_policy import PolicyTrainingConfig
 from mm_c2c.reference.babyai.warm_up_reader import WarmUpConfig
@@ -35,6 +36,7 @@ CONFIG_KINDS = {
     "python -m mm_c2c.reference.metaworld.train_policy": MetaWorldPolicyTrainingConfig,
     "python -m mm_c2c.reference.train_text": TrainingConfig,
     "mm-c2c train": TrainingConfig,
+    "mm-c2c evaluate": EvaluationConfig,
 }
 
 IMPORT_CHECK = """

@@ -205,3 +205,18 @@ def test_training_draws_every_fact_and_answer_alike_often() -> None:
     assert set(counts) == {(kind, answer) for kind in FACTS for answer in ("yes", "no")}
     mean = counts.total() / len(counts)
     assert all(mean / 2 < count < 2 * mean for count in counts.values()), counts
+
+
+def test_more_often_draws_both_answers_of_a_fact_alike() -> None:
+    rng = random.Random(0)
+    scenes = [sample_scene(rng, NAMES, STYLES) for _ in range(4000)]
+    counts = [
+        Counter((q.kind, q.answer) for s in scenes for q in draw_knowledge(s, rng, often))
+        for often in (1, 8)
+    ]
+    for kind in FACTS:
+        yes, no = (counts[1][kind, answer] for answer in ("yes", "no"))
+        assert 2 / 3 < yes / no < 3 / 2, counts
+    # Things that fly are two names of those that training knows, which 1 asks of whenever it can.
+    assert counts[1]["alive", "yes"] > 5 * counts[0]["alive", "yes"]
+    assert counts[1]["flies", "yes"] < 1.2 * counts[0]["flies", "yes"]

@@ -66,6 +66,21 @@ def test_words_where_a_list_is_due_are_refused(key: str, tmp_path: Path) -> None
         load_items(path)
 
 
+def test_what_is_null_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    keys = ("kind", "options", "human_answers", "images", "video", "caption", "episode")
+    row = {"image": "a.png", "question": "Q?", "answer": "3"}
+    plain, null = load_items(write(tmp_path / "items.jsonl", [row, {**row, **dict.fromkeys(keys)}]))
+    assert null._replace(row={}) == plain._replace(row={})
+    assert plain.kind == "question"
+    assert plain.options == ("3",)
+
+
+def test_a_kind_that_is_no_word_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "items.jsonl", [{"question": "Q?", "answer": "3", "kind": 3}])
+    with pytest.raises(InputError, match="kind must be words in quotes, got 3"):
+        load_items(path)
+
+
 def test_items_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     path.write_bytes('{"question": "où?"}'.encode("latin-1"))

@@ -397,6 +397,17 @@ def test_a_model_that_cannot_be_had_is_said_by_name(tmp_path: Path, tiny_text_so
         load_source(str(tmp_path))
 
 
+def test_a_model_whose_file_was_cut_short_is_said_by_name(
+    tmp_path: Path, tiny_text_source: Any, tiny_text_source_tokenizer: Any
+) -> None:
+    tiny_text_source.save_pretrained(tmp_path)
+    tiny_text_source_tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FetchError, match=f"'{tmp_path}' could not be loaded as Auto"):
+        Target.from_pretrained(str(tmp_path))
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_c2c.align import Alignment
-from mm_c2c.errors import ConfigError, ShapeError
+from mm_c2c.config import check_at_least_one
+from mm_c2c.errors import ShapeError
 
 # Half a period of the finest wave is 1/128 of the image: finer than any grid in use (64 x 64).
 NUM_FREQUENCIES = 8
@@ -36,9 +37,7 @@ class ResamplerConfig:
     hidden_size: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "source_width", "width", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "num_slots", "source_width", "width", "hidden_size")
 
 
 class Asking(NamedTuple):

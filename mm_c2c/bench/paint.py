@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_c2c.bench.visitors import serve_page
-from mm_c2c.config import from_command_line
-from mm_c2c.errors import ConfigError, UnsupportedError, run_main
+from mm_c2c.config import check_at_least_one, from_command_line
+from mm_c2c.errors import UnsupportedError, run_main
 
 _PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 _NOW = "performance.now()"
@@ -40,8 +40,7 @@ class PaintConfig:
     tiny: bool = False
 
     def __post_init__(self) -> None:
-        if self.visits < 1:
-            raise ConfigError(f"visits must be at least 1, got {self.visits}")
+        check_at_least_one(self, "visits")
 
 
 def bench(config: PaintConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.bench.rounds import ratio
 from mm_c2c.bridge import Bridge, BridgeConfig
-from mm_c2c.config import from_command_line
-from mm_c2c.errors import ConfigError, run_main
+from mm_c2c.config import check_at_least_one, from_command_line
+from mm_c2c.errors import run_main
 from mm_c2c.fuser import FuserConfig
 from mm_c2c.geometry import find
 from mm_c2c.link import LinkConfig
@@ -67,9 +67,7 @@ class RobotBenchConfig:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "rounds", "steps")
 
 
 def bench(config: RobotBenchConfig) -> dict[str, Any]:

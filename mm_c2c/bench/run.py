@@ -18,7 +18,7 @@ from mm_c2c.bench.peer import LayerByLayer
 from mm_c2c.bench.pipeline import Pipeline, paired_layers, time_growth, time_stages
 from mm_c2c.bench.rounds import in_turn, ratio
 from mm_c2c.cache import CacheShape
-from mm_c2c.config import WIDE_DTYPES, check_one_of
+from mm_c2c.config import WIDE_DTYPES, check_at_least_one, check_one_of
 from mm_c2c.errors import ConfigError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.geometry import cache_layout, find
@@ -65,9 +65,7 @@ class BenchConfig:
             if pair not in PAIRS:
                 raise ConfigError(f"no pair {pair!r}; known: {', '.join(PAIRS)}")
         check_one_of("dtype", self.dtype, WIDE_DTYPES)
-        for name in ("positions", "hidden_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "positions", "hidden_size", "rounds")
 
 
 @torch.no_grad()
@@ -76,8 +74,8 @@ def bench(config: BenchConfig, *, progress: bool = True) -> dict[str, Any]:
 
     Returns:
         Plain values, ready for JSON. In `pairs`, for each pair: `ms` (median of fusing alone) and
-        `parameters` of the peer, of `c2c` (the same function, stacked) and of `small`; `speed`
-        against the peer as [median, low, high]; the milliseconds of `small` by number of
+        `parameters` of the peer, of `c2c` (the same function, stacked), of `small`, and of `small`
+        with the peer's width; `speed` against the peer as [median, low, high]; the milliseconds of `small` by number of
         `positions` and of target `layers`; and `stages`, of `time_stages`. In `growth`, of a
         bridge: `time_growth`.
     """
@@ -166,7 +164,7 @@ def _bench_fusers(config: BenchConfig, pair: str, *, progress: bool) -> dict[str
         "parameters": {
             name: sum(p.numel() for p in fuser.parameters()) for name, fuser in fusers.items()
         },
-        "speed": {name: ratio(taken["peer"], taken[name]) for name in ("c2c", "small")},
+        "speed": {name: ratio(taken["peer"], taken[name]) for name in fusers if name != "peer"},
         **grown,
     }
 
@@ -174,7 +172,7 @@ def _bench_fusers(config: BenchConfig, pair: str, *, progress: bool) -> dict[str
 def _build_fusers(
     source: CacheShape, target: CacheShape, hidden_size: int
 ) -> dict[str, torch.nn.Module]:
-    """The peer, the same function in our stacked form, and the default."""
+    """The peer, the same function in our stacked form, the default, and that at equal width."""
     paper = FuserConfig.c2c(source, target)
     stacked = FuserConfig(
         source=source,
@@ -185,10 +183,12 @@ def _build_fusers(
         gate=paper.gate,
         raw_keys=True,
     )
+    small = FuserConfig(source=source, target=target)
     return {
         "peer": LayerByLayer(source, target, hidden_size, paired_layers(source, target)).eval(),
         "c2c": CacheFuser(stacked).eval(),
-        "small": CacheFuser(FuserConfig(source=source, target=target)).eval(),
+        "small": CacheFuser(small).eval(),
+        "small, as wide": CacheFuser(replace(small, hidden_size=hidden_size)).eval(),
     }
 
 

@@ -36,7 +36,7 @@ from gradio_client.exceptions import AppError
 from gradio_client.utils import Status
 
 from mm_c2c.bench.rounds import ratio
-from mm_c2c.config import from_command_line
+from mm_c2c.config import check_at_least_one, from_command_line
 from mm_c2c.demo.compare import Look, compare, facts
 from mm_c2c.demo.pair import (
     ITEMS,
@@ -86,8 +86,7 @@ class VisitorsConfig:
             )
         if self.seconds <= 0:
             raise ConfigError(f"seconds must be more than 0, got {self.seconds}")
-        if self.rounds < 1:
-            raise ConfigError(f"rounds must be at least 1, got {self.rounds}")
+        check_at_least_one(self, "rounds")
 
 
 class Visit(NamedTuple):

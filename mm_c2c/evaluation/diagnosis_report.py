@@ -36,7 +36,7 @@ from mm_c2c.evaluation.render import (
     svg,
 )
 from mm_c2c.evaluation.results import write_json
-from mm_c2c.evaluation.run import to_asked
+from mm_c2c.evaluation.run import source_name, to_asked
 from mm_c2c.evaluation.tasks import load_items
 
 _COMMAND = "mm-c2c diagnose"
@@ -83,14 +83,15 @@ def look(bridge: Bridge, config: DiagnosticsConfig) -> list[Look]:
         bridge: it is not changed.
         config: which items, which source, how many pictures.
     """
-    arm = Fused(Setting(bridge=bridge, source_name=config.source, request=""))
+    source = source_name(bridge, config.source)
+    arm = Fused(Setting(bridge=bridge, source_name=source, request=""))
     looks = []
     for item in spread_items(load_items(config.items, config.limit), config.map_pictures):
         picture = _enlarged(item.picture())
         answer = arm.answer([to_asked(item)])[0].answer
         maps: dict[str, Tensor] = {}
         if answer:
-            seen = attribute(bridge, item.picture(), item.question, answer, config.source)
+            seen = attribute(bridge, item.picture(), item.question, answer, source)
             maps |= {f"written, {k}": heat for k, heat in zip(_KV, seen.norms, strict=True)}
             maps |= {f"weight, {k}": heat for k, heat in zip(_KV, seen.weights, strict=True)}
             maps["read"] = seen.attention

@@ -32,12 +32,19 @@ from mm_c2c.cache import (
     read_layers,
     repeat_rows,
 )
-from mm_c2c.config import to_dict
+from mm_c2c.config import check_at_least_one
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
 from mm_c2c.evaluation.results import JsonLines, claim, hold
-from mm_c2c.evaluation.run import fingerprint_files, to_asked, weights_of
+from mm_c2c.evaluation.run import (
+    check_model_places,
+    fingerprint_files,
+    portable,
+    source_name,
+    to_asked,
+    weights_of,
+)
 from mm_c2c.evaluation.statistics import Hits, accuracy, draw_resamples, hits_of, retention
 from mm_c2c.evaluation.tasks import Item, is_right, load_items
 from mm_c2c.fuser import CacheFuser
@@ -55,7 +62,12 @@ class DiagnosticsConfig:
 
     Attributes:
         items: JSONL of questions, pictures beside it.
-        source: name of the source in the bridge; it must have one link, with slots.
+        bridge: as in `EvaluationConfig`.
+        source_model: likewise.
+        target_model: likewise.
+        source: name of the source in the bridge, which must have one link, with slots; None takes
+            the only one.
+        each_layer: also let each layer be the only one that is fused.
         limit: ask so many, spread evenly over the file.
         batch_size: items at once.
         grids: other numbers of slots, as rows and columns; a link that has learned what each slot
@@ -69,7 +81,11 @@ class DiagnosticsConfig:
     """
 
     items: Path
-    source: str = "stickers"
+    bridge: str | None = None
+    source_model: str | None = None
+    target_model: str | None = None
+    source: str | None = None
+    each_layer: bool = False
     limit: int = 210
     batch_size: int = 48
     grids: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (3, 3), (5, 5), (7, 7))
@@ -78,6 +94,10 @@ class DiagnosticsConfig:
     map_pictures: int = 3
     resamples: int = 2000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "limit", "batch_size", "resamples")
+        check_model_places(self.bridge, self.source_model, self.target_model)
 
 
 def diagnose(
@@ -115,17 +135,14 @@ def _run(
     bridge: Bridge, config: DiagnosticsConfig, out: Path | None, *, progress: bool
 ) -> dict[str, Any]:
     items = load_items(config.items, config.limit)
-    link = slots_link(bridge, config.source)
+    link = slots_link(bridge, source_name(bridge, config.source))
     name = link.name
     variants = _variants(bridge, name, config)
     if out is not None:
-        # Folder and name: a result is read on other machines.
-        place = "/".join(config.items.parts[-2:])
         claim(
             out,
             {
-                **to_dict(config),
-                "items": place,
+                **portable(config),
                 "items_fingerprint": fingerprint_files(config.items),
                 "fuser": fingerprint(bridge.fusers.state_dict()),
                 "models": weights_of(bridge),
@@ -218,6 +235,8 @@ def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str,
         masks[what] = open_gates & (torch.arange(2) == column)
     for end in bounds[1:-1]:
         masks[f"first {end} layers only"] = open_gates & (torch.arange(layers) < end)[:, None]
+    for layer in range(layers) if config.each_layer else ():
+        masks[f"layer {layer} only"] = open_gates & (torch.arange(layers) == layer)[:, None]
     for start, end in itertools.pairwise(bounds):
         inside = (torch.arange(layers) >= start) & (torch.arange(layers) < end)
         masks[f"without layers {start} to {end - 1}"] = open_gates & ~inside[:, None]
@@ -331,15 +350,16 @@ def _cosines(
     described = [item for item in items if item.description is not None]
     if not described or config.cosine_items < 1:
         return None
+    source = source_name(bridge, config.source)
     found: dict[str, list[Tensor]] = {"before": [], "after": []}
     for item in spread_items(described, config.cosine_items):
         # Without the line break, which may be one token with what stands before it.
         count = len(bridge.question_tokens([item.question])[0]) - 1
         told = f"The picture shows: {item.description}\n{item.question}"
         wanted = attention_outputs(bridge, bridge.fuse(None, [told]), count)
-        cache = bridge.sources[config.source].prefill([item.look()])
+        cache = bridge.sources[source].prefill([item.look()])
         for label, way in (("before", closed), ("after", bridge)):
-            fused = way.fuse(way.fuse_slots({config.source: cache}), [item.question])
+            fused = way.fuse(way.fuse_slots({source: cache}), [item.question])
             outputs = attention_outputs(way, fused, count)
             found[label].append(torch.cosine_similarity(outputs, wanted, dim=-1).mean(1))
     return {label: torch.stack(rows).mean(0).tolist() for label, rows in found.items()}
@@ -358,10 +378,11 @@ def _ask_all(
     todo = [(label, items[i : i + config.batch_size]) for label in variants for i in starts]
     ends = list(itertools.accumulate(len(batch) for _, batch in todo))
     answers = JsonLines(out / "answers.jsonl" if out else None, ends)
+    source = source_name(variants["whole"], config.source)
     bar = tqdm(todo, desc="variants", disable=not progress)
     for (label, batch), end in zip(bar, ends, strict=True):
         if end > len(answers.rows):
-            answers.append(_answer_rows(label, variants[label], batch, config.source))
+            answers.append(_answer_rows(label, variants[label], batch, source))
     hits: dict[str, list[bool]] = {label: [] for label in variants}
     for row in answers.rows:
         hits[row["variant"]].append(is_right(row["answer"], row["gold"]))

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import WIDE_DTYPES, check_one_of
+from mm_c2c.config import WIDE_DTYPES, check_at_least_one, check_one_of
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError, run_main
 from mm_c2c.evaluation.arms import Setting, chat_inputs
 from mm_c2c.evaluation.arms.fused import Fused
@@ -103,8 +103,9 @@ class MonitorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.window, self.batch_size) < 1 or self.draws < 2:
-            raise ConfigError("window and batch_size must be at least 1, draws at least 2")
+        check_at_least_one(self, "window", "batch_size", "resamples")
+        if self.draws < 2:
+            raise ConfigError(f"draws must be at least 2, got {self.draws}")
         if not 0 <= self.false_alarms < 1:
             raise ConfigError(f"false_alarms must be in [0, 1), got {self.false_alarms}")
         check_one_of("dtype", self.dtype, WIDE_DTYPES)

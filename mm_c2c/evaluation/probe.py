@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache
-from mm_c2c.errors import ConfigError, run_main
+from mm_c2c.config import check_at_least_one
+from mm_c2c.errors import run_main
 from mm_c2c.evaluation.command import run_measurement
 from mm_c2c.evaluation.render import pipe_table, span
 from mm_c2c.evaluation.run import portable, source_name
@@ -78,8 +79,7 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.components, self.batch_size) < 1:
-            raise ConfigError("components and batch_size must be at least 1")
+        check_at_least_one(self, "components", "batch_size", "limit", "resamples")
 
 
 class Probe(NamedTuple):

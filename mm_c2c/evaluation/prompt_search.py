@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import to_dict
+from mm_c2c.config import check_at_least_one, to_dict
 from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation.arms import captions, target_answers
 from mm_c2c.evaluation.arms.prompts import OPTIONS_LINE, Example, RelayPrompt
@@ -72,8 +72,7 @@ class PromptSearchConfig:
         check_model_places(self.bridge, self.source_model, self.target_model)
         if not self.requests or not self.templates:
             raise ConfigError("requests and templates must hold at least one each")
-        if min(self.examples, self.limit, self.batch_size) < 1:
-            raise ConfigError("examples, limit and batch_size must be at least 1")
+        check_at_least_one(self, "examples", "limit", "batch_size", "resamples")
 
 
 def search_prompts(

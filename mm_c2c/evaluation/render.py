@@ -44,6 +44,14 @@ def span(values: Sequence[float | None]) -> str:
     return "{} ({} to {})".format(*map(percent, values))
 
 
+def share_text(share: Sequence[float | None]) -> str:
+    """`94.6 % (93.0 to 96.2)`; runs of older versions have no interval of some shares."""
+    value, low, high = map(percent, share)
+    if share[0] is None:
+        return value
+    return f"{value} %" if share[1] is None else f"{value} % ({low} to {high})"
+
+
 def interval_text(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
     """A number and the two ends of its interval; `sign="+"` writes that of positive ones too."""
     value, low, high = (f"{number:{sign}.{digits}f}" for number in values)

@@ -27,6 +27,7 @@ from mm_c2c.evaluation.render import (
     percent,
     pipe_table,
     quieten,
+    share_text,
     span,
     svg,
     write_readme,
@@ -376,29 +377,30 @@ def _findings(summary: dict[str, Any]) -> list[str]:
     if _BESIDE in summary:
         lines += _found_among_options(summary[_BESIDE])
     if recovered := summary.get("recovered"):
-        value, low, high = recovered["share"]
+        parts = [
+            f"{share_text(found['share'])} of the {found['n']} that {_short(name)} misses"
+            for name, found in recovered.items()
+        ]
         lines.append(
-            f"Know but cannot tell: of {recovered['n']} questions that the source answers right "
-            f"and its caption relay does not, fused answers {percent(value)} % "
-            f"({percent(low)} to {percent(high)})."
+            "Know but cannot tell, of questions that the source answers right: fused answers "
+            f"{', '.join(parts)}."
         )
     if swap := summary.get("swap"):
         truth, known = swap["truth"], swap.get("source_right")
         line = (
             f"Swapped picture, of {truth['n']} questions that two pictures answer differently: "
-            f"{percent(truth['follow'])} % of the answers are true of the swapped one, "
-            f"{percent(truth['stay'])} % of the own one"
+            f"{share_text(truth['follow'])} of the answers are true of the swapped one, "
+            f"{share_text(truth['stay'])} of the own one"
         )
         if known:
             line += (
                 f"; of the {known['n']} that the source answers right for both, "
-                f"{percent(known['follow'])} % and {percent(known['stay'])} %"
+                f"{share_text(known['follow'])} and {share_text(known['stay'])}"
             )
         lines.append(f"{line}.")
-    time = summary["time"]
-    if {"fused", "caption_relay"} <= time.keys():
-        ratio = time["caption_relay"]["ttft_ms"] / time["fused"]["ttft_ms"]
-        lines.append(f"First token: fused {ratio:.1f} times as fast as the caption relay.")
+    if speed := summary.get("speed"):
+        times = interval_text(speed)
+        lines.append(f"First token: fused {times} times as fast as the caption relay.")
     return lines
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import WIDE_DTYPES, check_one_of, to_dict
+from mm_c2c.config import WIDE_DTYPES, check_at_least_one, check_one_of, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import (
     ARMS,
@@ -97,9 +97,7 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("answer_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "answer_tokens", "batch_size", "limit", "resamples")
         check_one_of("dtype", self.dtype, WIDE_DTYPES)
         check_one_of("decoding", self.decoding, DECODINGS)
         check_model_places(self.bridge, self.source_model, self.target_model)
@@ -190,7 +188,9 @@ def _run(
 def reference_config() -> EvaluationConfig:
     """What `mm-c2c evaluate` asks of the reference bridge: the shipped scenes."""
     return EvaluationConfig(
-        items=HERE / "unseen_style" / "items.jsonl", prompts=HERE / "prompts.json"
+        items=HERE / "unseen_style" / "items.jsonl",
+        prompts=HERE / "prompts.json",
+        connector=HERE / "soft_prompt",
     )
 
 

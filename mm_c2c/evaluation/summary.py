@@ -24,6 +24,7 @@ from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, vqa_accura
 Row = Mapping[str, Any]
 
 FLOORS = ("blind", "zeroed")
+RELAYS = ("caption_relay", "question_aware_relay", "tuned_relay")
 
 
 def summarise(
@@ -42,10 +43,11 @@ def summarise(
         name the option), and either by kind; where every item has several people's answers also
         `vqa_accuracy`; `against` the arm `fused` the paired tests; `retention` over
         the blind target and over an empty cache, which knows the form of the answers; `recovered`
-        of the items that the source knows and its caption relay misses; `swap`; `lie`, see
+        of the items that the source knows and a caption relay misses, by relay; `swap`; `lie`, see
         `lie_outcomes`; `choice`, where answers were decoded among options, see `_choice_counts`, and
         in it `shuffled_over_blind`, the paired test; `episodes`, `pictures` or `recordings`, how
-        many, where the intervals and tests are over these; `time`.
+        many, where the intervals and tests are over these; `time`; `speed`, how many times as fast
+        as the caption relay fused says its first token, over what ran by the clock.
         Values with an interval are [value, low, high]; None where there is nothing to divide by.
         What needs an arm that was left out is left out.
     """
@@ -80,6 +82,8 @@ def summarise(
         "kinds": {kind: int(where.sum()) for kind, where in kinds.items()},
         "time": _median_times(times),
     }
+    if times and {"fused", "caption_relay"} <= times[0].keys():
+        summary["speed"] = _speed(times, resamples, seed)
     if clusters is not None:
         summary[unit] = len(set(clusters))
     if all(row.get("human_answers") for row in rows):
@@ -101,15 +105,16 @@ def summarise(
             for floor in FLOORS
             if floor in hits
         }
-    if {"fused", "source", "caption_relay"} <= hits.keys():
+    if {"fused", "source"} <= hits.keys():
         # The relay's wordy answers count as told, or everything would be untold.
-        untold = hits["source"] & ~wordy["caption_relay"]
-        summary["recovered"] = {
-            "n": int(untold.sum()),
-            "share": within(hits["fused"], untold),
-        }
+        untold = {name: hits["source"] & ~wordy[name] for name in RELAYS if name in hits}
+        if untold:
+            summary["recovered"] = {
+                name: {"n": int(where.sum()), "share": within(hits["fused"], where)}
+                for name, where in untold.items()
+            }
     if "shuffled" in hits:
-        summary["swap"] = swap_outcomes(rows, hits.get("source"))
+        summary["swap"] = swap_outcomes(rows, hits.get("source"), resamples, seed)
     if any("lists_options" in row for row in rows):
         summary["choice"] = _choice_counts(rows)
         if {"shuffled", "blind"} <= hits.keys():
@@ -138,7 +143,9 @@ def _shown(names: Sequence[str]) -> str:
     return "recordings" if all(name.endswith(".wav") for name in names) else "pictures"
 
 
-def swap_outcomes(rows: Sequence[Row], source: Hits | None) -> dict[str, dict[str, float | int]]:
+def swap_outcomes(
+    rows: Sequence[Row], source: Hits | None, resamples: int, seed: int
+) -> dict[str, dict[str, Any]]:
     """Whose answer the target gives when it is handed another row's picture, `shuffled_with`.
 
     Counted where that row asks the same question and its true answer differs: `truth` has them
@@ -147,17 +154,34 @@ def swap_outcomes(rows: Sequence[Row], source: Hits | None) -> dict[str, dict[st
 
     Returns:
         For either, `n`, and the shares that `follow` the swapped-in picture, that `stay` with the
-        own one, and that do neither.
+        own one, and that do neither, with intervals; over what, see `clusters_of`.
     """
+
+    def followed(pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        said = [rows[row]["answers"]["shuffled"] for row, _ in pairs]
+        follow, stay = (
+            hits_of([is_right(a, rows[row]["gold"]) for a, row in zip(said, whose, strict=True)])
+            for whose in ([other for _, other in pairs], [row for row, _ in pairs])
+        )
+        _, groups = clusters_of([rows[row] for row, _ in pairs])
+        shares = {"follow": follow, "stay": stay, "neither": ~(follow | stay)}
+        return {
+            "n": len(pairs),
+            **{
+                name: _accuracy_within(found, resamples, seed, groups)
+                for name, found in shares.items()
+            },
+        }
+
     pairs = []
     for place, row in enumerate(rows):
         other = rows[row["shuffled_with"]]
         if row["question"] == other["question"] and row["gold"] != other["gold"]:
             pairs.append((place, row["shuffled_with"]))
-    outcomes = {"truth": _followed(pairs, rows)}
+    outcomes = {"truth": followed(pairs)}
     if source is not None:
         known = [pair for pair in pairs if source[pair[0]] and source[pair[1]]]
-        outcomes["source_right"] = _followed(known, rows)
+        outcomes["source_right"] = followed(known)
     return outcomes
 
 
@@ -212,18 +236,6 @@ def _choice_counts(rows: Sequence[Row]) -> dict[str, float | int]:
     }
 
 
-def _followed(pairs: Sequence[tuple[int, int]], rows: Sequence[Row]) -> dict[str, float | int]:
-    said = [rows[row]["answers"]["shuffled"] for row, _ in pairs]
-    follow = [is_right(a, rows[other]["gold"]) for a, (_, other) in zip(said, pairs, strict=True)]
-    stay = [is_right(a, rows[row]["gold"]) for a, (row, _) in zip(said, pairs, strict=True)]
-    neither = [not (a or b) for a, b in zip(follow, stay, strict=True)]
-    shares = {"follow": follow, "stay": stay, "neither": neither}
-    return {
-        "n": len(pairs),
-        **{name: statistics.mean(found) if found else math.nan for name, found in shares.items()},
-    }
-
-
 def _options(rows: Sequence[Row]) -> list[frozenset[str]]:
     """The answers that each question has, and what was told.
 
@@ -271,6 +283,17 @@ def _median_times(times: Sequence[Row]) -> dict[str, dict[str, float | int]]:
         }
         for name in names
     }
+
+
+def _speed(times: Sequence[Row], resamples: int, seed: int) -> Interval:
+    """Ratio of the medians until the first token, caption relay to fused."""
+    relay, fused = (
+        np.array([row[name]["ttft_ms"] for row in times]) for name in ("caption_relay", "fused")
+    )
+    drawn = np.random.default_rng(seed).integers(0, len(times), (resamples, len(times)))
+    ratios = np.median(relay[drawn], axis=1) / np.median(fused[drawn], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(float(np.median(relay) / np.median(fused)), float(low), float(high))
 
 
 def _plain(value: Any) -> Any:

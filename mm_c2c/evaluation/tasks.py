@@ -118,15 +118,16 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
             lists = [row.get(key) or [] for key in ("options", "human_answers", "images", "video")]
             if wrong := [found for found in lists if not isinstance(found, list)]:
                 raise TypeError(f"{wrong[0]!r} where a list is due")
-            texts = [row["question"], row["answer"], *lists[0], *lists[1]]
-            rows.append({"kind": "question", **row, **_shown_paths(row, path.parent)})
+            kind = "question" if row.get("kind") is None else row["kind"]
+            texts = [kind, row["question"], row["answer"], *lists[0], *lists[1]]
+            rows.append({**row, "kind": kind, **_shown_paths(row, path.parent)})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f'{path}, line {number}: expected {{"image", "question", "answer"}}, got {error!r}'
             ) from error
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise InputError(
-                f"{path}, line {number}: question, answers and options must be words in quotes, "
+                f"{path}, line {number}: question, answers, options and kind must be words in quotes, "
                 f"got {wrong[0]!r}"
             )
     if kinds:
@@ -146,9 +147,11 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
             kind=row["kind"],
             question=row["question"],
             answer=row["answer"],
-            options=tuple(row.get("options", sorted(answers[row["kind"]]))),
+            options=tuple(
+                sorted(answers[row["kind"]]) if row.get("options") is None else row["options"]
+            ),
             description=row.get("caption"),
-            human_answers=tuple(row.get("human_answers", ())),
+            human_answers=tuple(row.get("human_answers") or ()),
             told=row.get("told"),
             episode=None if row.get("episode") is None else str(row["episode"]),
             step=row.get("step", 0),

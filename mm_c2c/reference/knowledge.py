@@ -7,6 +7,8 @@ and half of those that it is not; the other half only the evaluation asks about.
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 from mm_c2c.reference.concepts import CONCEPTS
@@ -52,7 +54,22 @@ FACTS = {
 }
 
 
-_FEWEST = min(len(fact.names(a, taught=True)) for fact in FACTS.values() for a in ("yes", "no"))
+_SEEN = Counter(concept.group for concept in CONCEPTS if not concept.heldout)
+
+
+def _chance(names: Collection[str]) -> float:
+    """How often a sticker of a training scene has one of these names, up to a constant.
+
+    Its group is drawn first, each as likely as another.
+    """
+    return sum(1 / _SEEN[c.group] for c in CONCEPTS if c.name in names and not c.heldout)
+
+
+_CHANCES = {
+    kind: {answer: _chance(fact.names(answer, taught=True)) for answer in ("yes", "no")}
+    for kind, fact in FACTS.items()
+}
+_RAREST = min(chance for answers in _CHANCES.values() for chance in answers.values())
 
 
 def knowledge_questions(scene: Scene, *, taught: bool) -> list[Question]:
@@ -62,26 +79,28 @@ def knowledge_questions(scene: Scene, *, taught: bool) -> list[Question]:
         scene: what is seen.
         taught: ask about names that training may ask about; otherwise about all others.
     """
-    return [question for question, _ in _asked(scene, taught=taught)]
-
-
-def draw_knowledge(scene: Scene, rng: random.Random) -> list[Question]:
-    """Questions for training; over many scenes, each fact and answer comes about as often.
-
-    An answer that many names have is asked for the more seldom.
-    """
-    asked = _asked(scene, taught=True)
-    return [question for question, names in asked if rng.random() < _FEWEST / names]
-
-
-def _asked(scene: Scene, *, taught: bool) -> list[tuple[Question, int]]:
-    """Questions, and of how many names each of them has the same answer."""
     asked = []
     for sticker in scene.stickers:
         for kind, fact in FACTS.items():
             for answer in ("yes", "no"):
-                names = fact.names(answer, taught=taught)
-                if sticker.name in names:
+                if sticker.name in fact.names(answer, taught=taught):
                     text = fact.question.format(place=at_place(sticker.place))
-                    asked.append((Question(kind, text, answer), len(names)))
+                    asked.append(Question(kind, text, answer))
     return asked
+
+
+def draw_knowledge(scene: Scene, rng: random.Random, often: float = 1.0) -> list[Question]:
+    """Questions for training; over many scenes, both answers of a fact come about as often.
+
+    Args:
+        scene: what is seen.
+        rng: what draws.
+        often: 1 asks as often as lets all facts come about as often; more asks so many times as
+            often about each fact, up to where its rarer answer is asked for whenever it can be.
+    """
+    drawn = []
+    for question in knowledge_questions(scene, taught=True):
+        chances = _CHANCES[question.kind]
+        if rng.random() < min(often * _RAREST, *chances.values()) / chances[question.answer]:
+            drawn.append(question)
+    return drawn

@@ -36,7 +36,8 @@ class LessonConfig(TrainerConfig):
         questions: questions a picture; a request to describe it comes on top.
         late: questions a picture of the kinds that are learned late, beside those.
         odd: pictures a step that have an odd one out, among `scenes`; the others may.
-        knowledge: questions whose answer is not in the picture come beside them.
+        knowledge: how often questions whose answer is not in the picture come beside them, as
+            `draw_knowledge` has it; 0 is never.
         easy_steps: steps in which only scenes of one and two stickers are shown.
         optimizer: `adamw`, or `muon` for the weights and AdamW for the rest.
         optimizer_dtype: of Muon's own products, as `optimizer.dtype` of `mm-c2c train` has it.
@@ -52,7 +53,7 @@ class LessonConfig(TrainerConfig):
     questions: int = 4
     late: int = 0
     odd: int = 0
-    knowledge: bool = False
+    knowledge: float = 0.0
     warmup: int = 20
     easy_steps: int = 60
     save_every: int = 25
@@ -65,6 +66,8 @@ class LessonConfig(TrainerConfig):
         super().__post_init__()
         if not 0 <= self.odd <= self.scenes:
             raise ConfigError(f"odd must be in [0, scenes={self.scenes}], got {self.odd}")
+        if self.knowledge < 0:
+            raise ConfigError(f"knowledge must be 0 or more, got {self.knowledge}")
         check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_one_of("optimizer_dtype", self.optimizer_dtype, WIDE_DTYPES)
         check_one_of("dtype", self.dtype, WIDE_DTYPES)
@@ -83,7 +86,9 @@ def draw_lesson(
     if config.late:
         asked = [q + draw_late(s, rng, config.late) for s, q in zip(scenes, asked, strict=True)]
     if config.knowledge:
-        asked = [q + draw_knowledge(s, rng) for s, q in zip(scenes, asked, strict=True)]
+        asked = [
+            q + draw_knowledge(s, rng, config.knowledge) for s, q in zip(scenes, asked, strict=True)
+        ]
     return asked
 
 

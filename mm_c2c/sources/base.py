@@ -26,7 +26,7 @@ from mm_c2c.cache import (
     read_layers,
     select_rows,
 )
-from mm_c2c.errors import UnsupportedError
+from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.rope import RopeSpec
 from mm_c2c.rope_probe import rope_specs
 
@@ -68,6 +68,18 @@ class SourceInput:
     noise: Tensor | None = None
     audio: Tensor | NDArray[np.float32] | None = None
     action_tokens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise InputError(f"text must be a text, got {self.text!r}")
+        if isinstance(self.images, Image.Image):
+            raise InputError("images must be a tuple, got one picture; write images=(picture,)")
+        for picture in self.images:
+            if not isinstance(picture, Image.Image):
+                raise InputError(
+                    f"images must hold PIL pictures, got a {type(picture).__name__}; open files "
+                    "by mm_c2c.images.load_image"
+                )
 
 
 def with_request(look: SourceInput, request: str) -> SourceInput:

@@ -8,12 +8,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from mm_c2c.cache import CacheShape
-from mm_c2c.config import DTYPES, PRECISIONS, WIDE_DTYPES, check_one_of, from_dict
+from mm_c2c.config import (
+    DTYPES,
+    PRECISIONS,
+    WIDE_DTYPES,
+    check_at_least_one,
+    check_one_of,
+    from_dict,
+)
 from mm_c2c.errors import ConfigError
 from mm_c2c.link import LinkConfig
 from mm_c2c.training.loop import ON_NAN, TRACKERS
-from mm_c2c.training.optimizers import OPTIMIZERS
+from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
 
 FORMATS = ("jsonl", "webdataset", "datasets")
 ON_CORRUPT = ("stop", "skip")
@@ -71,7 +81,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_one_of("data.format", self.format, FORMATS)
         check_one_of("data.on_corrupt", self.on_corrupt, ON_CORRUPT)
-        _at_least_one(self, "data.", "questions", "window")
+        check_at_least_one(self, "questions", "window", where="data.")
         given = {
             "name": self.name is not None,
             "split": self.split != "train",
@@ -199,6 +209,12 @@ class OptimizerConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optimizer.{name} must exceed 0, got {getattr(self, name)}")
 
+    def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
+        """What moves the weights of a module."""
+        return build_optimizers(
+            module, self.learning_rate, self.name, self.weight_decay, dtype=DTYPES[self.dtype]
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeptConfig:
@@ -276,7 +292,7 @@ class TrainingConfig:
         check_one_of("on_nan", self.on_nan, ON_NAN)
         for name in self.tracking:
             check_one_of("tracking", name, TRACKERS)
-        _at_least_one(self, "", "batch_size", "accumulation", "save_every", "log_every")
+        check_at_least_one(self, "batch_size", "accumulation", "save_every", "log_every")
         blank = CacheShape(num_layers=1, num_key_value_heads=1, head_dim=2)
         links = self.build_links(dict.fromkeys(self.sources, blank), blank)
         for link in links:
@@ -285,6 +301,8 @@ class TrainingConfig:
                     f"a link names source {link.source!r}; sources: {', '.join(self.sources)}"
                 )
         if self.start is None:
+            if not links:
+                raise ConfigError("links: expected one or more, got none")
             self.check_links(links)
 
     def check_links(self, links: Sequence[LinkConfig]) -> None:
@@ -340,9 +358,3 @@ class TrainingConfig:
 def _share(name: str, value: float) -> None:
     if not 0 <= value <= 1 or math.isnan(value):
         raise ConfigError(f"{name} must be in [0, 1], got {value}")
-
-
-def _at_least_one(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{where}{name} must be at least 1, got {getattr(config, name)}")

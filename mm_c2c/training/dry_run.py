@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +20,9 @@ from mm_c2c.fuser import CacheFuser
 from mm_c2c.geometry import Geometry, find, training_memory
 from mm_c2c.link import LinkConfig
 from mm_c2c.training.blank import ANSWER, INNER, BlankSource, blank_target
-from mm_c2c.training.config import GenerateConfig, PhasesConfig, TrainingConfig
+from mm_c2c.training.config import PhasesConfig, TrainingConfig
 from mm_c2c.training.data import Example, Turn
 from mm_c2c.training.loop import build_accelerator, memory_bytes
-from mm_c2c.training.optimizers import build_optimizers
 from mm_c2c.training.run import Trainer
 
 STEPS = 3
@@ -40,15 +40,17 @@ def dry_run(config: TrainingConfig, *, true_width: bool = False) -> dict[str, An
         fuser in its published width, and from `estimate`: `flop`, `hours` and `true_memory_bytes`.
 
     Raises:
+        ConfigError: a step cannot be cut into the pieces that its config says.
         InputError: a model whose geometry is not known.
     """
+    config.share(1)
     original = config
-    quiet = GenerateConfig(steps=config.phases.generate.steps or 1, warmup=0)
+    quiet = replace(config.phases.generate, steps=config.phases.generate.steps or 1, warmup=0)
     phases = PhasesConfig(reconstruct=config.phases.reconstruct, generate=quiet)
     trainer = blank_trainer(replace(config, phases=phases, kept=None), true_width=true_width)
     config, accelerator = trainer.config, trainer.accelerator
     fusers = trainer.bridge.fusers
-    optimizers = build_optimizers(fusers, config.optimizer.learning_rate, config.optimizer.name)
+    optimizers = config.optimizer.build(fusers)
     losses, seconds = [], []
     for step in (0, *range(phases.steps - STEPS + 1, phases.steps)):
         started = time.perf_counter()
@@ -94,6 +96,7 @@ def blank_trainer(config: TrainingConfig, *, true_width: bool = False) -> Traine
             true_width=true_width,
         )
         for name, model in sources.items()
+        if any(link.source == name for link in links)
     }
     answering = blank_target(target, config.target.dtype, config.slot_token, true_width=true_width)
     return Trainer(config, accelerator, answering, blank, _Blank())
@@ -113,22 +116,24 @@ def estimate(config: TrainingConfig) -> dict[str, Any]:
     questions = config.data.questions
     asked = questions * (QUESTION + ANSWER)
     with torch.device("meta"):
-        fuser = sum(CacheFuser(link.fuser).num_parameters for link in links)
-    fused = sum(link.num_slots or questions * QUESTION for link in links)
-    read = sum(
-        2 * sources[link.source].num_parameters * _positions(link, sources[link.source], questions)
-        for link in links
+        fusers = [CacheFuser(link.fuser).num_parameters for link in links]
+    fuse = sum(
+        count * (link.num_slots or questions * QUESTION)
+        for count, link in zip(fusers, links, strict=True)
     )
-    generate = 4 * target.num_parameters * asked + 6 * fuser * fused + read
+    read = sum(
+        model.num_parameters * _positions([k for k in links if k.source == name], model, config)
+        for name, model in sources.items()
+    )
+    generate = 4 * target.num_parameters * asked + 6 * fuse + 2 * read
     told = 2 * target.num_parameters * questions * (DESCRIPTION + QUESTION + ANSWER)
     phases = config.phases
     flop = config.batch_size * (phases.steps * generate + phases.reconstruct.steps * told)
     rows = config.batch_size // config.accumulation * questions
-    memory = training_memory(
-        fuser, next(iter(sources.values())), target, rows, slots + QUESTION + ANSWER
-    )
+    read_by = [sources[name] for name in {link.source for link in links}]
+    memory = training_memory(sum(fusers), read_by, target, rows, slots + QUESTION + ANSWER)
     return {
-        "parameters": fuser,
+        "parameters": sum(fusers),
         "flop": flop,
         "hours": flop / (SUSTAINED_TFLOPS * 1e12) / 3600,
         "true_memory_bytes": memory.total,
@@ -182,8 +187,13 @@ def _links(
     return config.build_links(shapes, target.layout.shape)
 
 
-def _positions(link: LinkConfig, source: Geometry, questions: int) -> int:
-    """What a source reads for an example."""
-    if link.geometry == "aligned":
-        return questions * QUESTION
-    return link.images * (source.picture_tokens or 0) + (link.cols if link.kinds else 0)
+def _positions(links: Sequence[LinkConfig], source: Geometry, config: TrainingConfig) -> int:
+    """What a source reads for an example: once for all links with slots, once for all of words."""
+    questions = config.data.questions
+    slots = [link for link in links if link.geometry == "slots"]
+    pictures = max((link.images for link in slots), default=0) * (source.picture_tokens or 0)
+    others = sum(link.cols for link in slots if link.kinds)
+    words = questions * QUESTION if len(slots) < len(links) else 0
+    # Where its own answers are learned, it reads picture and question anew for each, and answers.
+    distilled = config.phases.generate.distill * questions
+    return pictures + others + words + round(distilled * (pictures + QUESTION + ANSWER))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import DTYPES, to_dict
+from mm_c2c.config import to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.results import hold, write_json
 from mm_c2c.sources.base import SourceInput
@@ -36,7 +36,6 @@ from mm_c2c.training.kept import KeptCaches, fingerprint, row_key
 from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
 from mm_c2c.training.models import build_bridge, load_source, load_target
 from mm_c2c.training.objective import Asked, Objective, draw_questions
-from mm_c2c.training.optimizers import build_optimizers
 from mm_c2c.training.packing import check_packs
 
 logger = logging.getLogger(__name__)
@@ -95,14 +94,6 @@ def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner)
         learner.save(weights)
         write_json(path, settings)
 
-    optimizer = config.optimizer
-    optimizers = build_optimizers(
-        learner.fusers,
-        optimizer.learning_rate,
-        optimizer.name,
-        optimizer.weight_decay,
-        dtype=DTYPES[optimizer.dtype],
-    )
     loop = Loop(
         out=config.out,
         steps=config.phases.steps,
@@ -110,11 +101,12 @@ def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner)
         log_every=config.log_every,
         seed=config.seed,
         accumulation=config.accumulation,
-        clip=optimizer.clip,
+        clip=config.optimizer.clip,
         on_nan=config.on_nan,
         accelerator=accelerator,
         settings=flatten(settings),
     )
+    optimizers = config.optimizer.build(learner.fusers)
     loop.run(learner.fusers, optimizers, learner.rate, learner.loss, save, learner.gauges)
 
 

@@ -26,7 +26,7 @@ from mm_c2c.perception import FusedInputs
 from mm_c2c.sources.base import Source, SourceInput, full_cache, with_request
 from mm_c2c.sources.text import encode_chats
 
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS = 32
 CAPTION_TOKENS = 64
 
 ARMS: dict[str, str] = {
