@@ -201,7 +201,7 @@ def test_the_canvas_offers_what_can_be_drawn() -> None:
 
 
 def test_shipped_results_are_shown_from_their_json() -> None:
-    assert len(runs()) == 8
+    assert len(runs()) == 7
     title, folder = next(iter(runs().items()))
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     shown = run_html(title)

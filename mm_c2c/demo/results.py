@@ -16,7 +16,6 @@ _TITLES = {
     "crowded": "Five and six stickers, where training had one to four",
     "knowledge_choice": "Knowledge, answered with yes or no",
     "own_source": "A control: the target as its own source",
-    "soft_prompt": "Beside a soft-prompt connector",
 }
 
 

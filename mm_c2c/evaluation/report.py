@@ -305,12 +305,11 @@ _MAY_DIFFER = {"arms", "bridge", "decoding", "timed", "resamples", "seed"}
 def _command(config: dict[str, Any]) -> str:
     """What makes such a run: every setting that is not the command's own."""
     usual = reference_config()
-    plain = portable(usual) | {
-        "source": SOURCE_NAME,
-        "prompts": usual.prompts and fingerprint_files(usual.prompts),
-    }
+    given = {key: getattr(usual, key) for key in FILES.values()}
+    files = {key: path and fingerprint_files(path) for key, path in given.items()}
+    plain = portable(usual) | {"source": SOURCE_NAME, **files}
     if config.get("bridge") is not None:
-        plain |= {"items": None, "source": None, "prompts": None}
+        plain |= dict.fromkeys(("items", "source", *files))
     words = ["mm-c2c evaluate"]
     for key in _COMMAND:
         value = config.get(key)
