@@ -81,6 +81,15 @@ class LayerKV(NamedTuple):
     values: Tensor
 
 
+def shape_of(layers: Sequence[LayerKV]) -> CacheShape:
+    """Geometry of a cache's layers, which must be alike."""
+    sizes = {(kv.keys.shape[1], kv.keys.shape[3]) for kv in layers}
+    if len(sizes) > 1:
+        raise ShapeError(f"layers differ in (heads, head_dim): {sorted(sizes)}")
+    heads, head_dim = sizes.pop()
+    return CacheShape(num_layers=len(layers), num_key_value_heads=heads, head_dim=head_dim)
+
+
 class CacheOrigin(NamedTuple):
     """Which model wrote a cache."""
 
@@ -163,11 +172,7 @@ class SourceCache:
     @property
     def shape(self) -> CacheShape:
         """Geometry of the cache; a cache of uneven layers has none and raises."""
-        sizes = {(kv.keys.shape[1], kv.keys.shape[3]) for kv in self.layers}
-        if len(sizes) > 1:
-            raise ShapeError(f"layers differ in (heads, head_dim): {sorted(sizes)}")
-        heads, head_dim = sizes.pop()
-        return CacheShape(num_layers=len(self.layers), num_key_value_heads=heads, head_dim=head_dim)
+        return shape_of(self.layers)
 
     @property
     def batch_size(self) -> int:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Cache
 
-from mm_c2c.cache import CacheShape, read_layers
+from mm_c2c.cache import CacheShape, read_layers, shape_of
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.images import to_rgb
 from mm_c2c.sources.base import SourceInput
@@ -85,9 +85,7 @@ def check_perception(perception: Perception, target: CacheShape) -> None:
     if not perception.input_ids.shape[1]:
         return  # without slots and without a system prompt there is nothing to be of another
     layers, _ = read_layers(perception.past_key_values)
-    _, heads, _, head_dim = layers[0].keys.shape
-    found = CacheShape(num_layers=len(layers), num_key_value_heads=heads, head_dim=head_dim)
-    if found != target:
+    if (found := shape_of(layers)) != target:
         raise MismatchError(f"the perception is of another target: expected {target}, got {found}")
 
 

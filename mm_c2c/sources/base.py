@@ -25,6 +25,7 @@ from mm_c2c.cache import (
     full_layer,
     read_layers,
     select_rows,
+    shape_of,
 )
 from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.rope import RopeSpec
@@ -166,9 +167,7 @@ class FrozenReader:
                 len(cache),
                 ", ".join(map(str, indices)),
             )
-        _, heads, _, head_dim = layers[0].keys.shape
-        shape = CacheShape(num_layers=len(layers), num_key_value_heads=heads, head_dim=head_dim)
-        return shape, indices
+        return shape_of(layers), indices
 
     @torch.no_grad()
     def score(
