@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--only", choices=ASK_ARMS, help="run this arm alone")
     ask.add_argument("--stream", action="store_true", help="print the answer as it is made")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
+    ask.add_argument("--device", default="cpu", help="where to compute, such as cuda")
     ask.set_defaults(run=_ask)
 
     fetch = commands.add_parser("fetch", help="download the target's weights, once")
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="a page in the browser, on this machine alone")
     demo.add_argument("--tiny", action="store_true", help="a target of random weights: no download")
+    demo.add_argument("--device", default="cpu", help="where to compute, such as cuda")
     demo.add_argument("--port", type=int, help="the first free one from 7860 when left out")
     demo.add_argument("--host", help="address to listen on; this machine alone when left out")
     demo.add_argument("--share", action="store_true", help="a public link, through Gradio's server")
@@ -141,24 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load_bridge(
-    folder: str | None = None,
-    source_model: str | None = None,
-    target_model: str | None = None,
-    dtype: str = "float32",
-) -> Bridge:
-    """The reference bridge or another, without transformers' bars for loads that take a second."""
-    from transformers.utils import logging as transformers_logging
-
-    from mm_c2c.config import DTYPES
-    from mm_c2c.reference import models
-
-    transformers_logging.disable_progress_bar()
-    if folder is None:
-        return models.load_bridge(dtype=DTYPES[dtype])
-    return models.load_saved_bridge(folder, source_model, target_model, DTYPES[dtype])
-
-
 def _make_folder(path: Path) -> None:
     """The folder of results, made before what would be lost without it."""
     try:
@@ -170,6 +154,7 @@ def _make_folder(path: Path) -> None:
 def _ask(args: argparse.Namespace) -> None:
     from mm_c2c.evaluation.arms import Asked, Setting, build_arm
     from mm_c2c.evaluation.clock import timed
+    from mm_c2c.evaluation.pair import PairConfig, load_pair
     from mm_c2c.images import load_image
     from mm_c2c.reference.models import SOURCE_NAME
     from mm_c2c.reference.scenes import CAPTION_REQUEST
@@ -180,7 +165,7 @@ def _ask(args: argparse.Namespace) -> None:
     if args.stream and (args.json or not args.only):
         raise InputError("--stream goes with --only ARM and without --json")
     picture = load_image(args.image)
-    bridge = _load_bridge()
+    bridge = load_pair(PairConfig(device=args.device))
     setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
     asked = Asked(SourceInput(images=(picture,)), args.question)
     if args.stream:
@@ -254,6 +239,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override
+    from mm_c2c.evaluation.pair import load_pair
     from mm_c2c.evaluation.render import new_figure
     from mm_c2c.evaluation.report import text_table, write_report
     from mm_c2c.evaluation.run import EvaluationConfig, evaluate, reference_config
@@ -271,8 +257,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.out:
         _make_folder(args.out)
         new_figure(1, 1)  # the report needs it: better known now than after all questions
-    bridge = _load_bridge(config.bridge, config.source_model, config.target_model, config.dtype)
-    summary = evaluate(bridge, config, args.out)
+    summary = evaluate(load_pair(config), config, args.out)
     if args.out:
         write_report(args.out)
     if args.json:
@@ -283,15 +268,14 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> None:
     from mm_c2c.config import parse_overrides
+    from mm_c2c.evaluation.pair import load_pair
     from mm_c2c.evaluation.prompt_search import PromptSearchConfig, search_prompts, text_table
+    from mm_c2c.evaluation.results import make_room
 
     config = parse_overrides(PromptSearchConfig, args.overrides)
     if args.out:
-        _make_folder(args.out.parent)
-        if args.out.is_dir():
-            raise InputError(f"--out: expected a file, {args.out} is a folder")
-    bridge = _load_bridge(config.bridge, config.source_model, config.target_model)
-    result = search_prompts(bridge, config, args.out)
+        make_room(args.out)
+    result = search_prompts(load_pair(config), config, args.out)
     print(json.dumps(result) if args.json else text_table(result))
 
 
@@ -299,6 +283,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     from mm_c2c.config import override
     from mm_c2c.evaluation.diagnosis_report import look, write_report
     from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose, text_table
+    from mm_c2c.evaluation.pair import load_pair
     from mm_c2c.evaluation.render import new_figure
     from mm_c2c.reference.models import HERE
 
@@ -307,7 +292,7 @@ def _diagnose(args: argparse.Namespace) -> None:
         new_figure(1, 1)  # the report needs it: better known now than after all questions
     config = DiagnosticsConfig(items=HERE / "unseen_style" / "items.jsonl")
     config = override(config, args.overrides)
-    bridge = _load_bridge(config.bridge, config.source_model, config.target_model)
+    bridge = load_pair(config)
     result = diagnose(bridge, config, args.out)
     if args.out:
         write_report(result, look(bridge, config), args.out)
@@ -332,6 +317,7 @@ def _card(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from mm_c2c.demo.pair import load_tiny_bridge, reference_setting
+    from mm_c2c.evaluation.pair import PairConfig, load_pair
 
     try:
         from mm_c2c.demo.page import build_page
@@ -345,7 +331,9 @@ def _demo(args: argparse.Namespace) -> None:
         host=args.host, port=args.port, share=args.share, auth=args.auth
     )
     check_port(exposure)
-    setting = reference_setting(load_tiny_bridge() if args.tiny else _load_bridge())
+    setting = reference_setting(
+        load_tiny_bridge() if args.tiny else load_pair(PairConfig(device=args.device))
+    )
     warm_up(setting)
     notice = "**Tiny**: this target has random weights; what it says means nothing."
     page = build_page(

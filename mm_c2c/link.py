@@ -22,7 +22,7 @@ from mm_c2c.cache import (
     read_layers,
     with_layers,
 )
-from mm_c2c.config import check_at_least_one
+from mm_c2c.config import check_at_least_one, check_one_of
 from mm_c2c.errors import ConfigError, InputError, ShapeError
 from mm_c2c.fuser import CacheFuser, FuserConfig
 from mm_c2c.pretrained import check_origin, check_shape
@@ -43,8 +43,8 @@ class LinkConfig:
         geometry: `slots` gives a picture, or other positions of the source, places of their own
             in the target's prompt; `aligned` adds to the words that both models read.
         fuser: the fuser's shape.
-        rows: rows of slots a picture gets.
-        cols: columns of slots a picture gets.
+        rows: rows of slots a picture gets; `aligned` has none.
+        cols: columns, likewise.
         images: most pictures that a row of the batch shows the source, such as a robot's cameras
             or the frames of a video; the slots of one follow those of the other. A row may show
             fewer: what is missing are the last ones, whose slots stay the target's own. For
@@ -76,10 +76,7 @@ class LinkConfig:
                 f"weights' names; say {self.source.replace('.', '_')!r}"
             )
         for name, known in (("geometry", GEOMETRIES), ("pooling", POOLINGS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+            check_one_of(name, getattr(self, name), known)
         if self.geometry == "aligned" and self.pooling == "resampler":
             raise ConfigError(
                 "pooling 'resampler' shares patches among slots, and geometry 'aligned' has none; "

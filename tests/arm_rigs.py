@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mm_c2c import Bridge
+from mm_c2c import Bridge, LinkConfig
 from mm_c2c.evaluation.arms.own_source import build_own_bridge
 from mm_c2c.evaluation.arms.soft_prompt import Connector, ConnectorConfig
 from mm_c2c.evaluation.arms.tuned import add_adapter
@@ -28,6 +29,16 @@ def connector_of(bridge: Bridge, features: int, parameters: int = 2000) -> Conne
     return connector
 
 
+def aligned_bridge(bridge: Bridge) -> Bridge:
+    """One link between the words of the same two models, open."""
+    slots = bridge.config.links[0]
+    words = LinkConfig(source=slots.source, geometry="aligned", fuser=slots.fuser)
+    config = dataclasses.replace(bridge.config, links=(words,))
+    aligned = Bridge(bridge.target, bridge.sources, config)
+    open_up(aligned.fusers)
+    return aligned
+
+
 def make_file(arm: str, bridge: Bridge, folder: Path) -> Path:
     """What the arm wants a file or folder of."""
     if arm == "question_aware_relay":
@@ -39,6 +50,8 @@ def make_file(arm: str, bridge: Bridge, folder: Path) -> Path:
         source: Any = bridge.sources[SOURCE_NAME]
         features = source.model.config.vision_config.hidden_size
         connector_of(bridge, features).save_pretrained(folder)
+    elif arm == "fused_aligned":
+        aligned_bridge(bridge).save_pretrained(folder)
     elif arm == "own_source":
         own = build_own_bridge(bridge, parameters=9000)
         open_up(own.fusers)

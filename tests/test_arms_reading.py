@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from arm_rigs import make_file, open_up
+from arm_rigs import aligned_bridge, make_file, open_up
 from PIL import Image
 
 from mm_c2c import Bridge, SourceInput
+from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation import arms
 from mm_c2c.evaluation.arms import ARMS, FILES, Asked, Setting, build_arm
 from mm_c2c.reference.models import SOURCE_NAME
@@ -19,6 +20,7 @@ from mm_c2c.sources.text import encode_chats
 # that its slots tell nothing of that.
 DEPENDS_ON: dict[str, set[str]] = {
     "fused": {"picture"},
+    "fused_aligned": {"picture", "instruction"},
     "prefix_only": {"picture"},
     "fused_and_caption": {"picture", "instruction"},
     "blind": set(),
@@ -137,12 +139,22 @@ def test_the_target_reads_what_was_seen_and_the_arms_own_words(
 def test_words_that_the_source_reads_too_tell_what_the_arm_is_for(
     arm: str, reads: set[str], setting: Setting, rows: dict[str, Asked]
 ) -> None:
-    bridge = setting.bridge
-    (link,) = bridge.config.links
-    links = (replace(link, geometry="aligned"),)
-    aligned = Bridge(bridge.target, bridge.sources, replace(bridge.config, links=links)).eval()
-    open_up(aligned.fusers)
-    built = build_arm(arm, replace(setting, bridge=aligned))
+    built = build_arm(arm, replace(setting, bridge=aligned_bridge(setting.bridge)))
     answers = dict(zip(rows, built.answer([*rows.values()]), strict=True))
     differing = {what for what, answer in answers.items() if answer != answers["nothing"]}
     assert differing == reads | {"question", "instruction"}
+
+
+@pytest.mark.parametrize("arm", ["fused_aligned"])
+def test_a_fuser_of_aligned_words_beside_the_slots_answers_as_its_own_bridge(
+    setting: Setting, rows: dict[str, Asked], tmp_path: Path
+) -> None:
+    asked = [*rows.values()]
+    own = replace(setting, bridge=aligned_bridge(setting.bridge))
+    said = build_arm("fused_aligned", setting).answer(asked)
+    assert said == build_arm("fused", own).answer(asked)
+    assert said != build_arm("fused", setting).answer(asked)
+    setting.bridge.save_pretrained(tmp_path / "slots")
+    wrong = replace(setting, aligned_bridge=tmp_path / "slots")
+    with pytest.raises(ConfigError, match=f"links are all aligned, .* the slots of {SOURCE_NAME}"):
+        build_arm("fused_aligned", wrong).answer(asked)

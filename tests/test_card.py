@@ -81,19 +81,22 @@ def test_a_card_names_models_of_the_hub_and_how_to_load_them(saved: Path) -> Non
     path = saved / "config.json"
     header = json.loads(path.read_text())
     header["target"] = {"model": "org/llm", "revision": "abc", "model_type": "llama"}
-    header["sources"]["stickers"]["model"] = "org/vlm"
+    header["sources"]["stickers"] |= {"model": "org/vlm", "model_type": "qwen2_5_vl"}
+    header["sources"]["arm"] = {"model": "org/vla", "revision": None, "model_type": "smolvla"}
     path.write_text(json.dumps(header))
     card = write_card(saved)
-    assert card.data.base_model == ["org/llm", "org/vlm"]
+    assert card.data.base_model == ["org/llm", "org/vla", "org/vlm"]
     assert card.data.eval_results is None
     assert card.data.license is None
     assert "Nothing was measured." in card.text
     assert "Not stated." in card.text
     code = card.text.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
-    assert 'AutoModelForCausalLM.from_pretrained("org/llm", revision="abc")' in code
-    assert 'AutoProcessor.from_pretrained("org/vlm")' in code
-    assert "from mm_c2c.sources.vlm import VLMSource" in code
+    assert 'target = Target.from_pretrained("org/llm", revision="abc")' in code
+    assert 'stickers = load_source("org/vlm")' in code
+    assert "arm = ...  # org/vla" in code
+    (imported,) = (line for line in code.splitlines() if "import" in line)
+    exec(imported)
 
 
 def test_a_card_of_another_fusers_evaluation_is_refused(

@@ -45,10 +45,12 @@ def test_evaluate_loads_the_target_in_the_dtype_it_is_given(
     bridge: Bridge, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr(models, "load_bridge", lambda dtype: asked.append(dtype) or bridge)
+    monkeypatch.setattr(
+        models, "load_bridge", lambda dtype, device: asked.append((dtype, device)) or bridge
+    )
     words = ["evaluate", "--json", "dtype=bfloat16", "limit=2", "timed=0", "arms=[blind]"]
     assert main(words) == 0
-    assert asked == [torch.bfloat16]
+    assert asked == [(torch.bfloat16, "cpu")]
     capsys.readouterr()
 
 
@@ -106,7 +108,7 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(
     [
         (["evaluate", "--out", "file"], "--out: cannot make the folder file: File exists"),
         (["diagnose", "--out", "file"], "--out: cannot make the folder file: File exists"),
-        (["prompts", "--out", ".", "items=a.jsonl"], "--out: expected a file, . is a folder"),
+        (["prompts", "--out", ".", "items=a.jsonl"], "expected a file to write to, got the folder ."),
         (["prompts", "--out", "file/a.json", "items=a.jsonl"], "cannot make the folder file"),
         (["evaluate", "file"], "file is not valid YAML: 'utf-8' codec"),
         (["demo", "--port", "99999"], "--port must be from 1 to 65535, got 99999"),

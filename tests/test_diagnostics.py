@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mm_c2c import Bridge
+from mm_c2c import Bridge, FuserConfig, LinkConfig
 from mm_c2c.bridge import BridgeConfig
 from mm_c2c.cache import read_layers
 from mm_c2c.errors import ConfigError, InputError
@@ -24,6 +24,7 @@ from mm_c2c.evaluation.tasks import load_items
 from mm_c2c.images import load_image
 from mm_c2c.reference.models import SOURCE_NAME
 from mm_c2c.rope import derotate
+from mm_c2c.sources.action import PI0Source
 
 
 @pytest.fixture
@@ -49,6 +50,12 @@ def config(tmp_path: Path, pictures: list[Image.Image]) -> DiagnosticsConfig:
     )
 
 
+def build_variants(trained: Bridge, config: DiagnosticsConfig) -> dict[str, Bridge]:
+    (link,) = trained.config.links
+    found = diagnostics._variants(trained, link, config)
+    return {label: variant.build() for label, variant in found.items()}
+
+
 def test_effective_rank_counts_equal_directions() -> None:
     for count in (1, 2, 5):
         basis = torch.linalg.qr(torch.randn(8, 8))[0][:count]
@@ -65,8 +72,8 @@ def test_a_variant_fuses_only_what_it_says(
     trained: Bridge, config: DiagnosticsConfig, pictures: list[Image.Image]
 ) -> None:
     before = {name: weight.clone() for name, weight in trained.state_dict().items()}
+    variants = build_variants(trained, config)
     (name,) = trained.fusers
-    variants = diagnostics._variants(trained, name, config)
     whole = read_layers(trained.perceive(pictures[0]).past_key_values)[0]
     closed = diagnostics.scale_gates(trained, name, torch.zeros(len(whole), 2))
     alone = read_layers(closed.perceive(pictures[0]).past_key_values)[0]
@@ -93,8 +100,7 @@ def test_a_variant_fuses_only_what_it_says(
 def test_slots_that_are_taken_out_are_gone_and_the_others_close_up(
     trained: Bridge, config: DiagnosticsConfig, pictures: list[Image.Image]
 ) -> None:
-    (name,) = trained.fusers
-    variants = diagnostics._variants(trained, name, config)
+    variants = build_variants(trained, config)
     whole, half = (variants[v].perceive(pictures[:2]) for v in ("whole", "every other slot"))
     length = whole.input_ids.shape[1]
     stay = [*range(length - 4), length - 4, length - 2]
@@ -189,8 +195,7 @@ def test_each_layer_can_be_the_only_one_that_is_fused(
     trained: Bridge, config: DiagnosticsConfig
 ) -> None:
     config = dataclasses.replace(config, each_layer=True, cosine_items=0)
-    name = trained.config.links[0].name
-    variants = diagnostics._variants(trained, name, config)
+    variants = build_variants(trained, config)
     picture = load_items(config.items)[0].picture()
     closed, _ = read_layers(variants["nothing written"].perceive(picture).past_key_values)
     labels = [label for label in variants if re.fullmatch(r"layer \d+ only", label)]
@@ -204,6 +209,32 @@ def test_each_layer_can_be_the_only_one_that_is_fused(
         ]
         assert label == f"layer {changed[0]} only"
         assert len(changed) == 1
+
+
+def test_gates_are_masked_where_they_are(trained: Bridge, config: DiagnosticsConfig) -> None:
+    (link,) = trained.config.links
+    trained.fusers.to("meta")
+    for label, variant in diagnostics._variants(trained, link, config).items():
+        (factor,) = variant.build.args[2:] if "scale_gates" in str(variant.build) else (None,)
+        assert factor is None or factor.device.type == "meta", label
+
+
+def test_a_policy_that_reads_a_state_is_diagnosed_too(
+    pi0: PI0Source, bridge: Bridge, config: DiagnosticsConfig, tmp_path: Path
+) -> None:
+    fuser = FuserConfig(source=pi0.shape, target=bridge.target.shape, hidden_size=8, rank=2)
+    link = LinkConfig(source="arm", geometry="slots", rows=2, cols=2, fuser=fuser)
+    slots = dataclasses.replace(bridge.config, links=(link,))
+    policy = Bridge(bridge.target, {"arm": pi0}, slots).eval()
+    rows = [json.loads(line) for line in config.items.read_text().splitlines()]
+    rows = [row | {"state": [0.1, 0.2, 0.3], "text": "go"} for row in rows]
+    config.items.write_text("\n".join(map(json.dumps, rows)))
+    result = diagnose(policy, config, progress=False)
+    assert result["n"] == 2
+    assert len(result["effective_rank"]["after"]) == bridge.target.shape.num_layers
+    write_report(result, look(policy, config), tmp_path / "report")
+    with pytest.raises(ConfigError, match="rank_pictures"):
+        dataclasses.replace(config, rank_pictures=0)
 
 
 def test_cosines_compare_with_the_target_that_reads_a_description(

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,24 @@ def test_a_stopped_run_goes_on_where_it_stopped(
     assert (out / "answers.jsonl").read_text() == whole
     assert counts == dict.fromkeys(ITEM_ARMS, 3 + 3)  # of five items, and by the clock
     assert found["arms"] == expected["arms"]
+
+
+def test_a_beginning_token_is_no_token_of_an_answer(
+    setting: Setting, asked: list[Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = setting.bridge.target.tokenizer
+    own = type(tokenizer).__call__
+
+    def begun(self: Any, text: Any, *, add_special_tokens: bool = True, **kwargs: Any) -> Any:
+        found = own(self, text, add_special_tokens=add_special_tokens, **kwargs)
+        if add_special_tokens and isinstance(text, str):
+            found["input_ids"] = [0, *found["input_ids"]]
+        return found
+
+    arm = SimpleNamespace(answer=lambda rows, streamer: [Reply("cat")])
+    before = timed(arm, setting.bridge, asked[0]).tokens
+    monkeypatch.setattr(type(tokenizer), "__call__", begun)
+    assert timed(arm, setting.bridge, asked[0]).tokens == before
 
 
 def test_an_answer_has_no_more_tokens_than_it_may(

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from text_rigs import CHOICES, build_bridge
 
 from mm_c2c import Bridge, Target, cli
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation import diagnostics, run, text_to_text
+from mm_c2c.evaluation import diagnostics, pair, run, text_to_text
 from mm_c2c.evaluation.arms import Asked, Reply
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose
+from mm_c2c.evaluation.monitor import MonitorConfig
+from mm_c2c.evaluation.pair import PairConfig
+from mm_c2c.evaluation.probe import ProbeConfig
 from mm_c2c.evaluation.prompt_search import PromptSearchConfig
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate
 from mm_c2c.evaluation.sets import SetItem, _write
@@ -166,7 +170,7 @@ def test_words_found_with_the_reference_pair_serve_no_other(
         given.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_bridge", lambda *_: None)
+    monkeypatch.setattr(pair, "load_pair", lambda _: None)
     monkeypatch.setattr(run, "evaluate", stop)
     for words in ([], ["prompts=null"], ["bridge=my/pair"], ["bridge=my/pair", "prompts=p.json"]):
         cli.main(["evaluate", *words])
@@ -177,17 +181,51 @@ def test_words_found_with_the_reference_pair_serve_no_other(
 def test_words_are_found_with_any_bridge(
     monkeypatch: pytest.MonkeyPatch, config: EvaluationConfig, bridge: Bridge, tmp_path: Path
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(cli, "_load_bridge", lambda *places: asked.append(places) or bridge)
+    asked: list[PairConfig] = []
+    monkeypatch.setattr(pair, "load_pair", lambda config: asked.append(config) or bridge)
     out = tmp_path / "prompts.json"
     settings = [f"items={config.items}", "bridge=my/pair", "source_model=there"]
     settings += ["limit=2", "examples=1", "templates=['{caption} {question}']"]
     assert cli.main(["prompts", *settings, "--out", str(out)]) == 0
-    assert asked == [("my/pair", "there", None)]
+    assert [(c.bridge, c.source_model, c.target_model) for c in asked] == [
+        ("my/pair", "there", None)
+    ]
     found = json.loads(out.read_text())["config"]
     assert (found["bridge"], found["source_model"]) == ("my/pair", None)
+
+
+@pytest.mark.parametrize(
+    "kind", [DiagnosticsConfig, EvaluationConfig, MonitorConfig, ProbeConfig, PromptSearchConfig]
+)
+def test_a_place_of_a_model_wants_the_bridge_whose_it_is(kind: Any, tmp_path: Path) -> None:
+    train = {"train": tmp_path} if kind is ProbeConfig else {}
     with pytest.raises(ConfigError, match="give bridge=FOLDER too"):
-        PromptSearchConfig(items=config.items, target_model="there")
+        kind(items=tmp_path, target_model="there", **train)
+    with pytest.raises(ConfigError, match="source_dtype"):
+        kind(items=tmp_path, source_dtype="int8", **train)
+
+
+def test_a_pair_computes_where_its_config_says(
+    bridge: Bridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def load(name: str, revision: Any, *, dtype: torch.dtype) -> Any:
+        seen.append(dtype)
+        return bridge.sources[models.SOURCE_NAME]
+
+    monkeypatch.setattr(models, "_call_as", lambda model, origin: None)
+    monkeypatch.setattr(models.sources, "load_source", load)
+    monkeypatch.setattr(Target, "from_pretrained", lambda *_, **__: bridge.target)
+    bridge.save_pretrained(tmp_path)
+    named = PairConfig(bridge=str(tmp_path), source_dtype="bfloat16", device="meta")
+    there = pair.load_pair(named)
+    assert seen == [torch.bfloat16]
+    weights = [*there.fusers.parameters(), *there.target.model.parameters()]
+    weights += there.sources[models.SOURCE_NAME].model.parameters()
+    assert {weight.device.type for weight in weights} == {"meta"}
+    with pytest.raises(ConfigError, match="device=nowhere: torch cannot compute there"):
+        pair.load_pair(PairConfig(device="nowhere"))
 
 
 def test_a_set_written_over_another_shows_its_own_pictures(tmp_path: Path) -> None:

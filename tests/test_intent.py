@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from intent_rigs import NAME, ask, build_reader, build_rows, write
@@ -24,6 +25,7 @@ from mm_c2c.evaluation.report import markdown, page, text_table
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, source_name
 from mm_c2c.evaluation.summary import lie_outcomes, summarise
 from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.recordings import write_wav
 from mm_c2c.reference import babyai, train_description
 from mm_c2c.reference.models import load_saved_bridge
 from mm_c2c.reference.train_description import shared_loss
@@ -81,6 +83,14 @@ def test_an_item_shows_a_source_all_that_its_line_has(tmp_path: Path, items: Pat
     assert [image.size for image in two.look().images] == [(56, 40), (36, 48)]
     assert two.look().state is not None
     assert two.image == tmp_path / "more" / "../0.png"
+    # A picture does not hide the recording or the film beside it.
+    (tmp_path / "more" / "said.wav").write_bytes(write_wav(np.zeros(80, dtype=np.float32)))
+    films = {"video": ["../0.png", "../1.png"], "audio": "said.wav", "image": "../0.png"}
+    (all_three,) = load_items(write(tmp_path / "more" / "items.jsonl", [row | films]))
+    shown = all_three.look()
+    assert [len(video) for video in shown.videos] == [2]
+    assert shown.audio is not None
+    assert shown.audio.shape == (80,)
     with pytest.raises(InputError, match="no item of kind who; its kinds: turn"):
         load_items(items, kinds=("who",))
 
@@ -254,7 +264,7 @@ def test_a_target_is_tuned_on_descriptions_and_serves_its_arm(
     reader: Bridge, items: Path, asked: list[Asked], tmp_path: Path, monkeypatch: Any
 ) -> None:
     pytest.importorskip("peft", reason="LoRA needs PEFT: the extra `tune`")
-    monkeypatch.setattr(train_description, "load_pair", lambda _: reader)
+    monkeypatch.setattr(train_description, "load_saved_bridge", lambda *_: reader)
     config = train_description.DescriptionTrainingConfig(
         items=items, bridge="reader", out=tmp_path / "out", parameters=3000, steps=2, warmup=1,
         examples=2, questions=2, save_every=1, log_every=1,

@@ -94,8 +94,9 @@ def without_padded_states(cache: SourceCache) -> SourceCache:
 
 def test_a_key_tells_looks_and_sources_apart(looks: list[SourceInput]) -> None:
     acted = [replace(looks[0], action_tokens=torch.tensor([i])) for i in range(2)]
-    keys = {row_key(salt, look) for salt in ("a", "b") for look in (*looks, *acted)}
-    assert len(keys) == 12
+    noisy = [replace(looks[0], noise=torch.full((2, 2), float(i))) for i in range(2)]
+    keys = {row_key(salt, look) for salt in ("a", "b") for look in (*looks, *acted, *noisy)}
+    assert len(keys) == 16
 
 
 def test_rows_come_back_in_any_order_and_batch(
@@ -237,6 +238,13 @@ def test_a_fingerprint_tells_settings(source: VLMSource, tiny_text_source_tokeni
     text.tokenizer.chat_template += " "
     found.append(fingerprint(text))
     assert len(set(found)) == 6
+
+
+def test_a_fingerprint_tells_which_noise_a_policy_is_read_at() -> None:
+    policy = build_pi0()
+    first = fingerprint(policy)
+    policy.seed += 1
+    assert fingerprint(policy) != first
 
 
 def test_every_column_of_a_large_tensor_may_tell_it_from_others(source: VLMSource) -> None:

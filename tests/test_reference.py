@@ -71,6 +71,26 @@ def test_items_can_show_more_stickers_than_training(
     assert {len(text.split(",")) for text in described if text} == {5, 6}
 
 
+def test_what_training_asks_lies_beside_what_it_never_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make_items, "load_artworks", lambda split, folder: ARTWORK)
+    arguments = ["x", "--split", "train", "--out", str(tmp_path), "--artwork", str(tmp_path)]
+    asked = {}
+    for extra in (["--per-kind", "12"], ["--knowledge"], ["--knowledge", "--taught"]):
+        monkeypatch.setattr(sys, "argv", [*arguments, *extra])
+        make_items.main()
+    for name in ("knowledge", "taught"):
+        items = load_items(tmp_path / f"{name}.jsonl")
+        asked[name] = {(item.image.name, item.question) for item in items}
+        assert {item.kind for item in items} == set(FACTS)
+    assert asked["knowledge"].isdisjoint(asked["taught"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--taught"])
+    with pytest.raises(SystemExit):
+        make_items.main()
+    assert "--taught goes with --knowledge" in capsys.readouterr().err
+
+
 def test_a_scene_is_the_same_for_the_same_seed() -> None:
     first, second = (sample_scene(random.Random(7), NAMES, STYLES) for _ in range(2))
     assert first == second

@@ -266,8 +266,8 @@ def _stream(name: str, setting: LookSetting, asked: Asked) -> Iterator[Column]:
     answer = done[0]
     if reads_again and answer.relayed is not None:
         # Its time is not counted either: the caption was written for an earlier answer.
-        written = setting.bridge.target.tokenizer(answer.answer)["input_ids"]
-        answer = answer._replace(tokens=len(written))
+        written = setting.bridge.target.tokenizer(answer.answer, add_special_tokens=False)
+        answer = answer._replace(tokens=len(written["input_ids"]))
     yield _whole(name, arm, setting, asked, answer)._replace(is_cut=live.is_cut)
 
 

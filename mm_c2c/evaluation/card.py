@@ -19,17 +19,12 @@ from mm_c2c.evaluation.report import brief
 from mm_c2c.evaluation.results import read_summary
 from mm_c2c.hub import CARD_NAME, is_repo_id
 from mm_c2c.pretrained import WEIGHTS_NAME, fingerprint, read_header, read_tensors
-from mm_c2c.sources import SOURCES
 
 _TASK = "visual-question-answering"
 _PAPER = "https://arxiv.org/abs/2510.03215"
 _INVERSION = "https://arxiv.org/abs/2508.09442"
-# How transformers loads what a class of sources reads; others are built as their class says.
-_LOADERS = {
-    "vlm": ("AutoModelForImageTextToText", "AutoProcessor"),
-    "cross_attention": ("AutoModelForImageTextToText", "AutoProcessor"),
-    "text": ("AutoModelForCausalLM", "AutoTokenizer"),
-}
+# Wrapped around a model that a package of its own loads.
+_LOADED_ELSEWHERE = ("smolvla",)
 
 
 def write_card(
@@ -182,40 +177,27 @@ def _limits(summary: Mapping[str, Any] | None) -> list[str]:
 
 
 def _loading(header: Mapping[str, Any], name: str) -> str:
-    """Code that loads the bridge, as far as a class tells how its model is loaded."""
-    target = header["target"]
-    imports = {"AutoModelForCausalLM", "AutoTokenizer"}
-    classes, lines = {}, []
+    """Code that loads the bridge; what only its owner can load is left to fill in."""
+    lines = []
     for source, origin in header["sources"].items():
-        module, _, kind = SOURCES.get(
-            origin["model_type"], "mm_c2c.sources.text:TextSource"
-        ).partition(":")
-        classes[kind] = module
-        made = f"...  # {kind} of {origin['model']}"
-        loaders = _LOADERS.get(module.rpartition(".")[2])
-        if loaders and is_repo_id(origin["model"]):
-            imports |= set(loaders)
-            made = f"{kind}(\n    {_loads(loaders, origin)}\n)"
+        known = is_repo_id(origin["model"]) and origin["model_type"] not in _LOADED_ELSEWHERE
+        made = f"load_source({_named(origin)})" if known else f"...  # {origin['model']}"
         lines.append(f"{source} = {made}")
     pairs = ", ".join(f'"{source}": {source}' for source in header["sources"])
     code = [
-        f"from transformers import {', '.join(sorted(imports))}",
-        "from mm_c2c import Bridge, Target",
-        *(f"from {module} import {kind}" for kind, module in classes.items()),
+        "from mm_c2c import Bridge, Target, load_source",
         "",
-        f"target = Target(\n    {_loads(_LOADERS['text'], target)}\n)",
+        f"target = Target.from_pretrained({_named(header['target'])})",
         *lines,
         f'bridge = Bridge.from_pretrained("{name}", target, {{{pairs}}})',
     ]
     return "```python\n" + "\n".join(code) + "\n```"
 
 
-def _loads(loaders: tuple[str, str], origin: Mapping[str, Any]) -> str:
-    """Arguments of a reader: model, tokenizer or processor, name and revision."""
-    name = json.dumps(origin["model"])
+def _named(origin: Mapping[str, Any]) -> str:
+    """A model's name and revision as arguments."""
     pinned = f", revision={json.dumps(origin['revision'])}" if origin["revision"] else ""
-    parts = [f"{loader}.from_pretrained({name}{pinned})" for loader in loaders]
-    return ",\n    ".join([*parts, name + pinned]) + ","
+    return json.dumps(origin["model"]) + pinned
 
 
 def _origins(header: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

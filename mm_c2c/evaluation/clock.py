@@ -66,6 +66,6 @@ def timed(arm: Arm, bridge: Bridge, asked: Asked, watch: Stopwatch | None = None
         answer=reply.answer,
         ttft_ms=1000 * ((watch.first or ended) - started),
         total_ms=1000 * (ended - started),
-        tokens=len(bridge.target.tokenizer(text)["input_ids"]),
+        tokens=len(bridge.target.tokenizer(text, add_special_tokens=False)["input_ids"]),
         relayed=reply.relayed,
     )

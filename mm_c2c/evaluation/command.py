@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import DTYPES, parse_overrides
+from mm_c2c.config import parse_overrides
+from mm_c2c.evaluation.pair import PairConfig, load_pair
 from mm_c2c.evaluation.render import write_readme
 from mm_c2c.evaluation.results import make_room, write_json
-from mm_c2c.reference.models import load_bridge, load_saved_bridge
 
-C = TypeVar("C")
+C = TypeVar("C", bound=PairConfig)
 
 
 def run_measurement(
@@ -25,7 +25,7 @@ def run_measurement(
 ) -> None:
     """`key=value ... [--out FILE]`: measure something of a bridge and print it.
 
-    `kind` has `bridge`, `source_model` and `target_model`; `about` is what `--help` says.
+    `about` is what `--help` says.
 
     Raises:
         InputError: the folder of `--out` cannot be made; nothing was measured then.
@@ -41,17 +41,6 @@ def run_measurement(
     print(table(result))  # noqa: T201
     if args.out:
         write_json(args.out, result)
-
-
-def load_pair(config: Any) -> Bridge:
-    """The bridge that a config with `bridge`, `source_model` and `target_model` names.
-
-    Its target has the config's `dtype`, float32 where it has none.
-    """
-    dtype = DTYPES[getattr(config, "dtype", "float32")]
-    if config.bridge is None:
-        return load_bridge(dtype=dtype)
-    return load_saved_bridge(config.bridge, config.source_model, config.target_model, dtype)
 
 
 def run_section(

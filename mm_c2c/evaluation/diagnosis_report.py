@@ -22,7 +22,7 @@ from mm_c2c.bridge import Bridge
 from mm_c2c.errors import InputError, run_main
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
-from mm_c2c.evaluation.attribution import attribute, overlay
+from mm_c2c.evaluation.attribution import attribute_cache, overlay
 from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, spread_items
 from mm_c2c.evaluation.render import (
@@ -77,7 +77,7 @@ class Look(NamedTuple):
 
 
 def look(bridge: Bridge, config: DiagnosticsConfig) -> list[Look]:
-    """Lay what was written and read on a few pictures.
+    """Lay what was written and read on a few pictures; recordings have none.
 
     Args:
         bridge: it is not changed.
@@ -87,11 +87,15 @@ def look(bridge: Bridge, config: DiagnosticsConfig) -> list[Look]:
     arm = Fused(Setting(bridge=bridge, source_name=source, request=""))
     looks = []
     for item in spread_items(load_items(config.items, config.limit), config.map_pictures):
-        picture = _enlarged(item.picture())
+        shown = item.look()
+        if not shown.images:
+            continue
+        picture = _enlarged(shown.images[0])
         answer = arm.answer([to_asked(item)])[0].answer
         maps: dict[str, Tensor] = {}
         if answer:
-            seen = attribute(bridge, item.picture(), item.question, answer, source)
+            cache = bridge.sources[source].prefill([shown])
+            seen = attribute_cache(bridge, cache, item.question, answer, source)
             maps |= {f"written, {k}": heat for k, heat in zip(_KV, seen.norms, strict=True)}
             maps |= {f"weight, {k}": heat for k, heat in zip(_KV, seen.weights, strict=True)}
             maps["read"] = seen.attention

@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ from mm_c2c.config import check_at_least_one
 from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
+from mm_c2c.evaluation.pair import PairConfig
 from mm_c2c.evaluation.results import JsonLines, claim, hold
 from mm_c2c.evaluation.run import (
-    check_model_places,
     fingerprint_files,
     portable,
     source_name,
@@ -57,16 +58,11 @@ _PARTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnosticsConfig:
-    """Settings.
+class DiagnosticsConfig(PairConfig):
+    """Settings, beside those of the pair, whose source must have one link, with slots.
 
     Attributes:
         items: JSONL of questions, pictures beside it.
-        bridge: as in `EvaluationConfig`.
-        source_model: likewise.
-        target_model: likewise.
-        source: name of the source in the bridge, which must have one link, with slots; None takes
-            the only one.
         each_layer: also let each layer be the only one that is fused.
         limit: ask so many, spread evenly over the file.
         batch_size: items at once.
@@ -81,10 +77,6 @@ class DiagnosticsConfig:
     """
 
     items: Path
-    bridge: str | None = None
-    source_model: str | None = None
-    target_model: str | None = None
-    source: str | None = None
     each_layer: bool = False
     limit: int = 210
     batch_size: int = 48
@@ -96,8 +88,8 @@ class DiagnosticsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "limit", "batch_size", "resamples")
-        check_model_places(self.bridge, self.source_model, self.target_model)
+        super().__post_init__()
+        check_at_least_one(self, "limit", "batch_size", "rank_pictures", "resamples")
 
 
 def diagnose(
@@ -136,8 +128,8 @@ def _run(
 ) -> dict[str, Any]:
     items = load_items(config.items, config.limit)
     link = slots_link(bridge, source_name(bridge, config.source))
-    name = link.name
-    variants = _variants(bridge, name, config)
+    variants = _variants(bridge, link, config)
+    pictures = [item.look() for item in spread_items(items, config.rank_pictures)]
     if out is not None:
         claim(
             out,
@@ -149,7 +141,7 @@ def _run(
             },
             DiagnosticsConfig,
         )
-    hits = _ask_all(variants, items, config, out, progress=progress)
+    hits = _ask_all(bridge, variants, items, config, out, progress=progress)
     clusters = [item.sampled_with for item in items]
     draws = draw_resamples(len(items), config.resamples, config.seed, clusters)
     results = {label: list(accuracy(found, draws)) for label, found in hits.items()}
@@ -160,16 +152,16 @@ def _run(
         ]
         for label, found in hits.items()
     }
-    pictures = [item.picture() for item in spread_items(items, config.rank_pictures)]
-    closed = variants["nothing written"]
+    closed = variants["nothing written"].build()
     return {
         "n": len(items),
         "variants": results,
         "slots": [
-            {"slots": count, "how": how, "accuracy": results[label], "retention": kept[label]}
-            for label, count, how in _slot_counts(link, variants)
+            {"slots": v.slots, "how": v.how, "accuracy": results[label], "retention": kept[label]}
+            for label, v in sorted(variants.items(), key=lambda named: named[1].slots)
+            if v.how
         ],
-        "gates": _fuser(bridge, name).gates().tolist(),
+        "gates": _fuser(bridge, link.name).gates().tolist(),
         "effective_rank": {
             "before": slot_ranks(closed, closed.perceive(pictures[0])).tolist(),
             "after": torch.stack([slot_ranks(bridge, bridge.perceive(p)) for p in pictures])
@@ -226,32 +218,55 @@ def _fuser(bridge: Bridge, name: str) -> CacheFuser:
     return cast(CacheFuser, bridge.fusers[name])
 
 
-def _variants(bridge: Bridge, name: str, config: DiagnosticsConfig) -> dict[str, Bridge]:
+class _Variant(NamedTuple):
+    """A way to ask.
+
+    Attributes:
+        build: makes the bridge when its turn comes: each has a fuser of its own.
+        slots: how many the target sees.
+        how: how these came about, where a row of `slots` tells of them.
+    """
+
+    build: Callable[[], Bridge]
+    slots: int
+    how: str | None = None
+
+
+def _variants(bridge: Bridge, link: LinkConfig, config: DiagnosticsConfig) -> dict[str, _Variant]:
+    name, slots = link.name, link.num_slots
     open_gates = torch.ones_like(_fuser(bridge, name).gate_logits, dtype=torch.bool)
     layers = len(open_gates)
+    columns = torch.arange(2, device=open_gates.device)
+    places = torch.arange(layers, device=open_gates.device)[:, None]
     bounds = sorted({round(part * layers / _PARTS) for part in range(_PARTS + 1)})
     masks = {}
     for column, what in enumerate(("keys only", "values only")):
-        masks[what] = open_gates & (torch.arange(2) == column)
+        masks[what] = open_gates & (columns == column)
     for end in bounds[1:-1]:
-        masks[f"first {end} layers only"] = open_gates & (torch.arange(layers) < end)[:, None]
+        masks[f"first {end} layers only"] = open_gates & (places < end)
     for layer in range(layers) if config.each_layer else ():
-        masks[f"layer {layer} only"] = open_gates & (torch.arange(layers) == layer)[:, None]
+        masks[f"layer {layer} only"] = open_gates & (places == layer)
     for start, end in itertools.pairwise(bounds):
-        inside = (torch.arange(layers) >= start) & (torch.arange(layers) < end)
-        masks[f"without layers {start} to {end - 1}"] = open_gates & ~inside[:, None]
+        masks[f"without layers {start} to {end - 1}"] = open_gates & (
+            (places < start) | (places >= end)
+        )
     variants = {
-        "whole": bridge,
-        "no slots": _copied(bridge, _NoSlots),
-        "nothing written": scale_gates(bridge, name, torch.tensor(0.0)),
+        "whole": _Variant(lambda: bridge, slots, "pooled"),
+        "no slots": _Variant(partial(_copied, bridge, _NoSlots), 0, "taken out"),
+        "nothing written": _Variant(partial(scale_gates, bridge, name, 0.0 * open_gates), slots),
     }
     if not keeps_states(DynamicCache(config=bridge.target.model.config)):
-        variants["every other slot"] = _copied(bridge, _EveryOtherSlot)
-    variants |= {label: scale_gates(bridge, name, mask.float()) for label, mask in masks.items()}
+        half = partial(_copied, bridge, _EveryOtherSlot)
+        variants["every other slot"] = _Variant(half, -(-slots // 2), "taken out")
+    for label, mask in masks.items():
+        variants[label] = _Variant(partial(scale_gates, bridge, name, mask.float()), slots)
     # A resampler has learned one number of slots.
     pooled = _fuser(bridge, name).resampler is None
     for rows, cols in config.grids if pooled else ():
-        variants[f"{rows} x {cols} slots"] = _with_grid(bridge, name, rows, cols)
+        resized = dataclasses.replace(link, rows=rows, cols=cols)
+        how = "pooled" if resized.num_slots != slots else None
+        build = partial(_with_link, bridge, resized)
+        variants[f"{rows} x {cols} slots"] = _Variant(build, resized.num_slots, how)
     return variants
 
 
@@ -315,25 +330,10 @@ class _EveryOtherSlot(Bridge):
         return Perception(seen.input_ids[:, old], cut_layers(seen.past_key_values, left))
 
 
-def _slot_counts(link: LinkConfig, variants: dict[str, Bridge]) -> list[tuple[str, int, str]]:
-    """Label, slots that the target sees, and how they came about; by number of slots."""
-    rows = [("no slots", 0, "taken out"), ("whole", link.num_slots, "pooled")]
-    if "every other slot" in variants:
-        rows.append(("every other slot", -(-link.num_slots // 2), "taken out"))
-    for label, variant in variants.items():
-        (new,) = (other for other in variant.config.links if other.name == link.name)
-        if new.num_slots != link.num_slots:
-            rows.append((label, new.num_slots, "pooled"))
-    return sorted(rows, key=lambda row: row[1])
-
-
-def _with_grid(bridge: Bridge, name: str, rows: int, cols: int) -> Bridge:
+def _with_link(bridge: Bridge, resized: LinkConfig) -> Bridge:
     """A copy with another number of slots: the fuser works position by position."""
-    links = tuple(
-        dataclasses.replace(link, rows=rows, cols=cols) if link.name == name else link
-        for link in bridge.config.links
-    )
-    return _copied(bridge, links=links)
+    links = [resized if link.name == resized.name else link for link in bridge.config.links]
+    return _copied(bridge, links=tuple(links))
 
 
 def spread_items(items: list[Item], count: int) -> list[Item]:
@@ -366,7 +366,8 @@ def _cosines(
 
 
 def _ask_all(
-    variants: dict[str, Bridge],
+    bridge: Bridge,
+    variants: Mapping[str, _Variant],
     items: list[Item],
     config: DiagnosticsConfig,
     out: Path | None,
@@ -378,11 +379,14 @@ def _ask_all(
     todo = [(label, items[i : i + config.batch_size]) for label in variants for i in starts]
     ends = list(itertools.accumulate(len(batch) for _, batch in todo))
     answers = JsonLines(out / "answers.jsonl" if out else None, ends)
-    source = source_name(variants["whole"], config.source)
+    source = source_name(bridge, config.source)
     bar = tqdm(todo, desc="variants", disable=not progress)
+    built: tuple[str, Bridge] = ("whole", bridge)  # one at a time
     for (label, batch), end in zip(bar, ends, strict=True):
         if end > len(answers.rows):
-            answers.append(_answer_rows(label, variants[label], batch, source))
+            if built[0] != label:
+                built = (label, variants[label].build())
+            answers.append(_answer_rows(*built, batch, source))
     hits: dict[str, list[bool]] = {label: [] for label in variants}
     for row in answers.rows:
         hits[row["variant"]].append(is_right(row["answer"], row["gold"]))

@@ -24,13 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import WIDE_DTYPES, check_at_least_one, check_one_of
+from mm_c2c.config import check_at_least_one
 from mm_c2c.errors import ConfigError, InputError, UnsupportedError, run_main
 from mm_c2c.evaluation.arms import Setting, chat_inputs
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import TunedDescription
 from mm_c2c.evaluation.command import run_measurement
+from mm_c2c.evaluation.pair import PairConfig
 from mm_c2c.evaluation.probe import (
     COMPONENTS,
     fit_best,
@@ -59,18 +60,13 @@ _NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorConfig:
-    """Settings.
+class MonitorConfig(PairConfig):
+    """Settings, beside those of the pair.
 
     Attributes:
         items: JSONL of items with `episode`, `step` and `success`; each step is scored once,
             whatever questions it comes with. What an episode is called before its last hyphen is
             its task, as in `push-0004`.
-        bridge: as in `EvaluationConfig`.
-        source_model: likewise.
-        target_model: likewise.
-        dtype: likewise.
-        source: likewise.
         train: JSONL of steps to fit the linear probe on; None leaves that monitor out.
         description_adapter: folder of a LoRA, as in `Setting`; None leaves that monitor out.
         question: what the target is asked; `yes` must mean success.
@@ -85,11 +81,6 @@ class MonitorConfig:
     """
 
     items: Path
-    bridge: str | None = None
-    source_model: str | None = None
-    target_model: str | None = None
-    dtype: str = "float32"
-    source: str | None = None
     train: Path | None = None
     description_adapter: Path | None = None
     question: str = "Will the robot succeed?"
@@ -103,12 +94,12 @@ class MonitorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least_one(self, "window", "batch_size", "resamples")
         if self.draws < 2:
             raise ConfigError(f"draws must be at least 2, got {self.draws}")
         if not 0 <= self.false_alarms < 1:
             raise ConfigError(f"false_alarms must be in [0, 1), got {self.false_alarms}")
-        check_one_of("dtype", self.dtype, WIDE_DTYPES)
 
 
 def monitor(bridge: Bridge, config: MonitorConfig, *, progress: bool = True) -> dict[str, Any]:

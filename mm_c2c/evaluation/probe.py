@@ -28,6 +28,7 @@ from mm_c2c.cache import PositionKind, SourceCache
 from mm_c2c.config import check_at_least_one
 from mm_c2c.errors import run_main
 from mm_c2c.evaluation.command import run_measurement
+from mm_c2c.evaluation.pair import PairConfig
 from mm_c2c.evaluation.render import pipe_table, span
 from mm_c2c.evaluation.run import portable, source_name
 from mm_c2c.evaluation.statistics import Interval, accuracy, draw_resamples, hits_of
@@ -45,16 +46,12 @@ _ITERATIONS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Settings.
+class ProbeConfig(PairConfig):
+    """Settings, beside those of the pair, of which only the source is read.
 
     Attributes:
         train: JSONL of questions to fit on; pictures beside it.
         items: JSONL of questions to score on.
-        bridge: as in `EvaluationConfig`; of it only the source is read.
-        source_model: likewise.
-        target_model: likewise.
-        source: likewise.
         kinds: kinds of question that are scored; all when empty.
         components: principal components of the standardised features that are kept.
         train_limit: fit on so many questions, spread evenly over the file; None takes all.
@@ -66,10 +63,6 @@ class ProbeConfig:
 
     train: Path
     items: Path
-    bridge: str | None = None
-    source_model: str | None = None
-    target_model: str | None = None
-    source: str | None = None
     kinds: tuple[str, ...] = ()
     components: int = COMPONENTS
     train_limit: int | None = None
@@ -79,6 +72,7 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least_one(self, "components", "batch_size", "limit", "resamples")
 
 

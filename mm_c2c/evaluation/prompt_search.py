@@ -18,8 +18,9 @@ from mm_c2c.config import check_at_least_one, to_dict
 from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation.arms import captions, target_answers
 from mm_c2c.evaluation.arms.prompts import OPTIONS_LINE, Example, RelayPrompt
+from mm_c2c.evaluation.pair import PairConfig
 from mm_c2c.evaluation.results import make_room, write_json
-from mm_c2c.evaluation.run import check_model_places, portable, source_name, to_asked
+from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, is_right_in_a_sentence, load_items
 
@@ -35,15 +36,11 @@ _TEMPLATES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSearchConfig:
-    """Settings.
+class PromptSearchConfig(PairConfig):
+    """Settings, beside those of the pair.
 
     Attributes:
         items: JSONL of questions about pictures that no result is measured on.
-        bridge: as in `EvaluationConfig`, and the two below.
-        source_model: as there.
-        target_model: as there.
-        source: name of the source in the bridge; None takes the only one.
         requests: what the source is asked for, each with every prompt; `{question}` stands for the
             question, for a source that can keep it in view.
         templates: what the target reads, as in `RelayPrompt`; each also with the options shown,
@@ -56,10 +53,6 @@ class PromptSearchConfig:
     """
 
     items: Path
-    bridge: str | None = None
-    source_model: str | None = None
-    target_model: str | None = None
-    source: str | None = None
     requests: tuple[str, ...] = (RelayPrompt().request,)
     templates: tuple[str, ...] = _TEMPLATES
     examples: int = 3
@@ -69,7 +62,7 @@ class PromptSearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_model_places(self.bridge, self.source_model, self.target_model)
+        super().__post_init__()
         if not self.requests or not self.templates:
             raise ConfigError("requests and templates must hold at least one each")
         check_at_least_one(self, "examples", "limit", "batch_size", "resamples")

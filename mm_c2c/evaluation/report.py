@@ -38,6 +38,7 @@ from mm_c2c.reference.models import SOURCE_NAME
 
 _NAMES = {
     "fused": "**fused** (question-blind slots)",
+    "fused_aligned": "fused, the source reads the question (aligned words)",
     "fused_and_caption": "fused, and the caption as words",
     "blind": "blind target",
     "caption_relay": "caption relay, generic",

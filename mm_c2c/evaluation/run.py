@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.config import WIDE_DTYPES, check_at_least_one, check_one_of, to_dict
+from mm_c2c.config import check_at_least_one, check_one_of, to_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import (
     ARMS,
@@ -31,6 +31,7 @@ from mm_c2c.evaluation.arms import (
 from mm_c2c.evaluation.arms.fused import reads_actions
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
 from mm_c2c.evaluation.clock import timed
+from mm_c2c.evaluation.pair import PairConfig
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
@@ -43,26 +44,20 @@ DECODINGS = ("free", "choice")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Settings of one evaluation.
+class EvaluationConfig(PairConfig):
+    """Settings of one evaluation, beside those of the pair.
 
     Attributes:
         items: JSONL of questions, pictures beside it.
-        bridge: folder of a saved bridge, such as `mm-c2c train` writes, or a repository of the
-            Hub; the command loads it with the models that it names. None is the reference bridge.
-        source_model: folder of the bridge's source, where it does not lie where the bridge says.
-        target_model: folder of its target, likewise.
-        dtype: of the target's weights, `float32` or `bfloat16`, in all arms alike; the command
-            loads it so.
-        source: name of the source in the bridge; None takes the only one.
         arms: which to run, by name; when empty all that the items and the source have something
-            for, without those whose own file (`prompts` and the four below it) is not given.
+            for, without those whose own file (`FILES`) is not given.
         kinds: kinds of question that are asked; all when empty.
         request: what the source is asked for when it writes a caption.
         prompts: as in `Setting`.
         adapter: as in `Setting`.
         description_adapter: as in `Setting`.
         connector: as in `Setting`.
+        aligned_bridge: as in `Setting`.
         own_bridge: as in `Setting`.
         decoding: `free`, or `choice`: every arm can only answer with one of the item's options,
             those of its kind where the item lists none; an item without any is answered freely.
@@ -75,11 +70,6 @@ class EvaluationConfig:
     """
 
     items: Path
-    bridge: str | None = None
-    source_model: str | None = None
-    target_model: str | None = None
-    dtype: str = "float32"
-    source: str | None = None
     arms: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     request: str = GENERIC_REQUEST
@@ -87,6 +77,7 @@ class EvaluationConfig:
     adapter: Path | None = None
     description_adapter: Path | None = None
     connector: Path | None = None
+    aligned_bridge: Path | None = None
     own_bridge: Path | None = None
     decoding: str = "free"
     answer_tokens: int = MAX_NEW_TOKENS
@@ -97,10 +88,9 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least_one(self, "answer_tokens", "batch_size", "limit", "resamples")
-        check_one_of("dtype", self.dtype, WIDE_DTYPES)
         check_one_of("decoding", self.decoding, DECODINGS)
-        check_model_places(self.bridge, self.source_model, self.target_model)
 
 
 def evaluate(
@@ -192,15 +182,6 @@ def reference_config() -> EvaluationConfig:
         prompts=HERE / "prompts.json",
         connector=HERE / "soft_prompt",
     )
-
-
-def check_model_places(bridge: str | None, *models: str | None) -> None:
-    """Refuse places of models where no bridge is named whose models they would be."""
-    if bridge is None and any(models):
-        raise ConfigError(
-            "source_model and target_model say where the models of a bridge lie; give "
-            "bridge=FOLDER too"
-        )
 
 
 def portable(config: Any) -> dict[str, Any]:

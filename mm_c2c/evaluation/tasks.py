@@ -115,6 +115,8 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"{row!r}")
             lists = [row.get(key) or [] for key in ("options", "human_answers", "images", "video")]
             if wrong := [found for found in lists if not isinstance(found, list)]:
                 raise TypeError(f"{wrong[0]!r} where a list is due")
@@ -163,15 +165,14 @@ def load_items(path: Path, limit: int | None = None, kinds: Collection[str] = ()
 
 
 def _shown_paths(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Where pictures and recording of a line lie; `image` is the first of several pictures."""
-    if row.get("images"):
-        paths = [folder / name for name in row["images"]]
-        return {"image": paths[0], "images": paths}
-    if row.get("video") and not row.get("image"):
-        return {"video": [folder / name for name in row["video"]]}
-    if row.get("audio") and not row.get("image"):
-        return {"audio": folder / row["audio"]}
-    return {"image": folder / row["image"]}
+    """Where pictures and recordings of a line lie; `image` is the first of several pictures."""
+    shown: dict[str, Any] = {
+        key: [folder / name for name in row[key]] for key in ("images", "video") if row.get(key)
+    }
+    shown |= {key: folder / row[key] for key in ("image", "audio") if row.get(key)}
+    if "images" in shown:
+        shown["image"] = shown["images"][0]
+    return shown or {"image": folder / row["image"]}
 
 
 def normalise(text: str) -> str:

@@ -3,7 +3,8 @@
 python -m mm_c2c.reference.make_items --split unseen_style --out FOLDER --artwork FOLDER
 
 `--stickers 5 6` makes scenes of so many, in turn. `--knowledge` writes `knowledge.jsonl` instead,
-about the pictures that are there, of what training never asks.
+about the pictures that are there, of what training never asks; with `--taught` it writes
+`taught.jsonl`, of what training asks.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ def main() -> None:
     parser.add_argument("--artwork", type=Path, required=True)
     parser.add_argument("--stickers", type=int, nargs="+", choices=range(1, CELLS**2 + 1))
     parser.add_argument("--knowledge", action="store_true")
+    parser.add_argument("--taught", action="store_true")
     args = parser.parse_args()
+    if args.taught and not args.knowledge:
+        parser.error("--taught goes with --knowledge")
     artworks = load_artworks(args.split, args.artwork)
     if args.knowledge:
-        write_knowledge(args.split, args.out, args.per_kind, artworks)
+        write_knowledge(args.split, args.out, args.per_kind, artworks, taught=args.taught)
         return
     names = sorted(set.intersection(*(set(drawn) for drawn in artworks.values())))
     names = [name for name in names if name in SPLITS[args.split].names]
@@ -56,13 +60,15 @@ def main() -> None:
     _write(args.out / "items.jsonl", rows)
 
 
-def write_knowledge(split: str, out: Path, per_kind: int, artworks: Artworks) -> None:
+def write_knowledge(
+    split: str, out: Path, per_kind: int, artworks: Artworks, *, taught: bool = False
+) -> None:
     """Questions about the pictures in a folder, `yes` as often as `no`, as far as they go."""
     rng = random.Random(SPLITS[split].first_seed)
     found: dict[tuple[str, str], list[dict[str, str]]] = {}
     for path in sorted(out.glob("*.webp")):
         scene = make_scene(split, int(path.stem), artworks)
-        for question in knowledge_questions(scene, taught=False):
+        for question in knowledge_questions(scene, taught=taught):
             row = {"image": path.name, **question._asdict(), "caption": caption(scene)}
             found.setdefault((question.kind, question.answer), []).append(row)
     rows = []
@@ -70,7 +76,8 @@ def write_knowledge(split: str, out: Path, per_kind: int, artworks: Artworks) ->
         count = min(per_kind // 2, *(len(found[kind, answer]) for answer in ("yes", "no")))
         for answer in ("yes", "no"):
             rows += rng.sample(found[kind, answer], count)
-    _write(out / "knowledge.jsonl", sorted(rows, key=lambda row: (row["image"], row["question"])))
+    file = "taught.jsonl" if taught else "knowledge.jsonl"
+    _write(out / file, sorted(rows, key=lambda row: (row["image"], row["question"])))
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

@@ -70,10 +70,15 @@ def tiny_target() -> Target:
     return Target(LlamaForCausalLM(config), tokenizer, "tiny")
 
 
-def load_bridge(*, progress: bool = True, dtype: torch.dtype = torch.float32) -> Bridge:
+def load_bridge(
+    *,
+    progress: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Bridge:
     """The reference bridge: both frozen models and the fuser between them; `dtype` is the target's."""
     target, source = load_target(progress=progress, dtype=dtype), load_source()
-    return Bridge.from_pretrained(BRIDGE_FOLDER, target, {SOURCE_NAME: source})
+    return _on(device, Bridge.from_pretrained(BRIDGE_FOLDER, target, {SOURCE_NAME: source}))
 
 
 def load_saved_bridge(
@@ -81,6 +86,9 @@ def load_saved_bridge(
     source_model: str | None = None,
     target_model: str | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    source_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Bridge:
     """Any saved bridge, with the models that its config names.
 
@@ -92,20 +100,24 @@ def load_saved_bridge(
         source_model: where its source lies, if not where the config says; a folder.
         target_model: likewise.
         dtype: of the target's weights.
+        source_dtype: of the source's; the reference source and Whisper stay in float32.
+        device: where models and fusers compute.
 
     Raises:
         ConfigError: `source_model` with a bridge of several sources.
         FetchError: something could not be had.
         MismatchError: the bridge is damaged, or the models are of other types.
     """
-    header = read_header(fetch_folder(folder))
+    saved = fetch_folder(folder)  # once: of the Hub the newest may change
+    header = read_header(saved)
     if source_model is not None and len(header["sources"]) != 1:
         raise ConfigError(
             f"source_model says where the one source lies; {folder} has "
             f"{len(header['sources'])}: {', '.join(header['sources'])}"
         )
     register()
-    named = {name: _load_named(o, source_model) for name, o in header["sources"].items()}
+    origins = header["sources"].items()
+    named = {name: _load_named(origin, source_model, source_dtype) for name, origin in origins}
     origin = header["target"]
     if origin["model"] == HUB_ID and target_model is None:
         target = load_target(dtype=dtype)
@@ -113,10 +125,18 @@ def load_saved_bridge(
         name = target_model or origin["model"]
         target = Target.from_pretrained(name, origin["revision"], dtype=dtype)
         _call_as(target, origin)
-    return Bridge.from_pretrained(folder, target, named)
+    return _on(device, Bridge.from_pretrained(saved, target, named))
 
 
-def _load_named(origin: dict[str, Any], place: str | None) -> Source:
+def _on(device: torch.device | str, bridge: Bridge) -> Bridge:
+    """A bridge with its models there too."""
+    readers: list[Any] = [bridge.target, *bridge.sources.values()]
+    for reader in readers:
+        reader.model.to(device)
+    return bridge.to(device)
+
+
+def _load_named(origin: dict[str, Any], place: str | None, dtype: torch.dtype) -> Source:
     """The source that a bridge names, from there or from another place."""
     if place is None and origin["model"] == SOURCE_ID:
         return load_source()
@@ -124,7 +144,7 @@ def _load_named(origin: dict[str, Any], place: str | None) -> Source:
         return whisper.load_whisper()
     shipped = PurePosixPath(origin["model"]).parts[:2] == ("mm_c2c", "reference")
     model = str(HERE.parents[1] / origin["model"]) if shipped else origin["model"]
-    source = sources.load_source(place or model, origin["revision"])
+    source = sources.load_source(place or model, origin["revision"], dtype=dtype)
     _call_as(source, origin)
     return source
 

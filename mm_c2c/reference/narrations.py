@@ -8,7 +8,6 @@ RUN is the folder of a finished `mm-c2c evaluate` of narrations.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from mm_c2c.errors import run_main
 from mm_c2c.evaluation.render import interval_text
+from mm_c2c.evaluation.results import read_rows
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.reference.babyai import questions as babyai
 from mm_c2c.reference.metaworld import questions as metaworld
@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     args = parser.parse_args(argv)
     patterns = POLICIES[args.policy]
-    lines = (args.run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(args.run / "answers.jsonl")
     names = (*patterns, "all")
     table = [f"| {len(rows)} sentences | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
     for arm in rows[0]["answers"]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm_c2c.errors import FetchError, run_main
+from mm_c2c.evaluation.results import read_rows
 from mm_c2c.reference.fetch import pip_download
 
 MAX_CHARS = 240
@@ -159,8 +160,10 @@ def to_row(choice: Choice) -> dict[str, Any]:
 
 def load_choices(path: Path) -> list[Choice]:
     """The questions of a file of `write_sets`."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [Choice(row["kind"], row["stem"], tuple(row["options"]), row["number"]) for row in rows]
+    return [
+        Choice(row["kind"], row["stem"], tuple(row["options"]), row["number"])
+        for row in read_rows(path)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,8 +22,8 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.relay import DescriptionAndInstruction
 from mm_c2c.evaluation.arms.tuned import add_adapter
-from mm_c2c.evaluation.command import load_pair
 from mm_c2c.evaluation.tasks import Item, load_items
+from mm_c2c.reference.models import load_saved_bridge
 from mm_c2c.reference.train_fuser import turns_loss
 from mm_c2c.reference.trainer import TrainerConfig, run
 from mm_c2c.sources.base import SourceInput
@@ -70,7 +70,7 @@ class DescriptionTrainingConfig(TrainerConfig):
 def train(config: DescriptionTrainingConfig) -> None:
     """Run, or go on with, one training."""
     torch.manual_seed(config.seed)
-    bridge = load_pair(config)
+    bridge = load_saved_bridge(config.bridge, config.source_model, config.target_model)
     parameters = config.parameters or sum(p.numel() for p in bridge.fusers.parameters())
     wrapped, model = add_adapter(bridge.target, parameters)
     arm = DescriptionAndInstruction(Setting(bridge=bridge, source_name="", request=""))

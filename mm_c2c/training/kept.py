@@ -24,6 +24,8 @@ from mm_c2c.transport import load_cache, save_cache
 
 logger = logging.getLogger(__name__)
 
+# What policies are told beside their model's config.
+_OWN_SETTINGS = ("seed", "read_actions")
 SAMPLE = 1024
 """About so many of its numbers tell a tensor from others; smaller ones are read whole."""
 
@@ -40,7 +42,8 @@ def fingerprint(source: Any) -> str:
     readers = [getattr(source, name, None) for name in ("processor", "tokenizer")]
     templates = [getattr(reader, "chat_template", None) for reader in readers]
     weights = fingerprint_weights(source.model)
-    whole = repr((source.origin, source.model.config, readers, templates, weights))
+    own = {name: getattr(source, name) for name in _OWN_SETTINGS if hasattr(source, name)}
+    whole = repr((source.origin, source.model.config, readers, templates, weights, own))
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
@@ -60,8 +63,8 @@ def row_key(salt: str, look: SourceInput) -> str:
 
     Args:
         salt: which source, by its `fingerprint`.
-        look: text, state, action tokens, pictures and videos by their pixels, and a recording by
-            its samples.
+        look: text, state, action tokens, noise, pictures and videos by their pixels, and a
+            recording by its samples.
     """
     digest = hashlib.sha256(repr((salt, look.text, len(look.images))).encode())
     if look.videos:
@@ -73,6 +76,8 @@ def row_key(salt: str, look: SourceInput) -> str:
         digest.update(repr(look.state.tolist()).encode())
     if look.action_tokens is not None:
         digest.update(repr(("action_tokens", look.action_tokens.tolist())).encode())
+    if look.noise is not None:
+        digest.update(repr(("noise", look.noise.tolist())).encode())
     if look.audio is not None:
         samples = np.asarray(look.audio, dtype=np.float32)
         digest.update(repr(("audio", samples.shape)).encode() + samples.tobytes())

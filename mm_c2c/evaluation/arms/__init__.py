@@ -31,6 +31,7 @@ CAPTION_TOKENS = 64
 
 ARMS: dict[str, str] = {
     "fused": "fused:Fused",
+    "fused_aligned": "fused:FusedAligned",
     "prefix_only": "fused:PrefixOnly",
     "action_only": "fused:ActionOnly",
     "fused_and_caption": "fused:FusedAndCaption",
@@ -60,6 +61,7 @@ FILES = {
     "tuned_relay": "adapter",
     "tuned_description": "description_adapter",
     "soft_prompt": "connector",
+    "fused_aligned": "aligned_bridge",
     "own_source": "own_bridge",
 }
 """Arms that want something trained or found before, and the attribute of `Setting` that says where."""
@@ -130,6 +132,8 @@ class Setting:
         description_adapter: folder of a LoRA trained on true descriptions and instructions, for the
             arm `tuned_description`.
         connector: folder of a trained connector, for the arm `soft_prompt`.
+        aligned_bridge: folder of a bridge between the same two models whose words are aligned, for
+            the arm `fused_aligned`.
         own_bridge: folder of a bridge from the target into itself, for the arm `own_source`.
         among_options: whether an answer can only be one of its question's options, where it has
             any; texts on the way to an answer are free.
@@ -143,6 +147,7 @@ class Setting:
     adapter: Path | None = None
     description_adapter: Path | None = None
     connector: Path | None = None
+    aligned_bridge: Path | None = None
     own_bridge: Path | None = None
     among_options: bool = False
     answer_tokens: int = MAX_NEW_TOKENS

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache, zeroed
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms import Asked, Reply, Setting, captions
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import Perception
+from mm_c2c.pretrained import read_header
 from mm_c2c.sources.base import SourceInput
 
 
@@ -75,6 +78,37 @@ class Fused:
             ]
         decoding = self.setting.decoding(asked, streamer)
         return [text.strip() for text in bridge.generate(seen, questions, heard, **decoding)]
+
+
+@dataclass(frozen=True)
+class FusedAligned:
+    """Another fuser between the same two models, whose links are aligned.
+
+    The source reads every question too, as the paper's does; nothing it saw serves a second one.
+    """
+
+    setting: Setting
+
+    def answer(self, asked: Sequence[Asked], streamer: BaseStreamer | None = None) -> list[Reply]:
+        """See `Arm`."""
+        return self.fused.answer(asked, streamer)
+
+    @cached_property
+    def fused(self) -> Fused:
+        """The arm of that bridge."""
+        folder = self.setting.file_of("fused_aligned")
+        sources = dict.fromkeys(read_header(folder)["sources"], self.setting.source)
+        bridge = Bridge.from_pretrained(folder, self.setting.bridge.target, sources)
+        blind = sorted(link.name for link in bridge.config.links if link.geometry != "aligned")
+        if blind or len(sources) != 1:
+            raise ConfigError(
+                f"aligned_bridge={folder}: expected a bridge of one source whose links are all "
+                f"aligned, got {len(sources)} sources and the slots of {', '.join(blind) or 'none'}"
+                "; `bridge=` evaluates any other"
+            )
+        return Fused(
+            dataclasses.replace(self.setting, bridge=bridge, source_name=next(iter(sources)))
+        )
 
 
 class PrefixOnly(Fused):
