@@ -1,6 +1,6 @@
 """`SourceCache`: what a frozen source model understood, in one type for all sources.
 
-This is the one file that touches `Cache.layers` of transformers.
+`Cache.layers` of transformers is read here; `sources.base.full_cache` makes such layers.
 """
 
 from __future__ import annotations
@@ -232,9 +232,18 @@ def is_prompt(kinds: Tensor) -> Tensor:
     return torch.stack([kinds != kind for kind in added]).all(0)
 
 
-def zeroed(cache: SourceCache) -> SourceCache:
-    """The same positions with nothing in them: what a fuser gets when a source is dropped."""
-    blank = tuple(LayerKV(torch.zeros_like(k), torch.zeros_like(v)) for k, v in cache.layers)
+def zeroed(cache: SourceCache, rows: Sequence[bool] | None = None) -> SourceCache:
+    """The same positions with nothing in them: what a fuser gets when a source is dropped.
+
+    Args:
+        cache: it is not changed.
+        rows: whether each row of the batch is emptied; None empties all.
+    """
+    empty = torch.tensor([True] * cache.batch_size if rows is None else rows)
+    empty = empty.to(cache.kinds.device)[:, None, None, None]
+    blank = tuple(
+        LayerKV(k.masked_fill(empty, 0), v.masked_fill(empty, 0)) for k, v in cache.layers
+    )
     return replace(cache, layers=blank)
 
 

@@ -1,4 +1,4 @@
-"""Every error this library raises on purpose.
+"""The errors that users of this library meet.
 
     MMC2CError
     ├── ConfigError (ValueError)        a setting that cannot be built from

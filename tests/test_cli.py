@@ -108,7 +108,10 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(
     [
         (["evaluate", "--out", "file"], "--out: cannot make the folder file: File exists"),
         (["diagnose", "--out", "file"], "--out: cannot make the folder file: File exists"),
-        (["prompts", "--out", ".", "items=a.jsonl"], "expected a file to write to, got the folder ."),
+        (
+            ["prompts", "--out", ".", "items=a.jsonl"],
+            "expected a file to write to, got the folder .",
+        ),
         (["prompts", "--out", "file/a.json", "items=a.jsonl"], "cannot make the folder file"),
         (["evaluate", "file"], "file is not valid YAML: 'utf-8' codec"),
         (["demo", "--port", "99999"], "--port must be from 1 to 65535, got 99999"),

@@ -166,7 +166,7 @@ def test_a_dropped_source_is_missing_from_all_its_links(
         emptied.append(list(rows))
         return cache
 
-    monkeypatch.setattr(objective_module, "emptied", note)
+    monkeypatch.setattr(objective_module, "zeroed", note)
     settings = ["drop.sources=0.5", "data.questions=1", "phases.reconstruct.steps=0"]
     go(override(config, [*settings, BOTH, "phases.generate.steps=8"]))
     slots, words = emptied[::2], emptied[1::2]

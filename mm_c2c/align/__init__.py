@@ -52,6 +52,9 @@ class Alignment:
         """
         # As one product: picking k positions for each target position first would hold every
         # channel k times, too much where a resampler's k is all patches.
-        shares = self.weights.new_zeros(*self.mask.shape, states.shape[1])
-        shares = shares.scatter_add(2, self.source_index, self.weights)
-        return shares.to(states.dtype) @ states
+        return self.shares(states.shape[1]).to(states.dtype) @ states
+
+    def shares(self, source_len: int) -> Tensor:
+        """`(batch, target_len, source_len)`: `weights`, each at its place in the source's prompt."""
+        blank = self.weights.new_zeros(*self.mask.shape, source_len)
+        return blank.scatter_add(2, self.source_index, self.weights)

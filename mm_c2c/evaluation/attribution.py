@@ -201,9 +201,7 @@ def to_patches(cache: SourceCache, alignment: Alignment, values: Tensor, row: in
         `(..., rows, cols)`: of the picture's finest view. Its sum is that of the values, less what
         slots took from coarser views.
     """
-    weights = alignment.weights[row]
-    shares = weights.new_zeros(len(weights), cache.kinds.shape[1])
-    shares = shares.scatter_add(1, alignment.source_index[row], weights)
+    shares = alignment.shares(cache.kinds.shape[1])[row]
     return (values.to(shares.dtype) @ shares)[..., finest_patches(cache, row)]
 
 

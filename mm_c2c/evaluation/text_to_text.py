@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.cache import LayerKV, PositionKind, SourceCache
+from mm_c2c.cache import LayerKV, PositionKind, SourceCache, zeroed
 from mm_c2c.errors import run_main
 from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.statistics import accuracy, compare, draw_resamples, hits_of
@@ -38,7 +38,6 @@ from mm_c2c.pretrained import fingerprint
 from mm_c2c.reference.text_qa import Choice, load_choices
 from mm_c2c.sources.base import FrozenReader, SourceInput
 from mm_c2c.sources.text import TextSource, encode_chats
-from mm_c2c.training.objective import emptied
 
 WORDINGS = (
     "Another model answers: {answer}",
@@ -96,7 +95,7 @@ class Arms:
             if called not in read:
                 read[called] = source.prefill([SourceInput(text=text) for text in texts])
             given = {name: read[called], f"{name}{SHUFFLED}": shuffled(read[called])}
-            given[f"{name}{ZEROED}"] = emptied(read[called], [True] * len(choices))
+            given[f"{name}{ZEROED}"] = zeroed(read[called])
             for arm, cache in given.items():
                 answers[arm] = self._choose(bridge.fuse_words(reading, {called: cache}), choices)
         return answers

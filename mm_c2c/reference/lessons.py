@@ -38,7 +38,8 @@ class LessonConfig(TrainerConfig):
         odd: pictures a step that have an odd one out, among `scenes`; the others may.
         knowledge: how often questions whose answer is not in the picture come beside them, as
             `draw_knowledge` has it; 0 is never.
-        easy_steps: steps in which only scenes of one and two stickers are shown.
+        easy_steps: steps in which only scenes of one and two stickers are shown, but for those that
+            `odd` asks for.
         optimizer: `adamw`, or `muon` for the weights and AdamW for the rest.
         optimizer_dtype: of Muon's own products, as `optimizer.dtype` of `mm-c2c train` has it.
         dtype: of the frozen target while training; what is trained stays in float32. bfloat16 is

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,10 +154,6 @@ def _scene(entry: dict[str, Any]) -> Scene:
     return Scene(tuple(Sticker(**sticker) for sticker in entry["stickers"]), entry["seed"])
 
 
-def _my_shards(count: int, worker: int, workers: int) -> Iterator[int]:
-    yield from range(worker, count, workers)
-
-
 def main() -> None:
     """Make the shards that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -176,7 +172,7 @@ def main() -> None:
     tower = tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     artworks = load_artworks(args.split, args.artwork)
     args.out.mkdir(parents=True, exist_ok=True)
-    for index in _my_shards(args.shards, args.worker, args.workers):
+    for index in range(args.worker, args.shards, args.workers):
         path = args.out / f"{args.split}-{index:04d}.safetensors"
         if not path.exists():
             write_shard(path, args.split, index, args.size, artworks, tower)

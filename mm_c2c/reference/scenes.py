@@ -140,7 +140,7 @@ def sample_scene(
 
 
 def _sample_names(rng: random.Random, names: Sequence[str], count: int) -> list[str]:
-    """Distinct concepts, each group as likely as another; a third of larger scenes hold an odd one."""
+    """Distinct concepts, each group as likely as another; two of five larger scenes hold an odd one."""
     by_group: dict[str, list[str]] = {}
     for name in names:
         by_group.setdefault(BY_NAME[name].group, []).append(name)

@@ -34,9 +34,12 @@ from mm_c2c.reference.train_fuser import (
     turns_loss,
 )
 from mm_c2c.reference.trainer import run
-from mm_c2c.sources.base import SourceInput, count_positions
+from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import render_chat
 from mm_c2c.sources.vlm import VLMSource
+from mm_c2c.training import objective
+from mm_c2c.training.config import DropConfig
+from mm_c2c.training.data import Turn
 from mm_c2c.training.packing import split_beginning
 
 KINDS = ("tuned_relay", "soft_prompt", "own_source")
@@ -170,23 +173,11 @@ def aligned_loss(
         questions: one a row.
         answers: one a row.
     """
-    target = bridge.target
-    fused = bridge.fuse(None, questions, caches)
-    cache = fused["past_key_values"]
-    done = cache.get_seq_length()
-    encoded = target.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    wanted = [torch.tensor([*ids, target.tokenizer.eos_token_id]) for ids in encoded]
-    labels = nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-100)
-    # The last word of the prompt, which is not in the cache yet, and the answer but its end.
-    input_ids = torch.cat([fused["input_ids"], labels[:, :-1].clamp(min=0)], dim=1)
-    mask = torch.cat([fused["attention_mask"], (labels[:, :-1] != -100).long()], dim=1)
-    logits = target.model(
-        input_ids[:, done:],
-        attention_mask=mask,
-        position_ids=count_positions(mask)[:, done:],
-        past_key_values=cache,
-    ).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    turns = [Turn(*pair) for pair in zip(questions, answers, strict=True)]
+    asked = objective.Asked(turns, owners=list(range(len(turns))), weights=[1.0] * len(turns))
+    reader = objective.Objective(bridge, lambda name, _: caches[name], DropConfig())
+    read = reader.read(bridge.fuse(None, questions, caches), asked)
+    return F.cross_entropy(read.logits.flatten(0, 1).float(), read.labels.flatten())
 
 
 if __name__ == "__main__":

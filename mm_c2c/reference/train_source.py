@@ -26,7 +26,6 @@ from mm_c2c.reference.scenes import (
     Question,
     Scene,
     caption,
-    odd_one_out,
     patch_contents,
     questions,
     sample_scene,
@@ -219,7 +218,7 @@ def train(config: SourceTrainingConfig) -> None:
     model, tokenizer = _build(config)
     pool = ScenePool(config.data)
     # Scenes with an odd one out are few, and the question is the hardest: they come twice.
-    pool.all += [(s, i) for s, i in pool.all if odd_one_out(pool.shards[s][1][i])]
+    pool.all += pool.odd
     if config.start is None:
         model.model.vision_tower.standardise(pool.shards[0][0][:256])
     dev_features, dev_scenes = read_shard(config.data / "dev-0000.safetensors")

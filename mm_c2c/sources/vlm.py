@@ -239,7 +239,7 @@ class VLMSource(FrozenReader):
 
 
 def trim_spans(spans: Tensor, text: str) -> Tensor:
-    """Spans without the white space before a word, as `token_spans` gives them."""
+    """Spans without the white space before a word."""
     rows = []
     for start, end in spans.tolist():
         word = text[start:end] if 0 <= start < end else ""

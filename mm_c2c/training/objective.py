@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from mm_c2c.bridge import Bridge
-from mm_c2c.cache import LayerKV, SourceCache, fork, read_layers, select_rows
+from mm_c2c.cache import SourceCache, fork, read_layers, select_rows, zeroed
 from mm_c2c.errors import InputError
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import FusedInputs, Perception
@@ -193,17 +193,19 @@ class Objective:
         for link in self.bridge.config.links:
             empty = dropped[link.source]
             if link.geometry == "aligned":
+                if link.source in heard:
+                    continue
                 looks = [
                     examples[owner].look(turn.question)
                     for owner, turn in zip(asked.owners, asked.turns, strict=True)
                 ]
                 cache = self.prefill(link.source, looks)
-                heard[link.source] = emptied(cache, [empty[owner] for owner in asked.owners])
+                heard[link.source] = zeroed(cache, [empty[owner] for owner in asked.owners])
                 continue
             if link.source not in seen:
                 looks = [examples[owner].look(question) for owner, question in rows]
                 cache = self.prefill(link.source, looks)
-                seen[link.source] = emptied(cache, [empty[owner] for owner, _ in rows])
+                seen[link.source] = zeroed(cache, [empty[owner] for owner, _ in rows])
             if self.drop.slots or self.drop.share_of(link.name):
                 keep[link.name] = torch.tensor(
                     [self._kept_slots(link, rngs[owner]) for owner, _ in rows],
@@ -315,17 +317,6 @@ class Objective:
             states.append(both.permute(0, 2, 3, 1, 4).flatten(3))
         real = back < torch.tensor(spans, device=device)[:, None]
         return torch.stack(states).float(), real[None, :, :, None, None]
-
-
-def emptied(cache: SourceCache, rows: Sequence[bool]) -> SourceCache:
-    """The same positions, with nothing in some rows: what a fuser gets when a source is dropped."""
-    if not any(rows):
-        return cache
-    empty = torch.tensor(rows, device=cache.kinds.device)[:, None, None, None]
-    layers = tuple(
-        LayerKV(k.masked_fill(empty, 0), v.masked_fill(empty, 0)) for k, v in cache.layers
-    )
-    return replace(cache, layers=layers)
 
 
 def _weigh(costs: Tensor, asked: Asked) -> Tensor:

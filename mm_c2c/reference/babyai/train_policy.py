@@ -159,7 +159,7 @@ def patch_words(views: NDArray[np.uint8], table: Tensor, fallback: int) -> Tenso
 
     Args:
         views: `(batch, columns, rows, 3)`.
-        table: `(kinds + colours,)`, from `word_table`.
+        table: `(2, 16)`, of kinds and of colours, from `word_table`.
         fallback: token of a cell that shows no object.
 
     Returns:

@@ -191,9 +191,7 @@ class ToldThings:
             cells = [(y, x) for _, y, x in cache.patches[row].tolist()]
             rows.append(torch.stack([self._states.get(seen.get(c, ""), self._mean) for c in cells]))
         truth = torch.stack(rows)
-        shares = alignment.weights.new_zeros(*alignment.mask.shape, truth.shape[1])
-        shares = shares.scatter_add(2, alignment.source_index, alignment.weights)
-        return torch.einsum("bsp,bps...->bs...", shares, truth)
+        return torch.einsum("bsp,bps...->bs...", alignment.shares(truth.shape[1]), truth)
 
 
 def _word_states(
