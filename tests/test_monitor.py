@@ -22,6 +22,7 @@ from mm_c2c.evaluation.arms import Asked, Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.statistics import hits_of
 from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.robot.monitor import _first_tokens
 from mm_c2c.sources.base import count_positions
 
 
@@ -125,7 +126,7 @@ def test_no_over_yes_is_what_a_plain_forward_says(setting: Setting, asked: list[
         past_key_values=fused["past_key_values"],
     ).logits[:, -1]
     chances = logits.softmax(1)
-    no, yes = (chances[:, monitor._first_tokens(bridge, word)].sum(1) for word in ("no", "yes"))
+    no, yes = (chances[:, _first_tokens(bridge, word)].sum(1) for word in ("no", "yes"))
     torch.testing.assert_close(found, (no / yes).log(), rtol=1e-4, atol=1e-4)
 
 

@@ -417,10 +417,14 @@ def test_the_monitor_compares_yes_with_no(policy: SourcePolicy) -> None:
     out = bridge.target.model.generate(
         **fused, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    yes, no = (bridge.target.tokenizer(word)["input_ids"][0] for word in ("yes", "no"))
-    logits = out.logits[0][0]
-    expected = torch.sigmoid(logits[yes] - logits[no])
-    torch.testing.assert_close(torch.tensor(got), expected)
+    said = out.logits[0][0].softmax(0)
+
+    def chance(*forms: str) -> torch.Tensor:
+        tokenizer = bridge.target.tokenizer
+        return said[[*{tokenizer(form)["input_ids"][0] for form in forms}]].sum()
+
+    yes, no = chance("yes", "Yes", " yes", " Yes"), chance("no", "No", " no", " No")
+    torch.testing.assert_close(torch.tensor(got), yes / (yes + no))
 
 
 def test_the_monitor_smooths_and_asks_why_when_it_falls(

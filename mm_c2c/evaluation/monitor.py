@@ -43,7 +43,7 @@ from mm_c2c.evaluation.render import interval_text, pipe_table
 from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import Hits, auroc, draw_resamples, interval, mean
 from mm_c2c.evaluation.tasks import Item, load_items
-from mm_c2c.perception import FusedInputs
+from mm_c2c.robot.monitor import no_over_yes
 from mm_c2c.sources.base import Source, SourceInput
 
 Scores = NDArray[np.float64]
@@ -196,27 +196,6 @@ def read_scores(
         scores["probe"] = probe_scores(setting.source, train, steps, config, progress=progress)
     scores["steps"] = np.array([float(item.step) for item in steps])
     return scores
-
-
-def no_over_yes(bridge: Bridge, inputs: FusedInputs) -> Tensor:
-    """`(batch,)`: log P(no) - log P(yes) of the answer's first token, capital letters or not.
-
-    Args:
-        bridge: whose target says it.
-        inputs: a prompt, with a cache of its first tokens.
-    """
-    logits = bridge.target.next_logits(inputs)
-    no, yes = (
-        logits[:, _first_tokens(bridge, word)].float().logsumexp(1) for word in ("no", "yes")
-    )
-    return (no - yes).cpu()
-
-
-def _first_tokens(bridge: Bridge, word: str) -> list[int]:
-    tokenizer = bridge.target.tokenizer
-    forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-    ids = tokenizer(list(forms), add_special_tokens=False)["input_ids"]
-    return sorted({row[0] for row in ids if row})
 
 
 @torch.no_grad()

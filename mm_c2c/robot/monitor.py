@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.errors import ConfigError
-from mm_c2c.perception import Perception
+from mm_c2c.perception import FusedInputs, Perception
 from mm_c2c.robot.events import Monitor
 
 
@@ -79,9 +80,28 @@ def yes_probability(bridge: Bridge, seen: Perception, question: str) -> float:
     Raises:
         ConfigError: the target's tokenizer begins both words alike.
     """
-    tokenizer = bridge.target.tokenizer
-    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
-    if yes == no:
+    return float(torch.sigmoid(-no_over_yes(bridge, bridge.fuse(seen, [question]))))
+
+
+def no_over_yes(bridge: Bridge, inputs: FusedInputs) -> Tensor:
+    """`(batch,)`: log P(no) - log P(yes) of the answer's first token, capital letters or not.
+
+    Args:
+        bridge: whose target says it.
+        inputs: a prompt, with a cache of its first tokens.
+
+    Raises:
+        ConfigError: the target's tokenizer begins both words alike.
+    """
+    no, yes = (_first_tokens(bridge, word) for word in ("no", "yes"))
+    if no == yes:
         raise ConfigError("the target's tokenizer begins `yes` and `no` with the same token")
-    (logits,) = bridge.target.next_logits(bridge.fuse(seen, [question]))
-    return float(logits[[yes, no]].softmax(0)[0])
+    logits = bridge.target.next_logits(inputs).float()
+    return (logits[:, no].logsumexp(1) - logits[:, yes].logsumexp(1)).cpu()
+
+
+def _first_tokens(bridge: Bridge, word: str) -> list[int]:
+    tokenizer = bridge.target.tokenizer
+    forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
+    ids = tokenizer(list(forms), add_special_tokens=False)["input_ids"]
+    return sorted({row[0] for row in ids if row})
