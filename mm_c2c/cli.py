@@ -270,7 +270,7 @@ def _prompts(args: argparse.Namespace) -> None:
     from mm_c2c.config import parse_overrides
     from mm_c2c.evaluation.pair import load_pair
     from mm_c2c.evaluation.prompt_search import PromptSearchConfig, search_prompts, text_table
-    from mm_c2c.evaluation.results import make_room
+    from mm_c2c.run_folder import make_room
 
     config = parse_overrides(PromptSearchConfig, args.overrides)
     if args.out:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from mm_c2c.errors import MismatchError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+SAMPLE = 1024
+"""About so many of its numbers tell a frozen model's tensor from others; smaller ones are read
+whole."""
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -82,6 +86,17 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """Tells a frozen model's weights from others, by a sample of each."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(repr((name, tuple(weight.shape))).encode())
+        step = weight.numel() // SAMPLE | 1  # odd: an even one would read few of the columns
+        sample = weight.flatten()[::step].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_shape(what: str, expected: CacheShape, found: CacheShape) -> None:

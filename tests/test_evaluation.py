@@ -276,7 +276,7 @@ def test_a_folder_that_another_process_writes_in_is_refused(
 ) -> None:
     out = tmp_path / "run"
     holder = (
-        "import sys, pathlib; from mm_c2c.evaluation.results import hold\n"
+        "import sys, pathlib; from mm_c2c.run_folder import hold\n"
         "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", holder, str(out)]

@@ -22,6 +22,7 @@ from mm_c2c import SourceCache, load_cache
 from mm_c2c.cache import LayerKV, PositionKind
 from mm_c2c.config import load_config, override
 from mm_c2c.geometry import find
+from mm_c2c.pretrained import SAMPLE
 from mm_c2c.sources import SourceInput
 from mm_c2c.sources.smolvla import SmolVLASource
 from mm_c2c.sources.text import TextSource
@@ -29,7 +30,7 @@ from mm_c2c.sources.vlm import VLMSource
 from mm_c2c.training import kept
 from mm_c2c.training.blank import BlankSource
 from mm_c2c.training.config import TrainingConfig
-from mm_c2c.training.kept import SAMPLE, KeptCaches, fingerprint, row_key
+from mm_c2c.training.kept import KeptCaches, fingerprint_source, row_key
 
 Fetch = Callable[[KeptCaches, list[int]], tuple[SourceCache, list[int]]]
 PLENTY = 10**9
@@ -214,47 +215,47 @@ def build(
 
 def test_a_fingerprint_tells_a_sources_weights(build: Callable[[], Any]) -> None:
     source = build()
-    found = [fingerprint(source)]
-    assert fingerprint(build()) == found[0]
+    found = [fingerprint_source(source)]
+    assert fingerprint_source(build()) == found[0]
     next(source.model.parameters()).add_(1e-3)
-    found.append(fingerprint(source))
+    found.append(fingerprint_source(source))
     source.model.bfloat16()
-    found.append(fingerprint(source))
+    found.append(fingerprint_source(source))
     source.origin = source.origin._replace(revision="other")
-    found.append(fingerprint(source))
+    found.append(fingerprint_source(source))
     assert len(set(found)) == 4
 
 
 def test_a_fingerprint_tells_settings(source: VLMSource, tiny_text_source_tokenizer: Any) -> None:
-    found = [fingerprint(source)]
+    found = [fingerprint_source(source)]
     source.model.config.vision_feature_layer -= 1
-    found.append(fingerprint(source))
+    found.append(fingerprint_source(source))
     source.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    found.append(fingerprint(source))
+    found.append(fingerprint_source(source))
     source.processor.chat_template += " "
-    found.append(fingerprint(source))
+    found.append(fingerprint_source(source))
     text = TextSource(source.model, tiny_text_source_tokenizer, "tiny-llava")
-    found.append(fingerprint(text))
+    found.append(fingerprint_source(text))
     text.tokenizer.chat_template += " "
-    found.append(fingerprint(text))
+    found.append(fingerprint_source(text))
     assert len(set(found)) == 6
 
 
 def test_a_fingerprint_tells_which_noise_a_policy_is_read_at() -> None:
     policy = build_pi0()
-    first = fingerprint(policy)
+    first = fingerprint_source(policy)
     policy.seed += 1
-    assert fingerprint(policy) != first
+    assert fingerprint_source(policy) != first
 
 
 def test_every_column_of_a_large_tensor_may_tell_it_from_others(source: VLMSource) -> None:
     """One in a power of two, by which an even step would pass for ever."""
     large = torch.nn.Linear(64, 64 * SAMPLE, bias=False)
     source.model.extra = large.requires_grad_(requires_grad=False)
-    found = {fingerprint(source)}
+    found = {fingerprint_source(source)}
     for column in range(64):
         large.weight[:, column] += 1
-        found.add(fingerprint(source))
+        found.add(fingerprint_source(source))
     assert len(found) == 65
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.evaluation.report import brief, set_beside
-from mm_c2c.evaluation.results import JsonLines
 from mm_c2c.evaluation.run import _others
 from mm_c2c.evaluation.statistics import compare, draw_resamples, hits_of, mcnemar
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, load_items
+from mm_c2c.run_folder import JsonLines
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

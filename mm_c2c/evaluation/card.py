@@ -16,9 +16,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mm_c2c.errors import InputError, MismatchError
 from mm_c2c.evaluation.render import pipe_table
 from mm_c2c.evaluation.report import brief
-from mm_c2c.evaluation.results import read_summary
 from mm_c2c.hub import CARD_NAME, is_repo_id
 from mm_c2c.pretrained import WEIGHTS_NAME, fingerprint, read_header, read_tensors
+from mm_c2c.run_folder import read_summary
 
 _TASK = "visual-question-answering"
 _PAPER = "https://arxiv.org/abs/2510.03215"

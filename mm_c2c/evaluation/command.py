@@ -11,7 +11,7 @@ from mm_c2c.bridge import Bridge
 from mm_c2c.config import parse_overrides
 from mm_c2c.evaluation.pair import PairConfig, load_pair
 from mm_c2c.evaluation.render import write_readme
-from mm_c2c.evaluation.results import make_room, write_json
+from mm_c2c.run_folder import make_room, write_json
 
 C = TypeVar("C", bound=PairConfig)
 

@@ -35,9 +35,9 @@ from mm_c2c.evaluation.render import (
     quieten,
     svg,
 )
-from mm_c2c.evaluation.results import write_json
 from mm_c2c.evaluation.run import source_name, to_asked
 from mm_c2c.evaluation.tasks import load_items
+from mm_c2c.run_folder import write_json
 
 _COMMAND = "mm-c2c diagnose"
 _SIDE = 288  # pixels of a map's longer side, where the picture is smaller

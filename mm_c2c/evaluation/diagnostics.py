@@ -38,7 +38,6 @@ from mm_c2c.evaluation.arms import Setting
 from mm_c2c.evaluation.arms.fused import Fused
 from mm_c2c.evaluation.attribution import attention_outputs, slots_link
 from mm_c2c.evaluation.pair import PairConfig
-from mm_c2c.evaluation.results import JsonLines, claim, hold
 from mm_c2c.evaluation.run import (
     fingerprint_files,
     portable,
@@ -53,6 +52,7 @@ from mm_c2c.link import LinkConfig
 from mm_c2c.perception import Perception
 from mm_c2c.pretrained import fingerprint
 from mm_c2c.rope import derotate, rotate
+from mm_c2c.run_folder import JsonLines, claim, hold
 
 _PARTS = 5
 

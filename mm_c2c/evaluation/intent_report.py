@@ -21,9 +21,9 @@ from mm_c2c.evaluation import monitor, probe
 from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.render import pipe_table, span
 from mm_c2c.evaluation.report import lie_table, markdown
-from mm_c2c.evaluation.results import read_rows, read_summary
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.evaluation.tasks import is_right
+from mm_c2c.run_folder import read_rows, read_summary
 
 _RESAMPLES = 2000
 

@@ -19,10 +19,10 @@ from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation.arms import captions, target_answers
 from mm_c2c.evaluation.arms.prompts import OPTIONS_LINE, Example, RelayPrompt
 from mm_c2c.evaluation.pair import PairConfig
-from mm_c2c.evaluation.results import make_room, write_json
 from mm_c2c.evaluation.run import portable, source_name, to_asked
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples, hits_of
 from mm_c2c.evaluation.tasks import Item, is_right, is_right_in_a_sentence, load_items
+from mm_c2c.run_folder import make_room, write_json
 
 T = TypeVar("T")
 

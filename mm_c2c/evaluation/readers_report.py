@@ -15,7 +15,7 @@ from typing import Any
 
 from mm_c2c.errors import InputError, run_main
 from mm_c2c.evaluation.render import interval_text, percent, pipe_table, span, write_readme
-from mm_c2c.evaluation.results import read_summary
+from mm_c2c.run_folder import read_summary
 
 _ARMS = {
     "fused": "**fused**",

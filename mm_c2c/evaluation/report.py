@@ -32,9 +32,9 @@ from mm_c2c.evaluation.render import (
     svg,
     write_readme,
 )
-from mm_c2c.evaluation.results import read_summary
 from mm_c2c.evaluation.run import fingerprint_files, portable, reference_config
 from mm_c2c.reference.models import SOURCE_NAME
+from mm_c2c.run_folder import read_summary
 
 _NAMES = {
     "fused": "**fused** (question-blind slots)",

@@ -32,12 +32,11 @@ from mm_c2c.evaluation.arms.fused import reads_actions
 from mm_c2c.evaluation.arms.prompts import GENERIC_REQUEST
 from mm_c2c.evaluation.clock import timed
 from mm_c2c.evaluation.pair import PairConfig
-from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
-from mm_c2c.pretrained import fingerprint
+from mm_c2c.pretrained import fingerprint, fingerprint_weights
 from mm_c2c.reference.models import HERE
-from mm_c2c.training.kept import fingerprint_weights
+from mm_c2c.run_folder import JsonLines, claim, hold, write_json
 
 _WARM_UP = 2
 DECODINGS = ("free", "choice")

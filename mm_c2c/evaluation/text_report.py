@@ -14,8 +14,8 @@ from typing import Any
 from mm_c2c.errors import run_main
 from mm_c2c.evaluation.command import run_section
 from mm_c2c.evaluation.render import pipe_table
-from mm_c2c.evaluation.results import read_summary
 from mm_c2c.evaluation.text_to_text import SEARCHED, SHUFFLED, ZEROED
+from mm_c2c.run_folder import read_summary
 
 _NAMES = {
     "target": "target alone",

@@ -31,11 +31,11 @@ from tqdm import tqdm
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import LayerKV, PositionKind, SourceCache, zeroed
 from mm_c2c.errors import run_main
-from mm_c2c.evaluation.results import JsonLines, claim, hold, write_json
 from mm_c2c.evaluation.statistics import accuracy, compare, draw_resamples, hits_of
 from mm_c2c.perception import FusedInputs
 from mm_c2c.pretrained import fingerprint
 from mm_c2c.reference.text_qa import Choice, load_choices
+from mm_c2c.run_folder import JsonLines, claim, hold, write_json
 from mm_c2c.sources.base import FrozenReader, SourceInput
 from mm_c2c.sources.text import TextSource, encode_chats
 

@@ -30,13 +30,13 @@ from safetensors import safe_open
 
 from mm_c2c.config import set_key, to_dict
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.results import read_rows, write_json
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, ordered
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.evaluation.tasks import is_right, load_items
 from mm_c2c.reference.models import HERE
 from mm_c2c.reference.trainer import run
 from mm_c2c.reference.variants import Variant, build_variant
+from mm_c2c.run_folder import read_rows, write_json
 
 _RESAMPLES = 10_000
 _JUDGEMENTS = "judgements.json"

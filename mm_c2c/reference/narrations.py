@@ -18,10 +18,10 @@ import numpy as np
 
 from mm_c2c.errors import run_main
 from mm_c2c.evaluation.render import interval_text
-from mm_c2c.evaluation.results import read_rows
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.reference.babyai import questions as babyai
 from mm_c2c.reference.metaworld import questions as metaworld
+from mm_c2c.run_folder import read_rows
 
 POLICIES = {"babyai": babyai.SENTENCE_PARTS, "metaworld": metaworld.SENTENCE_PARTS}
 """Of each policy's sentences, the parts and a pattern whose only group is what is said there."""

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm_c2c.errors import FetchError, run_main
-from mm_c2c.evaluation.results import read_rows
 from mm_c2c.reference.fetch import pip_download
+from mm_c2c.run_folder import read_rows
 
 MAX_CHARS = 240
 """Of question and right option, as a model reads them."""

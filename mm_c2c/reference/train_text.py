@@ -25,11 +25,11 @@ from mm_c2c.cache import SourceCache
 from mm_c2c.config import DTYPES, from_dict
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.arms.own_source import own_source
-from mm_c2c.evaluation.results import hold
 from mm_c2c.reference import gemma
 from mm_c2c.reference.fetch import HUB_ID
 from mm_c2c.reference.models import load_target
 from mm_c2c.reference.trainer import run
+from mm_c2c.run_folder import hold
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.sources.text import TextSource
 from mm_c2c.target import Target

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from mm_c2c.cache import SourceCache, join_sources, without_padding
 from mm_c2c.errors import MismatchError
+from mm_c2c.pretrained import fingerprint_weights
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.transport import load_cache, save_cache
 
@@ -26,11 +26,9 @@ logger = logging.getLogger(__name__)
 
 # What policies are told beside their model's config.
 _OWN_SETTINGS = ("seed", "read_actions")
-SAMPLE = 1024
-"""About so many of its numbers tell a tensor from others; smaller ones are read whole."""
 
 
-def fingerprint(source: Any) -> str:
+def fingerprint_source(source: Any) -> str:
     """Tells a source from others, and from itself with other weights or settings.
 
     Of large tensors a sample is read, which takes a moment and sees what training changes; a few
@@ -47,22 +45,11 @@ def fingerprint(source: Any) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def fingerprint_weights(model: nn.Module) -> str:
-    """Tells a model's weights from others, by a sample of each."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(repr((name, tuple(weight.shape))).encode())
-        step = weight.numel() // SAMPLE | 1  # odd: an even one would read few of the columns
-        sample = weight.flatten()[::step].contiguous().cpu()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def row_key(salt: str, look: SourceInput) -> str:
     """Tells what a source was shown from everything else it can be shown.
 
     Args:
-        salt: which source, by its `fingerprint`.
+        salt: which source, by its `fingerprint_source`.
         look: text, state, action tokens, noise, pictures and videos by their pixels, and a
             recording by its samples.
     """

@@ -27,12 +27,12 @@ from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
 from mm_c2c.config import to_dict
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.results import hold, write_json
+from mm_c2c.run_folder import hold, write_json
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.target import Target
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.data import Example, Examples, Turn, open_examples
-from mm_c2c.training.kept import KeptCaches, fingerprint, row_key
+from mm_c2c.training.kept import KeptCaches, fingerprint_source, row_key
 from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
 from mm_c2c.training.models import build_bridge, load_source, load_target
 from mm_c2c.training.objective import Asked, Objective, draw_questions
@@ -228,7 +228,7 @@ class Trainer:
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
         """Of each source, whose weights stay as they are throughout a training."""
-        return {name: fingerprint(source) for name, source in self.bridge.sources.items()}
+        return {name: fingerprint_source(source) for name, source in self.bridge.sources.items()}
 
     def distil(
         self, examples: Sequence[Example], asked: Asked, rngs: Sequence[random.Random]

@@ -75,8 +75,10 @@ def read(
     seen = None
     if named["slots"] and inputs[0].images:
         looks = [replace(item, text="") for item in inputs]
-        seen = bridge.fuse_slots({n: bridge.sources[n].prefill(looks) for n in named["slots"]})
-    return seen, {name: bridge.sources[name].prefill(inputs) for name in named["aligned"]}
+        shown = dict.fromkeys(named["slots"])
+        seen = bridge.fuse_slots({n: bridge.sources[n].prefill(looks) for n in shown})
+    heard = dict.fromkeys(named["aligned"])  # once a source, however many links it has
+    return seen, {name: bridge.sources[name].prefill(inputs) for name in heard}
 
 
 def generate(

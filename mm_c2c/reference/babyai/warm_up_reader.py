@@ -29,7 +29,6 @@ from mm_c2c.bridge import Bridge
 from mm_c2c.cache import PositionKind, SourceCache, read_layers
 from mm_c2c.config import load_config
 from mm_c2c.errors import ConfigError
-from mm_c2c.evaluation.results import write_json
 from mm_c2c.fuser import CacheFuser, SharedProjection
 from mm_c2c.link import LinkConfig, align_slots
 from mm_c2c.reference.babyai.levels import ACTIONS, AGENT_CELL, Camera
@@ -38,6 +37,7 @@ from mm_c2c.reference.babyai.questions import MOTIONS, NAMES, in_view
 from mm_c2c.reference.babyai.rollouts import Step, load_episodes
 from mm_c2c.reference.train_fuser import last_states, read_phrases
 from mm_c2c.reference.trainer import run
+from mm_c2c.run_folder import write_json
 from mm_c2c.sources.action import TokenActionSource
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import TrainingConfig
