@@ -7,7 +7,6 @@ two parts once; `fuse` adds a question and gives everything that `target.generat
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,13 +44,13 @@ from mm_c2c.perception import (
     source_inputs,
 )
 from mm_c2c.pretrained import (
-    CONFIG_NAME,
     WEIGHTS_NAME,
     check_origin,
     check_shape,
+    check_weights,
     read_header,
     read_weights,
-    write_tensors,
+    write_bridge,
 )
 from mm_c2c.prompt import Prompt
 from mm_c2c.sources.base import Source, SourceInput, count_positions, full_cache
@@ -311,8 +310,6 @@ class Bridge(nn.Module):
             weights: of `fusers`, where a training that is spread over processes has gathered them;
                 None takes what this bridge holds.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         found = self.fusers.state_dict() if weights is None else weights
         weights = {k: v.detach().to(dtype).contiguous() for k, v in found.items()}
         read = {link.source for link in self.config.links}
@@ -322,8 +319,7 @@ class Bridge(nn.Module):
             "target": self.target.origin._asdict(),
             "sources": {name: self.sources[name].origin._asdict() for name in sorted(read)},
         }
-        write_tensors(folder / WEIGHTS_NAME, weights)
-        (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        write_bridge(Path(folder), header, weights)
 
     def push_to_hub(
         self,
@@ -395,8 +391,13 @@ class Bridge(nn.Module):
             if name not in sources:
                 raise MismatchError(f"{folder} needs a source named {name!r} ({origin['model']})")
             check_origin(f"source {name!r}", origin, sources[name].origin)
-        bridge = cls(target, sources, from_dict(BridgeConfig, header["bridge"]))
-        bridge.fusers.load_state_dict(read_weights(folder / WEIGHTS_NAME, bridge.fusers))
+        config = from_dict(BridgeConfig, header["bridge"])
+        if unnamed := sorted({link.source for link in config.links} - set(header["sources"])):
+            raise MismatchError(f"{folder} does not say which models {unnamed} are; fetch it again")
+        bridge = cls(target, sources, config)
+        weights = read_weights(folder / WEIGHTS_NAME, bridge.fusers)
+        check_weights(folder, header, weights)
+        bridge.fusers.load_state_dict(weights)
         return bridge.eval()
 
     # --- inside ---------------------------------------------------------------------------

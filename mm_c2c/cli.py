@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--only", choices=ASK_ARMS, help="run this arm alone")
     ask.add_argument("--stream", action="store_true", help="print the answer as it is made")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
+    ask.add_argument("--tiny", action="store_true", help="a target of random weights: no download")
     ask.add_argument("--device", default="cpu", help="where to compute, such as cuda")
     ask.set_defaults(run=_ask)
 
@@ -152,6 +153,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _ask(args: argparse.Namespace) -> None:
+    from mm_c2c.demo.pair import load_tiny_bridge
     from mm_c2c.evaluation.arms import Asked, Setting, build_arm
     from mm_c2c.evaluation.clock import timed
     from mm_c2c.evaluation.pair import PairConfig, load_pair
@@ -165,7 +167,7 @@ def _ask(args: argparse.Namespace) -> None:
     if args.stream and (args.json or not args.only):
         raise InputError("--stream goes with --only ARM and without --json")
     picture = load_image(args.image)
-    bridge = load_pair(PairConfig(device=args.device))
+    bridge = load_tiny_bridge() if args.tiny else load_pair(PairConfig(device=args.device))
     setting = Setting(bridge=bridge, source_name=SOURCE_NAME, request=CAPTION_REQUEST)
     asked = Asked(SourceInput(images=(picture,)), args.question)
     if args.stream:
@@ -178,7 +180,10 @@ def _ask(args: argparse.Namespace) -> None:
     if args.json:
         report: dict[str, Any] = {
             "question": args.question,
-            "arms": {name: answer._asdict() for name, answer in answers.items()},
+            "arms": {
+                name: {key: value for key, value in answer._asdict().items() if value is not None}
+                for name, answer in answers.items()
+            },
         }
         print(json.dumps(report, ensure_ascii=False))
         return
@@ -203,9 +208,9 @@ def _printer(bridge: Bridge, arm: str) -> TextStreamer:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from mm_c2c.reference.fetch import target_path
+    from mm_c2c.reference.fetch import check_target, target_path
 
-    print(target_path())
+    print(check_target(target_path()))
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -239,6 +244,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from mm_c2c.config import load_config, override
+    from mm_c2c.evaluation.arms import FILES
     from mm_c2c.evaluation.pair import load_pair
     from mm_c2c.evaluation.render import new_figure
     from mm_c2c.evaluation.report import text_table, write_report
@@ -252,8 +258,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         start = reference_config()
     config = override(start, overrides)
     if not has_file and config.bridge is not None:
-        # The shipped words and connector are the reference pair's.
-        config = override(replace(start, prompts=None, connector=None), overrides)
+        # What ships beside the bridge is the reference pair's.
+        none: dict[str, Any] = dict.fromkeys(FILES.values())
+        config = override(replace(start, **none), overrides)
     if args.out:
         _make_folder(args.out)
         new_figure(1, 1)  # the report needs it: better known now than after all questions

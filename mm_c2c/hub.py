@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
@@ -43,7 +43,30 @@ def load_pretrained(
         return found.from_pretrained(name, revision=revision, **weights)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         said = str(error).strip().partition("\n")[0]
-        raise FetchError(f"{name!r} could not be loaded as {kind}: {said}") from error
+        advice = "; if its files are damaged, fetch them again" if Path(name).exists() else ""
+        raise FetchError(f"{name!r} could not be loaded as {kind}: {said}{advice}") from error
+
+
+def pin_revision(name: str, revision: str | None) -> str | None:
+    """The commit that a branch, a tag or a repository's newest state is now.
+
+    Args:
+        name: Hub id; a folder has no commits, and keeps what it is given.
+        revision: branch, tag or commit; None is the newest.
+
+    Raises:
+        FetchError: the repository could not be had.
+    """
+    if Path(name).exists():
+        return revision
+    try:
+        config = hf_hub_download(name, CONFIG_NAME, revision=revision)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise FetchError(
+            f"{name!r} could not be loaded: it is no folder here, and the Hub did not give it: {said}"
+        ) from error
+    return Path(config).parent.name  # of the cache: snapshots/COMMIT
 
 
 def push_folder(

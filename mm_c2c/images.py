@@ -34,11 +34,15 @@ def load_image(path: str | Path) -> Image.Image:
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}") from error
+        raise InputError(f"there is no file {path}; give the path of a picture") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder; give the path of a picture in it") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is far too large: scale it down") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture that can be read") from error
+        raise InputError(
+            f"{path} is not a picture that can be read; save it as PNG or JPEG"
+        ) from error
     # Of a damaged file, Pillow also raises what its own parsing stumbles over.
     except (
         OSError,
@@ -47,6 +51,8 @@ def load_image(path: str | Path) -> Image.Image:
         TypeError,
         LookupError,
         ArithmeticError,
+        AttributeError,
+        RuntimeError,
         struct.error,
     ) as error:
         raise InputError(f"{path} cannot be read, it may be cut off: {error}") from error
@@ -54,7 +60,9 @@ def load_image(path: str | Path) -> Image.Image:
 
 def _read(path: Path, picture: Image.Image) -> Image.Image:
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-        raise InputError(f"{path} is animated; save one frame as PNG and ask about it")
+        raise InputError(
+            f"{path} is animated or has several pages; save one as PNG and ask about it"
+        )
     if picture.width * picture.height > MAX_PIXELS:
         raise InputError(
             f"{path} has {picture.width} x {picture.height} pixels; the limit is "
@@ -73,6 +81,8 @@ def to_rgb(picture: Image.Image, name: str) -> Image.Image:
     Raises:
         InputError: its values are not known to be brightness.
     """
+    if not all(picture.size):
+        raise InputError(f"{name} has {picture.width} x {picture.height} pixels; there is nothing")
     upright = ImageOps.exif_transpose(picture)
     if upright.mode in ("I", "F"):
         raise InputError(

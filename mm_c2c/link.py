@@ -244,8 +244,19 @@ def write_link(
     positions: Tensor,
     rope: Sequence[RopeSpec | None],
 ) -> Cache:
-    """A cache in which a fuser has written its differences; arguments as in `gather_inputs`."""
+    """A cache in which a fuser has written its differences; arguments as in `gather_inputs`.
+
+    Raises:
+        InputError: the source's K or V are not finite where they are read; a training sees that
+            by its loss.
+    """
     inputs = gather_inputs(link, source, alignment, cache, positions, rope)
+    read = inputs.source
+    if not (fuser.training or read.is_meta or torch.isfinite(read.sum())):
+        raise InputError(
+            f"the cache of source {link.source!r} holds NaN or infinity; load {source.origin.model} "
+            "in float32 or bfloat16"
+        )
     delta = fuser(inputs.source, inputs.target, alignment.mask)
     layers, indices = read_layers(cache)
     index, heads = alignment.target_index, layers[0].keys.shape[1]

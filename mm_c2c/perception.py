@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypedDict
 
 from PIL import Image
@@ -45,7 +46,8 @@ def source_inputs(
                 "PIL.Image.fromarray"
             )
         elif not text:
-            rows.append(item)
+            pictures = tuple(to_rgb(picture, f"row {row}") for picture in item.images)
+            rows.append(replace(item, images=pictures))
         else:
             raise InputError(
                 f"row {row} is a SourceInput, which has a text of its own ({item.text!r}); put "

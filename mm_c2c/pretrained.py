@@ -18,6 +18,8 @@ from mm_c2c.errors import MismatchError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+OWN_WEIGHTS = "weights"
+"""What the config says of the weights beside it: their `fingerprint`."""
 SAMPLE = 1024
 """About so many of its numbers tell a frozen model's tensor from others; smaller ones are read
 whole."""
@@ -72,11 +74,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise MismatchError(f"{path} is damaged or cut off: {error}; fetch it again") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; a process that is stopped leaves what was there whole."""
-    scratch = path.with_name(path.name + ".part")
-    save_file(tensors, scratch, {"format": "pt"})
-    scratch.replace(path)
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: str | None = None) -> None:
+    """Write a safetensors file; a process that is stopped leaves what was there whole.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        header: text of a saved bridge's config, which lies beside the file and is written with it.
+    """
+    texts = {} if header is None else {path.with_name(CONFIG_NAME): header}
+    scratch = {final: final.with_name(final.name + ".part") for final in (path, *texts)}
+    try:
+        save_file(tensors, scratch[path], {"format": "pt"})
+        for final, text in texts.items():
+            scratch[final].write_text(text, encoding="utf-8")
+        for final, whole in scratch.items():
+            whole.replace(final)
+    finally:
+        for left in scratch.values():
+            left.unlink(missing_ok=True)
+
+
+def write_bridge(folder: Path, header: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write both files of a saved bridge; the header says which weights it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**header, OWN_WEIGHTS: fingerprint(weights)}, indent=2) + "\n"
+    write_tensors(folder / WEIGHTS_NAME, weights, text)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -99,6 +122,16 @@ def fingerprint_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_weights(folder: Path, header: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights beside the config of others; a config of earlier versions does not say."""
+    own = header.get(OWN_WEIGHTS)
+    if own is not None and own != fingerprint(weights):
+        raise MismatchError(
+            f"{folder}: {CONFIG_NAME} is of other weights than {WEIGHTS_NAME}; a save was stopped "
+            "between them, or one of them was changed: save or fetch the bridge again"
+        )
+
+
 def check_shape(what: str, expected: CacheShape, found: CacheShape) -> None:
     """Refuse a fuser made for a cache of another shape; `what` says whose."""
     if expected != found:
@@ -112,9 +145,12 @@ def check_origin(what: str, expected: Mapping[str, Any], found: CacheOrigin) -> 
             f"{what}: expected {', '.join(CacheOrigin._fields)}, got {', '.join(expected)}"
         )
     wanted = CacheOrigin(**expected)
+    if wanted.revision is None:  # nothing is known of it
+        found = found._replace(revision=None)
     folder, given = (origin.model.rstrip("/") for origin in (wanted, found))
     if wanted._replace(model=folder) != found._replace(model=given):
         raise MismatchError(
             f"{what}: the fuser was trained with {wanted.model!r} at revision {wanted.revision!r} "
-            f"({wanted.model_type}), got {found.model!r} at {found.revision!r} ({found.model_type})"
+            f"({wanted.model_type}), got {found.model!r} at {found.revision!r} "
+            f"({found.model_type}); load that model at that revision, or train a fuser for this one"
         )

@@ -19,7 +19,7 @@ from transformers import (
 
 from mm_c2c.cache import fork, minds_padding, repeat_rows
 from mm_c2c.errors import UnsupportedError
-from mm_c2c.hub import load_pretrained
+from mm_c2c.hub import load_pretrained, pin_revision
 from mm_c2c.sources.base import (
     FrozenReader,
     count_positions,
@@ -63,12 +63,13 @@ class Target(FrozenReader):
 
         Args:
             name: Hub id or folder.
-            revision: the Hub's commit.
+            revision: branch, tag or commit of the Hub; the origin names the commit.
             dtype: of the weights.
 
         Raises:
             FetchError: it could not be had.
         """
+        revision = pin_revision(name, revision)
         model = load_pretrained("AutoModelForCausalLM", name, revision, dtype)
         return cls(model, load_pretrained("AutoTokenizer", name, revision), name, revision)
 
@@ -147,6 +148,11 @@ class Target(FrozenReader):
                     f"{name}: assisted decoding over a prefilled cache gives wrong output in "
                     "transformers 5.23; leave it out"
                 )
+        if setting("token_healing"):
+            raise UnsupportedError(
+                "token_healing: it changes the end of the prompt, which the cache holds already; "
+                "leave it out"
+            )
         if setting("use_cache") is False:
             raise UnsupportedError(
                 "use_cache=False: what is fused lies in the cache, and nowhere else; leave it out"

@@ -244,6 +244,8 @@ def test_assisted_decoding_is_refused(rig: Rig, how: str) -> None:
         bridge.generate(perception, QUESTIONS, **kwargs)
     with pytest.raises(UnsupportedError, match="assistant_model: assisted decoding"):
         bridge.generate(perception, QUESTIONS, assistant_model=rig.target.model)
+    with pytest.raises(UnsupportedError, match="token_healing: it changes the end of the prompt"):
+        bridge.generate(perception, QUESTIONS, token_healing=True)
 
 
 @pytest.mark.parametrize("how", ["keyword", "generation_config", "model"])

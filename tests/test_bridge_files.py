@@ -278,3 +278,45 @@ def test_a_source_that_no_link_reads_is_not_asked_for(rig: Rig, tmp_path: Path) 
     Bridge.from_pretrained(tmp_path, rig.target, {"eyes": eyes})
     with pytest.raises(ConfigError, match="leave revision='v1' out"):
         Bridge.from_pretrained(tmp_path, rig.target, rig.sources, revision="v1")
+
+
+def test_a_stopped_save_leaves_what_was_there_whole(
+    rig: Rig, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    other = rig.bridge([EYES])
+    own = Path.write_text
+
+    def full(self: Path, text: str, **kwargs: Any) -> int:
+        own(self, text[:10], **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        other.save_pretrained(saved)
+    assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+def test_new_weights_beside_an_old_config_are_refused(rig: Rig, tmp_path: Path) -> None:
+    rig.bridge([EYES]).save_pretrained(tmp_path / "old")
+    rig.bridge([EYES], fresh=True, gate="straight_through").save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").replace(tmp_path / "old" / "model.safetensors")
+    with pytest.raises(MismatchError, match=r"config\.json is of other weights"):
+        Bridge.from_pretrained(tmp_path / "old", rig.target, rig.sources)
+
+
+def test_a_header_that_leaves_a_source_out_is_refused(rig: Rig, saved: Path) -> None:
+    header = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**header, "sources": {}}))
+    with pytest.raises(MismatchError, match="does not say which models"):
+        Bridge.from_pretrained(saved, rig.target, rig.sources)
+
+
+def test_a_fuser_trained_at_no_known_revision_takes_any(rig: Rig, saved: Path) -> None:
+    rig.target = Target(rig.target.model, rig.target.tokenizer, "tiny/target", "t2")
+    with pytest.raises(MismatchError, match="load that model at that revision"):
+        load(rig, saved)
+    header = json.loads((saved / "config.json").read_text())
+    header["target"]["revision"] = None
+    (saved / "config.json").write_text(json.dumps(header))
+    load(rig, saved)

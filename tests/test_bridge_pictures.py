@@ -94,7 +94,8 @@ def test_a_photo_is_perceived_upright(rig: Rig, tmp_path: Path) -> None:
     rig.pictures[0].rotate(180).save(tmp_path / "photo.png", exif=turned)
     expected = bridge.perceive(rig.pictures[0]).past_key_values
     with Image.open(tmp_path / "photo.png") as photo:
-        assert_same_cache(bridge.perceive(photo).past_key_values, expected, **EXACT)
+        for shown in (photo, SourceInput(images=(photo,))):
+            assert_same_cache(bridge.perceive(shown).past_key_values, expected, **EXACT)
 
 
 def test_gradients_reach_the_fusers_through_what_is_perceived(rig: Rig) -> None:
@@ -120,6 +121,18 @@ def test_what_stands_where_padding_is_does_not_matter(rig: Rig) -> None:
         for found in (cache, replace(cache, layers=layers))
     )
     assert_same_cache(spoilt, fused, **EXACT)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_source_that_overflowed_is_refused(rig: Rig, value: float) -> None:
+    bridge = close(rig.bridge([EYES]))
+    cache = rig.sources["eyes"].prefill([SourceInput(images=(rig.pictures[0],))])
+    cache.layers[1].values[0, 0, (cache.kinds[0] == PositionKind.IMAGE).nonzero()[0]] = value
+    with pytest.raises(
+        InputError, match="'eyes' holds NaN or infinity; load tiny/llava in float32"
+    ):
+        bridge.fuse_slots({"eyes": cache})
+    bridge.train().fuse_slots({"eyes": cache})  # a training looks at its loss
 
 
 @EACH_POOLING

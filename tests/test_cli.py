@@ -1,14 +1,18 @@
 """The command line, on a tiny pair that stands in for the reference pair."""
 
 import json
+import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from mm_c2c import Bridge
+from mm_c2c import Bridge, Target
 from mm_c2c.cli import main
 from mm_c2c.config import from_dict
 from mm_c2c.evaluation.arms import MAX_NEW_TOKENS
@@ -52,6 +56,34 @@ def test_evaluate_loads_the_target_in_the_dtype_it_is_given(
     assert main(words) == 0
     assert asked == [(torch.bfloat16, "cpu")]
     capsys.readouterr()
+
+
+def test_the_quickstart_and_the_readme_run_without_a_download(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(models.__file__).parents[2]
+    words = [sys.executable, "demos/quickstart.py", "--tiny"]
+    run = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\ncaption_relay ") == 3
+    first, second, third = re.findall(
+        r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(models, "load_bridge", lambda: bridge)
+    code = (first + second).replace('"seen.safetensors"', repr(str(tmp_path / "seen.safetensors")))
+    known: dict[str, Any] = {}
+    exec(code, known)
+    assert known["seen"].batch_size == 1
+    monkeypatch.setattr(Target, "from_pretrained", lambda name: bridge.target)
+    monkeypatch.setattr("mm_c2c.load_source", lambda name: bridge.sources[models.SOURCE_NAME])
+    exec(
+        third.replace('"my-fuser"', repr(str(tmp_path / "my-fuser"))).replace(
+            "BridgeConfig(", 'BridgeConfig(slot_token="a", '
+        ),
+        known,
+    )
+    assert (tmp_path / "my-fuser" / "model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("tiny_reference")

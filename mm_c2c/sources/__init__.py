@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mm_c2c.errors import UnsupportedError
-from mm_c2c.hub import load_pretrained
+from mm_c2c.hub import load_pretrained, pin_revision
 from mm_c2c.sources.base import Source, SourceInput
 
 SOURCES: dict[str, str] = {
@@ -72,7 +72,7 @@ def load_source(
 
     Args:
         name: Hub id or folder.
-        revision: the Hub's commit.
+        revision: branch, tag or commit of the Hub; the origin names the commit.
         dtype: of the weights.
 
     Raises:
@@ -80,6 +80,7 @@ def load_source(
         UnsupportedError: a family that is not known here.
         ConfigError: a policy whose config does not say what its action tokens mean.
     """
+    revision = pin_revision(name, revision)
     config = load_pretrained("AutoConfig", name, revision)
     kind: Any = source_class(config.model_type, has_vision=hasattr(config, "vision_config"))
     # A text source has a tokenizer, all others a processor.

@@ -150,8 +150,15 @@ class VLMSource(FrozenReader):
     def _encode(
         self, inputs: Sequence[SourceInput], rendered: Sequence[str], **kwargs: Any
     ) -> dict[str, Tensor]:
+        marks = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")]
         for row, item in enumerate(inputs):
             self._check_shown(item, f"row {row}: {self.origin.model}")
+            for mark in marks:
+                if isinstance(mark, str) and mark in item.text:
+                    raise InputError(
+                        f"row {row}: {self.origin.model} takes {mark} in a text for a picture's "
+                        f"place; write {item.text.strip()!r} without it"
+                    )
         counts = sorted({len(video) for item in inputs for video in item.videos})
         if self.equal_videos and len(counts) > 1:
             raise InputError(
