@@ -30,6 +30,7 @@ from mm_c2c.evaluation.arms import (
 )
 from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
+from mm_c2c.evaluation.findings import findings
 from mm_c2c.evaluation.render import new_figure, write_readme
 from mm_c2c.evaluation.report import (
     brief,
@@ -504,3 +505,23 @@ def test_a_missing_plotter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UnsupportedError, match=r"mm-c2c\[evaluate\]"):
         new_figure(1, 1)
+
+
+def test_captions_are_counted_once_a_picture() -> None:
+    said = {"a.png": ("A cat on the left.", "a cat on the left"), "b.png": ("a dog.", "a cat.")}
+    rows = [
+        {
+            "image": image,
+            "kind": "what",
+            "question": question,
+            "gold": "cat",
+            "options": ["cat", "dog"],
+            "answers": {"caption_relay": "cat", "true_description": "cat"},
+            "relayed": {"caption_relay": written, "true_description": true},
+        }
+        for image, (written, true) in said.items()
+        for question in ("What?", "Which?", "Who?")[: 3 if image == "a.png" else 1]
+    ]
+    found = summarise(rows, [], 20, 0)["captions"]
+    assert (found["n"], found["share"][0]) == (2, 0.5)
+    assert "captions: 50.0 % (" in " ".join(findings({"captions": found}))

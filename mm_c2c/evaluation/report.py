@@ -18,16 +18,15 @@ from typing import Any
 
 from mm_c2c.errors import MismatchError, run_main
 from mm_c2c.evaluation.arms import FILES
+from mm_c2c.evaluation.findings import BESIDE, decoding, findings, short_name
 from mm_c2c.evaluation.render import (
     AXIS_POINTS,
     html_page,
     html_table,
-    interval_text,
     new_figure,
     percent,
     pipe_table,
     quieten,
-    share_text,
     span,
     svg,
     write_readme,
@@ -94,7 +93,7 @@ def text_table(summary: dict[str, Any]) -> str:
         if (lead := _lead(summary, name))
     ]
     leads += [f"Lie test, {name}: {told}." for name, told in _lie_shares(summary).items()]
-    found = [_decoding(summary), *_findings(summary)]
+    found = [decoding(summary), *findings(summary)]
     return "\n".join([*lines, "", *(_plain(line) for line in found), *leads])
 
 
@@ -110,14 +109,14 @@ def brief(summary: dict[str, Any]) -> str:
     if _VQA in _head(summary):
         head += f" *{_VQA}*: VQA accuracy, how many of those asked agree."
     if "choice" in summary:
-        head += f" {_decoding(summary)}"
-    if _BESIDE in summary:
-        head += f" *{_AMONG}*: the same with `decoding=choice`. {_decoding(summary[_BESIDE])}"
+        head += f" {decoding(summary)}"
+    if BESIDE in summary:
+        head += f" *{_AMONG}*: the same with `decoding=choice`. {decoding(summary[BESIDE])}"
     if times:
         head += f" Times: median of {times} warm runs, raw picture and question in."
     rows = [["", *_head(summary), "fused ahead by", "first token", "total"]]
     rows += [[_NAMES.get(name, name), *_row(summary, name)] for name in summary["arms"]]
-    found = "\n".join(f"- {line}" for line in _findings(summary))
+    found = "\n".join(f"- {line}" for line in findings(summary))
     parts = [head, pipe_table(rows), found]
     if "lie" in summary:
         parts.append(lie_table(summary))
@@ -133,10 +132,10 @@ def markdown(summary: dict[str, Any]) -> str:
     """For a page that renders Markdown: what `brief` says, and accuracy by kind of question."""
     by_kind = [
         ["", *(f"{kind} ({count})" for kind, count in summary["kinds"].items())],
-        *([_short(name), *_kind_cells(summary, name)] for name in summary["arms"]),
+        *([short_name(name), *_kind_cells(summary, name)] for name in summary["arms"]),
     ]
     # What `brief` says of other decodings already.
-    free = "" if "choice" in summary else f"\n{_decoding(summary)}\n"
+    free = "" if "choice" in summary else f"\n{decoding(summary)}\n"
     return f"{brief(summary)}\n{pipe_table(by_kind)}\n{free}"
 
 
@@ -153,18 +152,18 @@ def report_body(summary: dict[str, Any]) -> str:
     overall += [[shown[name], *_row(summary, name)] for name in arms]
     by_kind = [["", *(f"{kind}\nn = {count:,}" for kind, count in summary["kinds"].items())]]
     by_kind += [[shown[name], *_kind_cells(summary, name, spans=True)] for name in arms]
-    found = "".join(f"<li>{html.escape(_plain(line))}</li>" for line in _findings(summary))
+    found = "".join(f"<li>{html.escape(_plain(line))}</li>" for line in findings(summary))
     panels = "".join(f"<figure>{plot_kind(summary, k)}</figure>" for k in (None, *summary["kinds"]))
     times = plot_times(summary)
     beside = ""
-    if _BESIDE in summary:
-        told = _plain(_decoding(summary[_BESIDE]))
+    if BESIDE in summary:
+        told = _plain(decoding(summary[BESIDE]))
         beside = f" <em>{_AMONG[0].upper()}{_AMONG[1:]}</em>: decoding=choice. {told}"
     return (
         f"<p>n = {summary['n']:,}, exact match after normalising, 95 % bootstrap intervals"
         f"{_over(summary)}. "
         "<em>Wordy</em> also accepts a sentence that names the right option and no other. "
-        f"{_plain(_decoding(summary))}{beside}</p>"
+        f"{_plain(decoding(summary))}{beside}</p>"
         f"{html_table(overall)}<ul>{found}</ul>"
         + (
             f"<p>{html.escape(_lie_head(summary))}</p>{html_table(_lie_rows(summary))}"
@@ -196,13 +195,13 @@ def plot_kind(summary: dict[str, Any], kind: str | None = None) -> str:
             markersize=4,
             color=_ACCENT if name == "fused" else _FAINT if name in _CONTROLS else _PLAIN,
         )
-    axes.set_yticks(range(len(rows)), map(_short, rows))
+    axes.set_yticks(range(len(rows)), map(short_name, rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(-3, 103)
     axes.grid(axis="x", color="0.9")
     axes.set_title(f"{kind or 'all'} (n = {count:,})", fontsize=AXIS_POINTS + 1)
     quieten(axes)
-    told = "; ".join(f"{_short(name)} {span(values)}" for name, values in rows.items())
+    told = "; ".join(f"{short_name(name)} {span(values)}" for name, values in rows.items())
     return svg(figure, f"{kind or 'All'} questions, {_AXIS}: {told}")
 
 
@@ -226,9 +225,9 @@ def plot_times(summary: dict[str, Any]) -> str:
             yerr=[[value - low], [high - value]],
             fmt="o^s"[index // 5 % 3],  # colours alone are hard to tell apart
             color=f"C{index}",
-            label=_short(name),
+            label=short_name(name),
         )
-        told.append(f"{_short(name)} {span(values)} after {row['ttft_ms']:.0f} ms")
+        told.append(f"{short_name(name)} {span(values)} after {row['ttft_ms']:.0f} ms")
     axes.set_xlabel("first token, ms (median)", fontsize=AXIS_POINTS)
     axes.set_ylabel(_AXIS, fontsize=AXIS_POINTS)
     axes.set_ylim(0, 100)
@@ -263,7 +262,7 @@ def set_beside(summary: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any
         raise MismatchError(
             f"the run with decoding=choice is of something else ({', '.join(apart)} differ)"
         )
-    return {**summary, _BESIDE: choice}
+    return {**summary, BESIDE: choice}
 
 
 def write_report(
@@ -291,7 +290,6 @@ def write_report(
 
 _VQA = "VQA"
 _AMONG = "among options"
-_BESIDE = "beside"
 # What questions may have in common, as `clusters_of` names it.
 _UNITS = ("episodes", "pictures", "recordings")
 # In the order in which a command names them.
@@ -329,7 +327,7 @@ def _command(config: dict[str, Any]) -> str:
 def _head(summary: dict[str, Any]) -> list[str]:
     """What `_accuracy_cells` are; VQA accuracy and accuracy among options where counted."""
     counted = all("vqa_accuracy" in row for row in summary["arms"].values())
-    beside = [_AMONG] if _BESIDE in summary else []
+    beside = [_AMONG] if BESIDE in summary else []
     return ["accuracy", "95 %", "wordy", *([_VQA] if counted else []), *beside]
 
 
@@ -346,8 +344,8 @@ def _accuracy_cells(summary: dict[str, Any], name: str) -> list[str]:
     cells.append(percent(row["in_a_sentence"][0]))
     if _VQA in _head(summary):
         cells.append(percent(row["vqa_accuracy"][0]))
-    if _BESIDE in summary:
-        other = summary[_BESIDE]["arms"].get(name)
+    if BESIDE in summary:
+        other = summary[BESIDE]["arms"].get(name)
         cells.append(span(other["accuracy"]) if other else "")
     return cells
 
@@ -365,72 +363,6 @@ def _time_cells(summary: dict[str, Any], name: str) -> list[str]:
     """Time to the first token and to the last."""
     time = summary["time"].get(name)
     return [f"{time[key]:.0f} ms" if time else "" for key in ("ttft_ms", "total_ms")]
-
-
-def _findings(summary: dict[str, Any]) -> list[str]:
-    """What the arms come to, one sentence each."""
-    lines = []
-    for floor, kept in summary.get("retention", {}).items():
-        over = {"over_blind": "blind", "over_zeroed": "empty cache"}[floor]
-        shown = "n/a" if None in kept else interval_text(kept)
-        lines.append(f"Retention, (fused - {over}) / (source - {over}): {shown}.")
-    if _BESIDE in summary:
-        lines += _found_among_options(summary[_BESIDE])
-    if recovered := summary.get("recovered"):
-        parts = [
-            f"{share_text(found['share'])} of the {found['n']} that {_short(name)} misses"
-            for name, found in recovered.items()
-        ]
-        lines.append(
-            "Know but cannot tell, of questions that the source answers right: fused answers "
-            f"{', '.join(parts)}."
-        )
-    if swap := summary.get("swap"):
-        truth, known = swap["truth"], swap.get("source_right")
-        line = (
-            f"Swapped picture, of {truth['n']} questions that two pictures answer differently: "
-            f"{share_text(truth['follow'])} of the answers are true of the swapped one, "
-            f"{share_text(truth['stay'])} of the own one"
-        )
-        if known:
-            line += (
-                f"; of the {known['n']} that the source answers right for both, "
-                f"{share_text(known['follow'])} and {share_text(known['stay'])}"
-            )
-        lines.append(f"{line}.")
-    if speed := summary.get("speed"):
-        times = interval_text(speed)
-        lines.append(f"First token: fused {times} times as fast as the caption relay.")
-    return lines
-
-
-def _found_among_options(choice: dict[str, Any]) -> list[str]:
-    """One sentence of a run with `decoding=choice`, where it has the arms for it."""
-    parts = []
-    if test := choice["choice"].get("shuffled_over_blind"):
-        value, low, high = (100 * x for x in test["difference"])
-        parts.append(
-            f"another picture's cache minus blind {value:+.1f} points ({low:+.1f} to {high:+.1f})"
-        )
-    kept = choice.get("retention", {}).get("over_blind", [None])
-    if None not in kept:
-        parts.append(f"retention over blind {interval_text(kept)}")
-    return [f"Among options: {', '.join(parts)}."] if parts else []
-
-
-def _decoding(summary: dict[str, Any]) -> str:
-    """How the answers were decoded."""
-    if (choice := summary.get("choice")) is None:
-        return "Decoding: free."
-    asked, total = choice["n"], summary["n"]
-    some = "all" if asked == total else f"{asked:,} of {total:,}"
-    line = f"Decoding among options: {some} questions could only be answered with one of theirs"
-    if derived := asked - choice["listed"]:
-        where = "" if derived == asked else f" for {derived:,} of them"
-        line += f", which are all answers of the same kind in the file{where}"
-    if choice["guess"] is not None:
-        line += f"; a guess is right in {percent(choice['guess'])} %"
-    return f"{line}."
 
 
 def _lead(summary: dict[str, Any], name: str) -> str:
@@ -475,10 +407,6 @@ def _lie_shares(summary: dict[str, Any]) -> dict[str, str]:
         name: ", ".join(f"{key} {span(values)}" for key, values in shares.items())
         for name, shares in arms.items()
     }
-
-
-def _short(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _plain(line: str) -> str:

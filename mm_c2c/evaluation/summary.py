@@ -46,8 +46,9 @@ def summarise(
         of the items that the source knows and a caption relay misses, by relay; `swap`; `lie`, see
         `lie_outcomes`; `choice`, where answers were decoded among options, see `_choice_counts`, and
         in it `shuffled_over_blind`, the paired test; `episodes`, `pictures` or `recordings`, how
-        many, where the intervals and tests are over these; `time`; `speed`, how many times as fast
-        as the caption relay fused says its first token, over what ran by the clock.
+        many, where the intervals and tests are over these; `captions`, of how many pictures the
+        source's own caption is the true description; `time`; `speed`, how many times as fast as
+        the caption relay fused says its first token, over what ran by the clock.
         Values with an interval are [value, low, high]; None where there is nothing to divide by.
         What needs an arm that was left out is left out.
     """
@@ -113,6 +114,8 @@ def summarise(
                 name: {"n": int(where.sum()), "share": within(hits["fused"], where)}
                 for name, where in untold.items()
             }
+    if {"caption_relay", "true_description"} <= rows[0].get("relayed", {}).keys():
+        summary["captions"] = _caption_counts(rows, resamples, seed)
     if "shuffled" in hits:
         summary["swap"] = swap_outcomes(rows, hits.get("source"), resamples, seed)
     if any("lists_options" in row for row in rows):
@@ -123,6 +126,13 @@ def summarise(
     if any(row.get("told") is not None for row in rows):
         summary["lie"] = lie_outcomes(rows, resamples, seed)
     return {key: _plain(value) for key, value in summary.items()}
+
+
+def _caption_counts(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, Any]:
+    """Of how many pictures the source's own caption is the true description."""
+    told = {row["image"]: row["relayed"] for row in rows}
+    right = [is_right(said["caption_relay"], said["true_description"]) for said in told.values()]
+    return {"n": len(told), "share": _accuracy_within(np.array(right), resamples, seed, None)}
 
 
 def clusters_of(rows: Sequence[Row]) -> tuple[str, NDArray[np.str_] | None]:
