@@ -13,6 +13,10 @@ from pathlib import Path
 from mm_c2c.errors import ConfigError, run_main
 
 
+_COLUMNS = 3
+_NO_LOSSES = ("step", "seconds", "tokens_per_s", "open_gates")
+
+
 def append_log(path: Path, row: Mapping[str, float]) -> None:
     """Add a row; a new file gets the names of its columns first."""
     new = not path.exists()
@@ -59,13 +63,17 @@ def plot(logs: list[Path], out: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(
-        1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained"
+    columns = min(len(logs), _COLUMNS)
+    rows = -(-len(logs) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )
-    for panel, path in zip(panels[0], logs, strict=True):
+    for panel in grid.flat[len(logs) :]:
+        panel.set_axis_off()
+    for panel, path in zip(grid.flat, logs, strict=False):
         log = read_log(path)
         for name, values in log.items():
-            if name not in ("step", "seconds"):
+            if name not in _NO_LOSSES:
                 panel.plot(log["step"], values, label=name.replace("_", " "), linewidth=1.2)
         part = path.stem.removeprefix("log").replace("_", " ")
         panel.set(title=f"{path.parent.name}{part}", xlabel="step", yscale="log")
