@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mm_c2c.errors import ConfigError, run_main
 
-
 _COLUMNS = 3
 _NO_LOSSES = ("step", "seconds", "tokens_per_s", "open_gates")
 
