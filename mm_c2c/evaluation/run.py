@@ -180,6 +180,7 @@ def reference_config() -> EvaluationConfig:
         items=HERE / "unseen_style" / "items.jsonl",
         prompts=HERE / "prompts.json",
         connector=HERE / "soft_prompt",
+        aligned_bridge=HERE / "aligned",
     )
 
 
