@@ -181,7 +181,8 @@ def test_evaluate_takes_its_settings_from_the_command_line(
     (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     out = tmp_path / "run"
     settings = [f"items={tmp_path / 'mine.jsonl'}", "timed=1", "resamples=20", "limit=2"]
-    settings.append("connector=null")  # the shipped one is the reference target's
+    # The shipped ones are the reference target's.
+    settings += ["connector=null", "aligned_bridge=null"]
     assert main(["evaluate", "--json", "--out", str(out), *settings]) == 0
     printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert printed["n"] == 2

@@ -37,7 +37,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None) -> N
 
 
 def test_the_recipes_ship() -> None:
-    assert len(RECIPES) == 13
+    assert len(RECIPES) == 14
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
