@@ -233,12 +233,7 @@ def is_prompt(kinds: Tensor) -> Tensor:
 
 
 def zeroed(cache: SourceCache, rows: Sequence[bool] | None = None) -> SourceCache:
-    """The same positions with nothing in them: what a fuser gets when a source is dropped.
-
-    Args:
-        cache: it is not changed.
-        rows: whether each row of the batch is emptied; None empties all.
-    """
+    """The same positions with nothing in them, in all rows or where `rows` says so; as if dropped."""
     empty = torch.tensor([True] * cache.batch_size if rows is None else rows)
     empty = empty.to(cache.kinds.device)[:, None, None, None]
     blank = tuple(

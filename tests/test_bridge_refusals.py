@@ -17,6 +17,7 @@ from bridge_rigs import (
     Rig,
 )
 from PIL import Image
+from tiny_vlm import TinyVLM
 
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.cache import CacheOrigin, with_layers
@@ -27,6 +28,7 @@ from mm_c2c.errors import (
     ShapeError,
 )
 from mm_c2c.sources import SourceInput
+from mm_c2c.sources.vlm import VLMSource
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
@@ -265,3 +267,14 @@ def test_a_cache_that_no_link_would_read_is_refused(rig: Rig) -> None:
         bridge.generate(None, QUESTIONS[:1], {"eyes": eyes})
     with pytest.raises(ConfigError, match=r"'reader' has no slots link: .* in fuse"):
         bridge.fuse_slots({"reader": words})
+
+
+@pytest.mark.parametrize("mark", ["<image>", "what <image> is it ?"])
+def test_a_mark_of_a_picture_in_a_text_is_refused(
+    tiny_llava: TinyVLM, pictures: list[Image.Image], mark: str
+) -> None:
+    source = VLMSource(tiny_llava.model, tiny_llava.processor, "tiny-llava")
+    shown = SourceInput(text=mark, images=tuple(pictures[:1]))
+    for read in (source.prefill, source.generate):
+        with pytest.raises(InputError, match=r"row 0: .* takes <image> in a text for a"):
+            read([shown])

@@ -30,7 +30,6 @@ from mm_c2c.evaluation.arms import (
 )
 from mm_c2c.evaluation.arms.fused import Fused, Shuffled, Zeroed
 from mm_c2c.evaluation.clock import timed
-from mm_c2c.evaluation.findings import findings
 from mm_c2c.evaluation.render import new_figure, write_readme
 from mm_c2c.evaluation.report import (
     brief,
@@ -375,24 +374,6 @@ def test_what_each_relay_misses_is_counted_by_itself() -> None:
     assert all(part["share"][0] == 1.0 for part in found.values())
 
 
-def test_the_intervals_of_a_swap_are_over_pictures() -> None:
-    # Two pictures with as many questions each, all answered alike: the sample has two, not 40.
-    rows: list[dict[str, Any]] = [
-        {
-            "question": f"{number}?",
-            "gold": f"{picture}",
-            "image": f"{picture}.png",
-            "answers": {"shuffled": "1"},
-            "shuffled_with": 20 * (1 - picture) + number,
-        }
-        for picture in range(2)
-        for number in range(20)
-    ]
-    truth = swap_outcomes(rows, None, 200, 0)["truth"]
-    assert truth["n"] == 40
-    assert truth["follow"] == (0.5, 0.0, 1.0)
-
-
 def test_the_first_token_is_compared_over_what_ran_by_the_clock() -> None:
     row = {"question": "Q?", "gold": "x", "kind": "k", "answers": {"fused": "x"}}
     times = [
@@ -505,23 +486,3 @@ def test_a_missing_plotter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UnsupportedError, match=r"mm-c2c\[evaluate\]"):
         new_figure(1, 1)
-
-
-def test_captions_are_counted_once_a_picture() -> None:
-    said = {"a.png": ("A cat on the left.", "a cat on the left"), "b.png": ("a dog.", "a cat.")}
-    rows = [
-        {
-            "image": image,
-            "kind": "what",
-            "question": question,
-            "gold": "cat",
-            "options": ["cat", "dog"],
-            "answers": {"caption_relay": "cat", "true_description": "cat"},
-            "relayed": {"caption_relay": written, "true_description": true},
-        }
-        for image, (written, true) in said.items()
-        for question in ("What?", "Which?", "Who?")[: 3 if image == "a.png" else 1]
-    ]
-    found = summarise(rows, [], 20, 0)["captions"]
-    assert (found["n"], found["share"][0]) == (2, 0.5)
-    assert "captions: 50.0 % (" in " ".join(findings({"captions": found}))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from mm_c2c.errors import InputError, MismatchError
+from mm_c2c.evaluation.findings import findings
 from mm_c2c.evaluation.report import brief, set_beside
 from mm_c2c.evaluation.run import _others
 from mm_c2c.evaluation.statistics import compare, draw_resamples, hits_of, mcnemar
-from mm_c2c.evaluation.summary import summarise
+from mm_c2c.evaluation.summary import summarise, swap_outcomes
 from mm_c2c.evaluation.tasks import is_right, is_right_in_a_sentence, load_items
 from mm_c2c.run_folder import JsonLines
 
@@ -233,3 +234,41 @@ def test_a_run_of_another_setting_is_not_shown_beside(key: str, value: Any) -> N
     choice["config"] = {**choice["config"], key: value}
     with pytest.raises(MismatchError, match=f"{key} differ"):
         set_beside(free, choice)
+
+
+def test_captions_are_counted_once_a_picture() -> None:
+    said = {"a.png": ("A cat on the left.", "a cat on the left"), "b.png": ("a dog.", "a cat.")}
+    rows = [
+        {
+            "image": image,
+            "kind": "what",
+            "question": question,
+            "gold": "cat",
+            "options": ["cat", "dog"],
+            "answers": {"caption_relay": "cat", "true_description": "cat"},
+            "relayed": {"caption_relay": written, "true_description": true},
+        }
+        for image, (written, true) in said.items()
+        for question in ("What?", "Which?", "Who?")[: 3 if image == "a.png" else 1]
+    ]
+    found = summarise(rows, [], 20, 0)["captions"]
+    assert (found["n"], found["share"][0]) == (2, 0.5)
+    assert "captions: 50.0 % (" in " ".join(findings({"captions": found}))
+
+
+def test_the_intervals_of_a_swap_are_over_pictures() -> None:
+    # Two pictures with as many questions each, all answered alike: the sample has two, not 40.
+    rows: list[dict[str, Any]] = [
+        {
+            "question": f"{number}?",
+            "gold": f"{picture}",
+            "image": f"{picture}.png",
+            "answers": {"shuffled": "1"},
+            "shuffled_with": 20 * (1 - picture) + number,
+        }
+        for picture in range(2)
+        for number in range(20)
+    ]
+    truth = swap_outcomes(rows, None, 200, 0)["truth"]
+    assert truth["n"] == 40
+    assert truth["follow"] == (0.5, 0.0, 1.0)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from text_families import LONGER, build
-from tiny_vlm import TinyVLM
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -434,17 +433,6 @@ def test_a_model_whose_file_was_cut_short_is_said_by_name(
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(FetchError, match=f"'{tmp_path}' could not be loaded as Auto"):
         Target.from_pretrained(str(tmp_path))
-
-
-@pytest.mark.parametrize("mark", ["<image>", "what <image> is it ?"])
-def test_a_mark_of_a_picture_in_a_text_is_refused(
-    tiny_llava: TinyVLM, pictures: list[Image.Image], mark: str
-) -> None:
-    source = VLMSource(tiny_llava.model, tiny_llava.processor, "tiny-llava")
-    shown = SourceInput(text=mark, images=tuple(pictures[:1]))
-    for read in (source.prefill, source.generate):
-        with pytest.raises(InputError, match=r"row 0: .* takes <image> in a text for a"):
-            read([shown])
 
 
 # --- refusals ---------------------------------------------------------------------------------
