@@ -273,7 +273,10 @@ def test_a_base_with_links_is_trained_by_the_general_trainer(
         "links": {"eyes": {"geometry": "slots", "fuser": {"hidden_size": 4, "rank": 2}}},
         "data": {"path": "items.jsonl"},
         "out": "nowhere",
-        "phases": {"generate": {"steps": 30, "warmup": 1}},
+        "phases": {
+            "reconstruct": {"steps": 5, "warmup": 1},
+            "generate": {"steps": 30, "warmup": 1},
+        },
     }
     config.base.write_text(yaml.safe_dump(base), encoding="utf-8")
     two = {"distilled": {"phases.generate.distill": 0.5, "target.model": "third"}, "slots": {}}
@@ -281,7 +284,13 @@ def test_a_base_with_links_is_trained_by_the_general_trainer(
     settings = {**vars(config), "shared": shared, "variants": two, "seeds": (0, 3)}
     config = AblationConfig(**settings)
     done: list[TrainingConfig] = []
-    monkeypatch.setattr(training_run, "train", done.append)
+    pauses: list[int] = []
+
+    def train(config: TrainingConfig, until: int) -> None:
+        done.append(config)
+        pauses.append(until)
+
+    monkeypatch.setattr(training_run, "train", train)
     judged: list[int] = []
     monkeypatch.setattr(ablate, "judge", lambda variant, items, steps: judged.append(steps))
     config.out.mkdir()
@@ -293,8 +302,20 @@ def test_a_base_with_links_is_trained_by_the_general_trainer(
     assert {(t.batch_size, t.phases.generate.warmup) for t in done} == {(4, 1)}
     assert len({t.out for t in done}) == 4
     assert judged == [30] * 4
-    with pytest.raises(ConfigError, match="judged_at: the trainer of 'distilled'"):
-        AblationConfig(**{**settings, "judged_at": (10,)})
+    assert pauses == [35] * 4  # with the first phase
+    halfway = AblationConfig(**{**settings, "judged_at": (10,), "only": ("slots",)})
+    ablate.ablate(halfway)
+    assert pauses[4:] == [15, 35] * 2
+    # Settings of an older training, of which some could not be set then.
+    path = config.folder("slots", 0) / "settings.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    del told["phases"]["generate"]["temperature"]
+    path.write_text(json.dumps(told), encoding="utf-8")
+    ablate.ablate(halfway)
+    told["phases"]["generate"]["distill"] = 1.0
+    path.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(ConfigError, match="with other settings than 'slots'"):
+        ablate.ablate(halfway)
     with pytest.raises(ConfigError, match=r"unknown key 'phases.generate.distil'"):
         AblationConfig(**{**settings, "variants": {"typo": {"phases.generate.distil": 0.5}}})
 

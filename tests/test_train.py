@@ -32,7 +32,7 @@ from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.log import read_log
 from mm_c2c.training.loop import build_accelerator
 from mm_c2c.training.models import load_source, load_target
-from mm_c2c.training.run import Trainer
+from mm_c2c.training.run import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -155,6 +155,14 @@ def test_a_stopped_training_ends_as_one_that_was_not(
     with stopped_at(3), pytest.raises(KeyboardInterrupt):
         go(config)
     assert_same(go(config), expected)
+
+
+def test_a_training_pauses_where_it_is_told_to(config: TrainingConfig, tmp_path: Path) -> None:
+    expected = go(replace(config, out=tmp_path / "whole"))
+    train(config, until=3)
+    assert read_log(config.out / "log.csv")["step"] == [1, 2, 3]
+    train(config)
+    assert_same(weights(config.out), expected)
 
 
 def test_a_training_goes_on_from_sharded_checkpoints(

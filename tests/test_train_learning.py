@@ -17,15 +17,16 @@ from training_rigs import TINY, WORDS, assert_same, go, save_settings
 from mm_c2c import FuserConfig, LinkConfig
 from mm_c2c.cache import CacheShape
 from mm_c2c.config import load_config, override
-from mm_c2c.errors import ConfigError, InputError
+from mm_c2c.errors import ConfigError, InputError, UnsupportedError
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training import objective as objective_module
 from mm_c2c.training.config import DropConfig, TrainingConfig
 from mm_c2c.training.data import open_examples
+from mm_c2c.training.gumbel import GumbelNoise
 from mm_c2c.training.log import read_log
 from mm_c2c.training.loop import build_accelerator
 from mm_c2c.training.models import load_source, load_target
-from mm_c2c.training.objective import Asked, Objective
+from mm_c2c.training.objective import Asked, Objective, draw_questions
 from mm_c2c.training.run import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -45,6 +46,16 @@ def settings(
 @pytest.fixture
 def config(settings: list[str]) -> TrainingConfig:
     return load_config(TrainingConfig, TINY, settings)
+
+
+def build_trainer(config: TrainingConfig) -> Trainer:
+    return Trainer(
+        config,
+        build_accelerator(config.out, cpu=True),
+        load_target(config.target),
+        {name: load_source(model) for name, model in config.sources.items()},
+        open_examples(config.data, config.seed),
+    )
 
 
 # --- what is left out at random -----------------------------------------------------------
@@ -110,18 +121,9 @@ def test_packed_questions_cost_what_they_cost_one_by_one(config: TrainingConfig)
     """The loss and its gradients, also where an example has fewer questions than another."""
     quiet = ["drop.sources=0.5", "drop.links=0.3", "data.questions=3", "batch_size=3"]
     config = override(config, [*quiet, "phases.reconstruct.steps=0"])
-    sources = {name: load_source(model) for name, model in config.sources.items()}
     found = []
     for packed in (False, True):
-        accelerator = build_accelerator(config.out, cpu=True)
-        examples = open_examples(config.data, config.seed)
-        trainer = Trainer(
-            replace(config, packed=packed),
-            accelerator,
-            load_target(config.target),
-            sources,
-            examples,
-        )
+        trainer = build_trainer(replace(config, packed=packed))
         torch.manual_seed(0)
         for weight in trainer.bridge.fusers.parameters():
             torch.nn.init.normal_(weight, std=0.5)
@@ -282,6 +284,49 @@ def test_answers_may_be_the_sources_own(
     go(override(text_config, ["phases.generate.distill=1"]))
     assert answers
     assert "red" not in answers
+
+
+def test_answers_drawn_from_the_source_do_not_depend_on_their_batch(
+    text_config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_trainer(text_config)
+
+    def distil(temperature: float, *rows: int) -> list[str]:
+        generate = replace(trainer.config.phases.generate, distill=1.0, temperature=temperature)
+        phases = replace(trainer.config.phases, generate=generate)
+        monkeypatch.setattr(trainer, "config", replace(trainer.config, phases=phases))
+        examples = [trainer.examples.at(row) for row in rows]
+        rngs = [random.Random(row) for row in rows]
+        asked = draw_questions(examples, rngs, 1)
+        return [turn.answer for turn in trainer.distil(examples, asked, rngs).turns]
+
+    drawn = distil(1.0, 0, 1, 2, 3)
+    assert [text for row in range(4) for text in distil(1.0, row)] == drawn
+    assert len(set(drawn)) == 4
+    greedy = distil(0.0, 0, 1, 2, 3)
+    assert greedy != drawn
+    assert distil(1e-6, 0, 1, 2, 3) == greedy
+
+
+def test_the_largest_of_noisy_logits_is_a_sample() -> None:
+    logits = torch.tensor([0.5, 2.0, -1.0, -torch.inf]).expand(4000, -1)
+    for temperature in (0.5, 1.0, 3.0):
+        noise = GumbelNoise(range(4000), temperature)
+        first, second = (noise(torch.zeros(4000, 0), logits).argmax(1) for _ in range(2))
+        expected = (logits[0] / temperature).softmax(0)
+        for drawn in (first, second):  # each step draws anew
+            shares = drawn.bincount(minlength=4) / 4000
+            torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+        both = ((first == second).float().mean(), expected.square().sum())
+        torch.testing.assert_close(*both, atol=0.03, rtol=0)
+    with pytest.raises(UnsupportedError, match="4000 rows at once, it wrote 1"):
+        noise(torch.zeros(1, 0), logits[:1])
+
+
+@pytest.mark.parametrize("temperature", ["-1", ".nan", ".inf"])
+def test_a_temperature_is_zero_or_more(config: TrainingConfig, temperature: str) -> None:
+    with pytest.raises(ConfigError, match=r"phases\.generate\.temperature must be 0 or more"):
+        override(config, [f"phases.generate.temperature={temperature}"])
 
 
 def test_both_phases_lower_their_loss(config: TrainingConfig, tmp_path: Path) -> None:

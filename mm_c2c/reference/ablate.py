@@ -59,8 +59,7 @@ class AblationConfig:
         items: JSONL of the questions that judge.
         out: where trainings, evaluations and the result go.
         seeds: of the trainings.
-        judged_at: answer steps after which fusers of `train_fuser` are judged too, for their
-            learning curves.
+        judged_at: answer steps after which fusers are judged too, for their learning curves.
         only: names of the variants to train; all when empty.
     """
 
@@ -113,7 +112,7 @@ def ablate(config: AblationConfig) -> None:
             known = read_judgements(config.out).get(variant.out.name, {"right": {}})
             settings = _settings(variant)
             before = _read_settings(variant.out) or known.get("settings", settings)
-            before = {**_defaults(variant.training, settings), **before}
+            before = _merge(_defaults(variant.training, settings), before)
             if before != settings:
                 raise ConfigError(
                     f"{variant.out}: trained with other settings than {name!r} has now "
@@ -244,11 +243,25 @@ def _settings(variant: Variant) -> dict[str, Any]:
 
 def _defaults(training: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of the settings that have one: what a training had before they could be set."""
-    return {
-        field.name: settings[field.name]
-        for field in dataclasses.fields(training)
-        if field.name in settings and getattr(training, field.name) == field.default
-    }
+    found = {}
+    for field in dataclasses.fields(training):
+        value = getattr(training, field.name)
+        if field.name not in settings:
+            continue
+        if dataclasses.is_dataclass(value):
+            found[field.name] = _defaults(value, settings[field.name])
+        elif value == field.default:
+            found[field.name] = settings[field.name]
+    return found
+
+
+def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, at every depth; the second's where both have something."""
+    merged = {**first, **second}
+    for key in first.keys() & second.keys():
+        if isinstance(first[key], Mapping) and isinstance(second[key], Mapping):
+            merged[key] = _merge(first[key], second[key])
+    return merged
 
 
 def _read_settings(training: Path) -> dict[str, Any]:

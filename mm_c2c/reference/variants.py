@@ -86,9 +86,10 @@ def _general(config: TrainingConfig) -> Variant:
         training=config,
         steps=config.phases.generate.steps,
         scenes=config.batch_size,
-        train=lambda steps: training_run.train(config),
+        train=lambda steps: training_run.train(config, config.phases.reconstruct.steps + steps),
         load=load,
         files={},
+        pauses=True,
     )
 
 

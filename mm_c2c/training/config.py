@@ -118,19 +118,27 @@ class GenerateConfig:
     Attributes:
         steps: optimiser steps.
         warmup: steps of its warm-up.
-        distill: share of the questions whose answer is the source's own, written greedily, in place
-            of the true one (sequence-level distillation, Kim & Rush, arXiv:1606.07947: it needs no
-            common vocabulary). Takes one link.
+        distill: share of the questions whose answer is the source's own in place of the true one
+            (sequence-level distillation, Kim & Rush, arXiv:1606.07947: it needs no common
+            vocabulary). Takes one link.
+        temperature: of the distribution that these answers are drawn from, anew in each step; at 1
+            it is the source's own, so that the fuser learns it whole, and at 0 the source writes
+            greedily.
         answer_tokens: at most so many are written for that.
     """
 
     steps: int = 1000
     warmup: int = 20
     distill: float = 0.0
+    temperature: float = 0.0
     answer_tokens: int = 32
 
     def __post_init__(self) -> None:
         _share("phases.generate.distill", self.distill)
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"phases.generate.temperature must be 0 or more, got {self.temperature}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

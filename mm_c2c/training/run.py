@@ -32,6 +32,7 @@ from mm_c2c.sources.base import SourceInput
 from mm_c2c.target import Target
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.data import Example, Examples, Turn, open_examples
+from mm_c2c.training.gumbel import GumbelNoise
 from mm_c2c.training.kept import KeptCaches, fingerprint_source, row_key
 from mm_c2c.training.loop import Loop, build_accelerator, cosine_rate
 from mm_c2c.training.models import build_bridge, load_source, load_target
@@ -43,8 +44,13 @@ logger = logging.getLogger(__name__)
 _SETTINGS = "config.json"
 
 
-def train(config: TrainingConfig) -> None:
+def train(config: TrainingConfig, until: int | None = None) -> None:
     """Run, or go on with, one training.
+
+    Args:
+        config: its settings.
+        until: step of both phases after which to stop, so that it can be gone on with; None is the
+            last.
 
     Raises:
         TrainingError: it cannot go on; the last checkpoint is whole.
@@ -55,15 +61,20 @@ def train(config: TrainingConfig) -> None:
     with hold(config.out) if accelerator.is_main_process else nullcontext():
         target = load_target(config.target)
         sources = {name: load_source(model) for name, model in config.sources.items()}
-        run_training(config, accelerator, target, sources)
+        run_training(config, accelerator, target, sources, until)
 
 
 def run_training(
-    config: TrainingConfig, accelerator: Accelerator, target: Target, sources: dict[str, Any]
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    target: Target,
+    sources: dict[str, Any],
+    until: int | None = None,
 ) -> None:
     """As `train`, with frozen models that are loaded already."""
     examples = open_examples(config.data, config.seed)
-    run_loop(config, accelerator, Trainer(config, accelerator, target, sources, examples))
+    trainer = Trainer(config, accelerator, target, sources, examples)
+    run_loop(config, accelerator, trainer, until)
 
 
 class Learner(Protocol):
@@ -84,7 +95,9 @@ class Learner(Protocol):
         """Columns of the log."""
 
 
-def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner) -> None:
+def run_loop(
+    config: TrainingConfig, accelerator: Accelerator, learner: Learner, until: int | None = None
+) -> None:
     """Train fusers, with their settings beside what comes of it."""
     settings = to_dict(config)
     path = config.out / _SETTINGS
@@ -96,7 +109,7 @@ def run_loop(config: TrainingConfig, accelerator: Accelerator, learner: Learner)
 
     loop = Loop(
         out=config.out,
-        steps=config.phases.steps,
+        steps=config.phases.steps if until is None else until,
         save_every=config.save_every,
         log_every=config.log_every,
         seed=config.seed,
@@ -242,10 +255,12 @@ class Trainer:
         if not chosen:
             return asked
         looks = [examples[asked.owners[row]].look(asked.turns[row].question) for row in chosen]
+        settings: dict[str, Any] = {"max_new_tokens": generate.answer_tokens, "do_sample": False}
+        if generate.temperature:
+            seeds = [rngs[asked.owners[row]].getrandbits(63) for row in chosen]
+            settings["logits_processor"] = [GumbelNoise(seeds, generate.temperature)]
         with torch.no_grad(), torch.autocast(self.accelerator.device.type, enabled=False):
-            written = self.bridge.sources[link.source].generate(
-                looks, max_new_tokens=generate.answer_tokens, do_sample=False
-            )
+            written = self.bridge.sources[link.source].generate(looks, **settings)
         turns = list(asked.turns)
         for row, text in zip(chosen, written, strict=True):
             turns[row] = Turn(turns[row].question, text)
