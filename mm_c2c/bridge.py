@@ -218,6 +218,10 @@ class Bridge(nn.Module):
             `target.model.generate(**fused)`, lets it grow). Shorter questions are padded before
             the question; in front of the prompt where the target would feel that
             (`Target.minds_padding`), and then the cache covers all but the last token.
+
+        Raises:
+            InputError: a question without words, or a source that has read other ones.
+            ConfigError, MismatchError, ShapeError: a cache, or a number, that does not belong here.
         """
         caches = caches or {}
         check_caches(caches, self.sources, self.config.links, "aligned")

@@ -16,11 +16,10 @@ from mm_c2c.link import align_slots
 from mm_c2c.reference.babyai.levels import AGENT_CELL, Camera, seeds
 from mm_c2c.reference.babyai.point import aims, teach
 from mm_c2c.reference.babyai.questions import answers, in_view
-from mm_c2c.reference.babyai.rollouts import POLICY, Episode, Step, load_policy, roll_out
+from mm_c2c.reference.babyai.rollouts import POLICY, Episode, load_policy, look_again, roll_out
 from mm_c2c.reference.babyai.warm_up_reader import ToldThings, take
 from mm_c2c.reference.train_fuser import last_states
 from mm_c2c.sources.action import TokenActionSource
-from mm_c2c.sources.base import SourceInput
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +50,6 @@ def build(policy: TokenActionSource, target: Target, *, plain: bool) -> Bridge:
     )
     config = BridgeConfig(links=links[: 1 if plain else 2], slot_token="a")
     return Bridge(target, {"p": policy}, config)
-
-
-def look_at(policy: TokenActionSource, step: Step) -> SourceInput:
-    return SourceInput(
-        text=step.text,
-        images=(Camera().picture(step.symbols()),),
-        action_tokens=policy.bins.vocab_size - 1 - torch.tensor(step.chunk),
-    )
 
 
 @pytest.fixture
@@ -135,7 +126,7 @@ def test_slots_that_look_at_a_thing_should_hold_what_naming_it_leaves(
         weight.normal_(std=0.3)
     aim = next(aim for aim in aims(episodes) if len(in_view(aim.step)) > 2)
     things = ToldThings(bridge, policy, [aim.step, aim.step])
-    cache = policy.prefill([look_at(policy, aim.step)])
+    cache = policy.prefill([look_again(policy, Camera(), aim.step)])
     at = (cache.patches[0, :, 1:] == torch.tensor(aim.cell)).all(1).nonzero().flatten()
     alignment = Alignment(
         source_index=at.expand(1, 2, -1),
@@ -152,7 +143,7 @@ def test_slots_that_look_at_a_thing_should_hold_what_naming_it_leaves(
     past = aim.step.text[aim.step.text.index(". past") :]
     expected = []
     for verb in ("go to", "pick up"):
-        told = replace(look_at(policy, aim.step), text=f"{verb} the {goal}{past}")
+        told = look_again(policy, Camera(), aim.step, f"{verb} the {goal}{past}")
         cache = policy.prefill([told])
         perception = bridge.fuse_slots({"p": cache})
         length = perception.input_ids.shape[1]

@@ -91,6 +91,10 @@ class ActionBins:
             num_bins=config.n_action_bins,
         )
 
+    def tokens(self, steps: Tensor) -> Tensor:
+        """Token ids of steps, counted from the last token; and the steps of token ids."""
+        return self.vocab_size - 1 - steps
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Actions `(..., action_dim)` float64 in the robot's units, of token ids so shaped.
 
@@ -99,7 +103,7 @@ class ActionBins:
         tokens = tokens.cpu()
         edges = torch.linspace(-1, 1, self.num_bins, dtype=torch.float64)
         centres = (edges[:-1] + edges[1:]) / 2
-        normalised = centres[(self.vocab_size - tokens - 1).clamp(0, self.num_bins - 2)]
+        normalised = centres[self.tokens(tokens).clamp(0, self.num_bins - 2)]
         low, high = edges.new_tensor(self.low), edges.new_tensor(self.high)
         actions = 0.5 * (normalised + 1) * (high - low) + low
         scaled = torch.tensor(self.scaled or [True] * len(self.low))

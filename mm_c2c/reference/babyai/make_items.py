@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any, NamedTuple
 
+import torch
+
 from mm_c2c.errors import run_main
 from mm_c2c.reference.babyai.levels import ACTIONS, Camera
 from mm_c2c.reference.babyai.questions import (
@@ -108,7 +110,7 @@ def moments(
         numbers = among(episode)
         for number in sorted(rng.sample(numbers, min(per_episode, len(numbers)))):
             step = episode.steps[number]
-            tokens = tuple(policy.bins.vocab_size - 1 - action for action in step.chunk)
+            tokens = tuple(policy.bins.tokens(torch.tensor(step.chunk)).tolist())
             found.append(
                 Moment(
                     episode=episode,
@@ -187,9 +189,12 @@ def swap(
             )
             for moment in batch
         ]
-        for moment, tokens in zip(batch, policy.act(looks).tokens.tolist(), strict=True):
-            motion = MOTIONS.get(ACTIONS[policy.bins.vocab_size - 1 - tokens[0]])
-            if tokens[0] != moment.tokens[0] and motion and moment.told is not None:
+        acted = policy.act(looks).tokens[:, 0]
+        for moment, token, step in zip(
+            batch, acted.tolist(), policy.bins.tokens(acted).tolist(), strict=True
+        ):
+            motion = MOTIONS.get(ACTIONS[step])
+            if token != moment.tokens[0] and motion and moment.told is not None:
                 moment.told["next"] = motion
                 kept.append(moment)
     return kept

@@ -16,9 +16,8 @@ from mm_c2c.cache import SourceCache
 from mm_c2c.link import LinkConfig, align_slots
 from mm_c2c.reference.babyai.levels import AGENT_CELL, Camera
 from mm_c2c.reference.babyai.questions import goals, in_view, offset, swapped_mission
-from mm_c2c.reference.babyai.rollouts import Episode, Step
+from mm_c2c.reference.babyai.rollouts import Episode, Step, look_again
 from mm_c2c.sources.action import TokenActionSource
-from mm_c2c.sources.base import SourceInput
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +137,8 @@ def teach(
 def _read(
     policy: TokenActionSource, camera: Camera, batch: Sequence[Aim], texts: Sequence[str]
 ) -> SourceCache:
-    highest = policy.bins.vocab_size - 1
     looks = [
-        SourceInput(
-            text=text,
-            images=(camera.picture(aim.step.symbols()),),
-            action_tokens=highest - torch.tensor(aim.step.chunk),
-        )
-        for aim, text in zip(batch, texts, strict=True)
+        look_again(policy, camera, aim.step, text) for aim, text in zip(batch, texts, strict=True)
     ]
     with torch.no_grad():
         return policy.prefill(looks)

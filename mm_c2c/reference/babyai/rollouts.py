@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mm_c2c.errors import run_main
@@ -250,6 +251,17 @@ def success_rates(episodes: Iterable[Episode]) -> dict[str, dict[str, float]]:
             "mean_steps": steps,
         }
     return table
+
+
+def look_again(
+    policy: TokenActionSource, camera: Camera, step: Step, text: str | None = None
+) -> SourceInput:
+    """What the policy saw, read and wrote at a step; `text` in place of what it read."""
+    return SourceInput(
+        text=step.text if text is None else text,
+        images=(camera.picture(step.symbols()),),
+        action_tokens=policy.bins.tokens(torch.tensor(step.chunk)),
+    )
 
 
 def load_policy(folder: Path) -> TokenActionSource:

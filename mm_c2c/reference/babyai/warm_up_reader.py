@@ -34,12 +34,11 @@ from mm_c2c.link import LinkConfig, align_slots
 from mm_c2c.reference.babyai.levels import ACTIONS, AGENT_CELL, Camera
 from mm_c2c.reference.babyai.point import teach
 from mm_c2c.reference.babyai.questions import MOTIONS, NAMES, in_view
-from mm_c2c.reference.babyai.rollouts import Step, load_episodes
+from mm_c2c.reference.babyai.rollouts import Step, load_episodes, look_again
 from mm_c2c.reference.train_fuser import last_states, read_phrases
 from mm_c2c.reference.trainer import run
 from mm_c2c.run_folder import write_json
 from mm_c2c.sources.action import TokenActionSource
-from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.models import build_bridge, load_source, load_target
 
@@ -204,9 +203,7 @@ def _word_states(
         for step, verb in zip(steps, itertools.cycle(("go to", "pick up")))
     ]
     looks = [
-        SourceInput(text=text, images=(camera.picture(step.symbols()),), action_tokens=tokens)
-        for text, step in zip(texts, steps, strict=True)
-        for tokens in [policy.bins.vocab_size - 1 - torch.tensor(step.chunk)]
+        look_again(policy, camera, step, text) for text, step in zip(texts, steps, strict=True)
     ]
     cache = policy.prefill(looks)
     for link, found in _read_slots(bridge, cache):
@@ -383,17 +380,9 @@ def warm_up(config: WarmUpConfig) -> None:
     with torch.no_grad():
         beside = chosen[: config.batch_size]
         things = ToldThings(bridge, source, beside) if looks else None
-    highest = source.bins.vocab_size - 1
 
     def read(batch: Sequence[Step]) -> dict[str, SlotStates]:
-        looks = [
-            SourceInput(
-                text=step.text,
-                images=(camera.picture(step.symbols()),),
-                action_tokens=highest - torch.tensor(step.chunk),
-            )
-            for step in batch
-        ]
+        looks = [look_again(source, camera, step) for step in batch]
         with torch.no_grad():
             return slot_states(bridge, words, source.prefill(looks), batch, things)
 
