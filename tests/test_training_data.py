@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -9,8 +10,9 @@ import sys
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -20,7 +22,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mm_c2c.errors import ConfigError, InputError, UnsupportedError
+from mm_c2c.errors import ConfigError, FetchError, InputError, UnsupportedError
 from mm_c2c.evaluation.tasks import load_items
 from mm_c2c.recordings import write_wav
 from mm_c2c.training.config import DataConfig
@@ -170,7 +172,7 @@ def test_a_picture_of_16_bits_is_scaled_in_a_shard_too(
 
 
 def test_what_cannot_be_read_stops_or_is_left_out(
-    tmp_path: Path, rows: list[dict[str, Any]], shards: DataConfig
+    tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
     broken = write_lines(tmp_path, [*rows[:3], "{", {"question": "no answer"}, *rows[3:]])
     with pytest.raises(InputError, match=r"line 4: expected .*on_corrupt=skip goes on"):
@@ -188,14 +190,90 @@ def test_what_cannot_be_read_stops_or_is_left_out(
     # Whoever else reads, a position holds the same.
     assert shades(open_examples(skipping, seed=0), range(4, 7)) == found[4:7]
 
-    whole = (tmp_path / "b.tar").read_bytes()
-    (tmp_path / "b.tar").write_bytes(b"x" + whole[1:])
-    with pytest.raises(InputError, match=r"shard .*b\.tar is damaged"):
-        open_examples(shards, seed=0)
-    assert sorted(shades(open_examples(replace(shards, on_corrupt="skip"), seed=0), range(2))) == [
-        0,
-        1,
-    ]
+
+def header(data: bytes, number: int) -> int:
+    """Where the header of a shard's file is."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        return archive.getmembers()[number].offset
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "words"),
+    [
+        (lambda data: b"x" + data[1:], 0, "bad checksum"),
+        (lambda data: b"", 0, "empty file"),
+        # Of three samples of two files each, the second's picture.
+        (lambda data: put(data, header(data, 3), b"x"), 1, "a header is damaged"),
+        (lambda data: put(data, header(data, 3), bytes(512)), 1, "a header is damaged"),
+        (lambda data: data[: header(data, 3) + 100], 1, "a header is damaged"),
+        (lambda data: data[: header(data, 4)], 1, "its end is missing"),
+        (lambda data: data[: header(data, 3) + 515], 1, "unexpected end of data"),
+    ],
+)
+def test_of_a_damaged_shard_what_stands_before_the_damage_is_left(
+    tmp_path: Path, damage: Callable[[bytes], bytes], left: int, words: str
+) -> None:
+    said = json.dumps({"question": "what", "answer": "it"}).encode()
+    samples = {str(i): {"json": said, "png": png(i)} for i in range(3)}
+    write_shard(tmp_path / "a.tar", samples)
+    write_shard(tmp_path / "b.tar", {"9": {"json": said, "png": png(9)}})
+    config = DataConfig(path=str(tmp_path / "*.tar"), format="webdataset", on_corrupt="skip")
+    assert set(shades(open_examples(config, seed=0), range(4))) == {0, 1, 2, 9}
+    path = tmp_path / "a.tar"
+    path.write_bytes(damage(path.read_bytes()))
+    words = rf"a\.tar cannot be read whole: {words} \(samples before: {left}\); .*on_corrupt=skip"
+    with pytest.raises(InputError, match=words):
+        open_examples(replace(config, on_corrupt="stop"), seed=0)
+    found = shades(open_examples(config, seed=0), range(2 * (left + 1)))
+    assert set(found) == {9, *range(left)}
+
+
+def put(data: bytes, place: int, new: bytes) -> bytes:
+    return data[:place] + new + data[place + len(new) :]
+
+
+def test_a_compressed_shard_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(b"anything"))
+    with pytest.raises(InputError, match="it is compressed; unpack it"):
+        open_examples(DataConfig(path=str(tmp_path / "a.tar"), format="webdataset"), seed=0)
+
+
+def test_lines_may_be_blank(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    config = write_lines(tmp_path, rows)
+    path = Path(config.path)
+    path.write_text("\n" + path.read_text().replace("\n", "\n \n"))
+    assert sorted(shades(open_examples(config, seed=0), range(5))) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore")  # arrow warns of itself
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_a_damaged_file_of_a_data_set_stops_or_is_read_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `train` has datasets")
+    for name, ids in (("a", (1, 2)), ("b", (3, 4)), ("c", (5, 6))):
+        table = datasets.Dataset.from_dict({"question": list(ids), "answer": list(ids)})
+        getattr(table, f"to_{form}")(str(tmp_path / name))
+    path = tmp_path / "b"
+    path.write_bytes(path.read_bytes()[:-20] + (b"" if form == "parquet" else b"{\n"))
+    load = partial(datasets.load_dataset, cache_dir=str(tmp_path / "cache"))
+
+    def load_files(*args: Any, **kwargs: Any) -> Any:
+        return load(form, data_files=[str(tmp_path / name) for name in "abc"], **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_files)
+    whole = DataConfig(path="set", format="datasets", on_corrupt="skip")
+    for settings in (whole, replace(whole, on_corrupt="stop")):
+        with pytest.raises(FetchError, match=r"data set set, .*data\.streaming=true data\.on_corr"):
+            open_examples(settings, seed=0)
+    stream = replace(whole, streaming=True, window=2)
+    with pytest.raises(InputError, match=r"data set set, .* file 2 of 3 .*; data.on_corrupt=skip"):
+        asked(open_examples(replace(stream, on_corrupt="stop"), seed=0), range(8))
+    assert set(asked(open_examples(stream, seed=0), range(8))) == {"1", "2", "5", "6"}
+
+
+def asked(examples: Any, places: Iterable[int]) -> list[str]:
+    return [examples.at(place).turns[0].question for place in places]
 
 
 GOOD = {"question": "what", "answer": "it"}
@@ -283,9 +361,14 @@ class Stream:
     """What `datasets` streams: rows that can only be gone through."""
 
     features = None
+    num_shards = 1
 
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
+
+    def shard(self, num_shards: int, index: int) -> Stream:
+        assert (num_shards, index) == (1, 0)
+        return self
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.rows)
@@ -301,7 +384,9 @@ def test_data_sets_are_read_whole_or_as_a_stream(monkeypatch: pytest.MonkeyPatch
         asked.append((args, kwargs))
         return Stream(rows) if kwargs["streaming"] else rows
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    errors = SimpleNamespace(DatasetGenerationError=RuntimeError)
+    stub = SimpleNamespace(load_dataset=load_dataset, exceptions=errors)
+    monkeypatch.setitem(sys.modules, "datasets", stub)
     columns = {"image": "pixels", "answer": "label"}
     config = DataConfig(path="org/set", format="datasets", columns=columns, window=3)
     assert sorted(shades(open_examples(config, seed=0), range(7))) == list(range(7))

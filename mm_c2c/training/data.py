@@ -26,10 +26,9 @@ import math
 import random
 import reprlib
 import struct
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -40,11 +39,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mm_c2c.errors import FetchError, InputError, UnsupportedError
+from mm_c2c.errors import InputError
 from mm_c2c.images import load_image, to_rgb
 from mm_c2c.recordings import read_wav
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.training.config import DataConfig
+from mm_c2c.training.containers import Member, list_members, load_data_set, meet_corrupt
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def open_examples(config: DataConfig, seed: int) -> Examples:
     """
     skip = config.on_corrupt == "skip"
     if config.format == "datasets":
-        rows = _load_dataset(config)
+        rows = load_data_set(config)
         read = partial(_read_row, config.columns, config.path)
         if config.streaming:
             return _Stream(rows, read, config.path, config.window, seed, skip=skip)
@@ -243,12 +243,14 @@ def _index_lines(path: Path, *, skip: bool) -> Iterator[Reader]:
         raise InputError(f"cannot read examples from {path}: {error.strerror}") from error
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             with _named(f"{path}, line {number}"):
                 row = _read_json(line)
                 _turns(row), _caption(row)
         except InputError as error:
-            _meet_corrupt(str(error), skip=skip)
+            meet_corrupt(str(error), skip=skip)
             continue
         rows.append((number, row))
 
@@ -276,18 +278,20 @@ def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
     """
     shards = _matching(pattern)
     if not shards:
-        raise InputError(f"no shard is named {pattern}")
+        raise InputError(f"no shard is named {pattern} (* and ? stand for any characters)")
     for shard in shards:
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                members = [
-                    (m.name, m.offset_data, m.size) for m in archive.getmembers() if m.isfile()
-                ]
-        except (OSError, tarfile.TarError) as error:
-            _meet_corrupt(f"shard {shard} is damaged or cut off: {error}", skip=skip)
-            continue
-        for stem, group in itertools.groupby(members, lambda member: _stem(member[0])):
-            yield partial(_read_sample, shard, stem, list(group))
+        members, damage = list_members(shard)
+        samples = [
+            (stem, list(group))
+            for stem, group in itertools.groupby(members, lambda member: _stem(member.name))
+        ]
+        if damage:
+            # Of the last sample before the damage some may be missing.
+            samples = samples[:-1]
+            words = f"shard {shard} cannot be read whole: {damage} (samples before: {len(samples)})"
+            meet_corrupt(words, skip=skip)
+        for stem, group in samples:
+            yield partial(_read_sample, shard, stem, group)
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -305,7 +309,7 @@ def _read_line(row: Mapping[str, Any], where: str, folder: Path) -> Example:
         return _example(row, partial(_beside, folder), partial(_recording_beside, folder))
 
 
-def _read_sample(shard: Path, stem: str, members: list[tuple[str, int, int]]) -> Example:
+def _read_sample(shard: Path, stem: str, members: Sequence[Member]) -> Example:
     with _named(f"{shard}, sample {stem}"):
         parts = {}
         with shard.open("rb") as file:
@@ -321,29 +325,6 @@ def _read_sample(shard: Path, stem: str, members: list[tuple[str, int, int]]) ->
         recordings = [data for name, data in parts.items() if name.lower().endswith(".wav")]
         shown = {**_read_json(texts[0]), "images": pictures, "audio": next(iter(recordings), None)}
         return _example(shown, _open_picture, _open_recording)
-
-
-def _load_dataset(config: DataConfig) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UnsupportedError(
-            f'data.format datasets needs a package ({error}): pip install "mm-c2c[train]"'
-        ) from error
-    try:
-        rows = datasets.load_dataset(
-            config.path, config.name, split=config.split, streaming=config.streaming
-        )
-    except (OSError, ValueError) as error:
-        raise FetchError(f"data set {config.path}, split {config.split!r}: {error}") from error
-    # Pictures and recordings are opened with the rest of an example, which may be left out where
-    # one is damaged; a stream would end there.
-    if config.streaming:
-        return rows.decode(enable=False) if rows.features else rows
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image | datasets.Audio):
-            rows = rows.cast_column(name, replace(feature, decode=False))
-    return rows
 
 
 def _read_row(
@@ -489,9 +470,3 @@ def _open_picture(data: Any) -> Image.Image:
         return to_rgb(data, "a picture")
     except _DAMAGED as error:
         raise InputError(f"expected a picture that can be read, got {error!r}") from error
-
-
-def _meet_corrupt(words: str, *, skip: bool) -> None:
-    if not skip:
-        raise InputError(f"{words}; data.on_corrupt=skip goes on without it")
-    logger.warning("left out: %s", words)
