@@ -320,15 +320,44 @@ def test_a_source_whose_weights_change_in_place_is_read_anew(
     assert any(not found[name].isclose(before[name], rtol=1e-3).all() for name in found)
 
 
+@pytest.mark.parametrize("full", ["already", "soon"])
 def test_a_full_disk_costs_what_is_kept_and_not_the_training(
-    fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    config: TrainingConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    full: str,
 ) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(kept, "save_cache", fail)
+    config = override(config, [f"kept.folder={tmp_path / 'kept'}"])
+    expected = go(replace(config, out=tmp_path / "whole", kept=None))
+    if full == "already":
+        monkeypatch.setattr(kept, "save_cache", fail)
+    else:  # what is left is for checkpoints
+        usage = SimpleNamespace(free=kept._RESERVE + 1000)
+        monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: usage)
+    assert_same(go(config), expected)
+    words = {"already": "No space left on device", "soon": "less than 1 GB would be left"}
+    assert caplog.text.count(words[full]) == 1
+    assert not files(tmp_path / "kept")
+
+
+def test_what_is_shown_twice_is_read_and_counted_once(
+    fetch: Fetch, source: VLMSource, looks: list[SourceInput], tmp_path: Path
+) -> None:
     caches = KeptCaches(tmp_path, PLENTY)
-    for _ in range(2):
-        _, computed = fetch(caches, [0, 1])
-        assert computed
-    assert caplog.text.count("No space left on device") == 1
+    found, computed = fetch(caches, [0, 3, 0, 0, 3])
+    assert computed == [0, 3]
+    expected = source.prefill([looks[at] for at in (0, 3, 0, 0, 3)])
+    assert_close_caches(without_padded_states(found), without_padded_states(expected))
+    assert PLENTY - caches.room == sum(path.stat().st_size for path in files(tmp_path))
+    # A damaged one takes no more room when it is written again, and half of one counts.
+    path = file_of(tmp_path, looks[0])
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    before = caches.room
+    assert fetch(caches, [0])[1] == [0]
+    assert caches.room == before
+    path.with_suffix(".part").write_bytes(bytes(1000))
+    assert caches.room - KeptCaches(tmp_path, PLENTY).room == 1000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from mm_c2c.transport import load_cache, save_cache
 
 logger = logging.getLogger(__name__)
 
+# Bytes of the disk that are left to checkpoints and logs.
+_RESERVE = 1_000_000_000
 # What policies are told beside their model's config.
 _OWN_SETTINGS = ("seed", "read_actions")
 
@@ -76,14 +79,16 @@ class KeptCaches:
 
     Args:
         folder: made if it is not there.
-        budget: bytes that the rows of the folder may take; those that are there count.
+        budget: bytes that the folder may take, with what is there already. Trainings that begin
+            at the same time may each take what they find left of it.
         processes: how many of this training share what is left of it, in equal parts.
     """
 
     def __init__(self, folder: Path, budget: int, processes: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        taken = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+        # With what a killed training left half written.
+        taken = sum(path.stat().st_size for path in folder.glob("*/*"))
         self.room = (budget - taken) // processes
 
     def fetch(
@@ -99,14 +104,16 @@ class KeptCaches:
             compute: the cache of some of the rows, by their numbers in `keys`.
             device: where its tensors go.
         """
-        rows = {place: row for place, key in enumerate(keys) if (row := self._load(key, device))}
-        missing = [place for place in range(len(keys)) if place not in rows]
+        places = {key: place for place, key in reversed([*enumerate(keys)])}  # the first of each
+        rows = {key: row for key in places if (row := self._load(key, device))}
+        missing = sorted(place for key, place in places.items() if key not in rows)
         if missing:
             cache = compute(missing)
             for number, place in enumerate(missing):
-                rows[place] = without_padding(cache.select(torch.tensor([number])))
-                self._store(keys[place], rows[place])
-        return join_sources([rows[place] for place in range(len(keys))])
+                row = without_padding(cache.select(torch.tensor([number])))
+                rows[keys[place]] = row
+                self._store(keys[place], row)
+        return join_sources([rows[key] for key in keys])
 
     def _path(self, key: str) -> Path:
         # A folder of 100,000s of files is slow to list, and on some disks to open a file in.
@@ -123,15 +130,18 @@ class KeptCaches:
             return None
 
     def _store(self, key: str, row: SourceCache) -> None:
-        """Write a row, if it is within the budget."""
+        """Write a row, if it is within the budget and leaves room for checkpoints."""
         if row.num_bytes > self.room:
             return
         path = self._path(key)
+        before = path.stat().st_size if path.exists() else 0
         try:
             path.parent.mkdir(exist_ok=True)
+            if shutil.disk_usage(self.folder).free < row.num_bytes + _RESERVE:
+                raise OSError(f"less than {_RESERVE / 1e9:g} GB would be left on the disk")
             save_cache(row, path)
         except (OSError, SafetensorError) as error:
             logger.warning("%s: %s; what is not kept is computed again each time", path, error)
             self.room = 0
             return
-        self.room -= path.stat().st_size
+        self.room -= path.stat().st_size - before
