@@ -27,7 +27,7 @@ from mm_c2c import Bridge
 from mm_c2c.cli import main
 from mm_c2c.config import load_config, override
 from mm_c2c.errors import ConfigError, TrainingError, UnsupportedError
-from mm_c2c.training import loop
+from mm_c2c.training import checkpoints
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.log import read_log
 from mm_c2c.training.loop import build_accelerator
@@ -169,7 +169,9 @@ def test_a_training_goes_on_from_sharded_checkpoints(
     config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What FSDP and DeepSpeed take, on one process: accelerate's own files in place of `last.pt`.
-    monkeypatch.setattr(loop, "_SHARDED", (build_accelerator(tmp_path, cpu=True).distributed_type,))
+    monkeypatch.setattr(
+        checkpoints, "SHARDED", (build_accelerator(tmp_path, cpu=True).distributed_type,)
+    )
     config = override(config, ["optimizer.name=adamw"])
     expected = go(replace(config, out=tmp_path / "whole"))
     with stopped_at(3), pytest.raises(KeyboardInterrupt):
@@ -209,7 +211,7 @@ def test_a_full_disk_stops_with_the_last_checkpoint_whole(config: TrainingConfig
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
     try:
-        with pytest.raises(TrainingError, match=r"step 3: .* of step 2, is whole: make room"):
+        with pytest.raises(TrainingError, match=r"step 3: .* Make room\. .* of step 2, is whole"):
             go(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -226,7 +228,7 @@ def test_steps_that_are_not_finite_stop_or_are_left_out(
         return loss(self, number, rng) * (math.nan if number == 2 else 1.0)
 
     monkeypatch.setattr(Trainer, "loss", poison)
-    with pytest.raises(TrainingError, match=r"step 3: .* last good checkpoint is of step 2"):
+    with pytest.raises(TrainingError, match=r"step 3: .* of step 2, is whole: .*on_nan=skip"):
         go(config)
     found = go(override(config, ["on_nan=skip", f"out={tmp_path / 'skip'}"]))
     assert all(weight.isfinite().all() for weight in found.values())

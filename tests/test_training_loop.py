@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_c2c.errors import ConfigError, TrainingError
+from mm_c2c.training import checkpoints
 from mm_c2c.training.log import read_log
 from mm_c2c.training.loop import Loop, build_accelerator
 from mm_c2c.training.optimizers import StackedMuon
@@ -190,6 +192,76 @@ def test_a_log_that_cannot_be_written_names_the_last_checkpoint(
         if row["step"] == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mm_c2c.training.loop.append_log", fail)
+    monkeypatch.setattr("mm_c2c.training.checkpoints.append_log", fail)
     with pytest.raises(TrainingError, match=r"log\.csv could not be .*checkpoint, of step 2, is"):
         Training().run(loop)
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_damaged_checkpoint_is_named_and_left(loop: Loop, size: int) -> None:
+    Training().run(loop)
+    path = loop.out / "last.pt"
+    path.write_bytes(damaged := path.read_bytes()[:size])
+    with pytest.raises(TrainingError, match=r"last\.pt cannot be read .*delete it to start anew"):
+        Training().run(replace(loop, steps=6))
+    assert path.read_bytes() == damaged
+    assert read_log(loop.out / "log.csv")["step"] == [1, 2, 3, 4]
+
+
+def test_a_log_that_cannot_be_cut_is_named_and_left(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Training().run(loop)
+    log = loop.out / "log.csv"
+    log.write_text(damaged := log.read_text().replace("\n4,", "\nfour,"))
+    with pytest.raises(TrainingError, match=r"log\.csv could not be cut .*'four'.*start again"):
+        Training().run(replace(loop, steps=6))
+    assert log.read_text() == damaged
+
+    def fail(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log.write_text(damaged.replace("four", "4"))
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(TrainingError, match=r"could not be cut to 4 steps .*No space.*make room"):
+        Training().run(replace(loop, steps=6))
+    assert read_log(log)["step"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("now", "left"), [("sharded", "last.pt"), ("whole", "step-00000004")])
+def test_checkpoints_of_whole_and_of_sharded_weights_are_told_apart(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, now: str, left: str
+) -> None:
+    kinds = {"whole": (), "sharded": (loop.accelerator.distributed_type,)}
+    for name in ("whole", "sharded") if now == "sharded" else ("sharded", "whole"):
+        monkeypatch.setattr(checkpoints, "SHARDED", kinds[name])
+        if name == now:
+            with pytest.raises(
+                ConfigError, match=f"holds {left}, .* and in this one they are {now}"
+            ):
+                Training().run(replace(loop, steps=6))
+        else:
+            Training().run(loop)
+    assert read_log(loop.out / "log.csv")["step"] == [1, 2, 3, 4]
+
+
+class Stumbling(Training):
+    """Whose loss is no number in all steps but the first."""
+
+    def loss(self, number: int, rng: random.Random) -> Tensor:
+        return super().loss(number, rng) * (math.nan if number > 1 else 1.0)
+
+
+def test_where_there_is_no_checkpoint_yet_none_is_named(loop: Loop) -> None:
+    message = r"step 2: .* No checkpoint was written yet: start again from the beginning"
+    with pytest.raises(TrainingError, match=message):
+        Stumbling().run(loop)
+
+
+def test_steps_without_numbers_are_skipped_only_so_long(loop: Loop) -> None:
+    loop = replace(loop, on_nan="skip", steps=105, save_every=40)
+    with pytest.raises(
+        TrainingError, match=r"step 101: .*of the 99 steps before\. .*of step 80, is"
+    ):
+        Stumbling().run(loop)
+    Stumbling().run(replace(loop, out=loop.out / "shorter", steps=100))

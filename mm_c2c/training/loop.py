@@ -8,10 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,19 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mm_c2c.config import PRECISIONS
 from mm_c2c.errors import ConfigError, TrainingError, UnsupportedError
-from mm_c2c.training.log import append_log, cut_log
+from mm_c2c.training.checkpoints import SHARDED, Checkpoints
 
 logger = logging.getLogger(__name__)
 
 ON_NAN = ("stop", "skip")
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+# Steps in succession whose gradients are no numbers, after which `skip` gives up.
+_MOST_SKIPPED = 100
 
 
 def build_accelerator(
@@ -75,7 +73,8 @@ class Loop:
             torch's.
         accumulation: pieces of a step, one after the other; their losses are averaged.
         clip: norm to which gradients are clipped.
-        on_nan: what to do where gradients are no finite numbers: `stop`, or `skip` the step.
+        on_nan: what to do where gradients are no finite numbers: `stop`, or `skip` the step, up
+            to 100 in succession.
         accelerator: what carries the training.
         settings: what trackers are told of it.
     """
@@ -116,8 +115,8 @@ class Loop:
 
         Raises:
             ConfigError: more steps were done in the folder already, or by another training.
-            TrainingError: gradients that are not finite and `on_nan` is `stop`, or a checkpoint
-                or a result that could not be written; the last checkpoint is whole.
+            TrainingError: gradients that are not finite and `on_nan` is `stop`, or a checkpoint,
+                a log or a result that could not be read or written; the last checkpoint is whole.
         """
         accelerator = self.accelerator
         accelerator.gradient_accumulation_steps = self.accumulation
@@ -128,7 +127,7 @@ class Loop:
         rates = [[group["lr"] for group in part.param_groups] for part in optimizers]
         wanted = [[_settings(group) for group in part.param_groups] for part in optimizers]
         stepper, *stepped = accelerator.prepare(_Piece(module, loss), *optimizers)
-        keeper = _Checkpoints(self.out, accelerator, stepper, stepped, trained)
+        keeper = Checkpoints(self.out, accelerator, stepper, stepped, trained)
         rng = random.Random(self.seed)
         self.out.mkdir(parents=True, exist_ok=True)
         log = self.out / "log.csv"
@@ -143,7 +142,7 @@ class Loop:
             )
         if accelerator.is_main_process:
             # Also without a checkpoint: one that was killed before its first has logged steps.
-            cut_log(log, first)
+            keeper.cut_log(log, first)
             if first:
                 logger.info("resumed at step %d", first)
         if first == self.steps:
@@ -158,6 +157,7 @@ class Loop:
         )
         started = logged = time.monotonic()
         losses: list[Tensor] = []
+        skipped = 0
         for step in range(first, self.steps):
             for part, bases in zip(optimizers, rates, strict=True):
                 for group, base in zip(part.param_groups, bases, strict=True):
@@ -178,8 +178,10 @@ class Loop:
                 for part in stepped:
                     part.step()
                 losses.append(total)
+                skipped = 0
             else:
-                self._meet_nan(step, keeper.saved)
+                skipped += 1
+                self._meet_nan(step, skipped, keeper)
             for part in stepped:
                 part.zero_grad()
             done = step + 1
@@ -204,7 +206,7 @@ class Loop:
     def _check_strategy(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """What sharded weights cannot do."""
         kind = self.accelerator.distributed_type
-        if kind in _SHARDED and len(optimizers) > 1:
+        if kind in SHARDED and len(optimizers) > 1:
             raise UnsupportedError(
                 f"{kind.value} shards weights, and Muon wants whole matrices: set optimizer.name "
                 "to adamw"
@@ -226,12 +228,17 @@ class Loop:
         drawn = random.Random(f"{self.seed}/{number}/{self.accelerator.process_index}")
         torch.manual_seed(drawn.getrandbits(63))
 
-    def _meet_nan(self, step: int, saved: int) -> None:
+    def _meet_nan(self, step: int, skipped: int, keeper: Checkpoints) -> None:
         words = f"step {step + 1}: loss or gradients are not finite numbers"
         if self.on_nan == "stop":
             raise TrainingError(
-                f"{words}; the last good checkpoint is of step {saved}. Start again to go on from "
-                "there, with a lower learning rate, or with on_nan=skip to leave such steps out"
+                f"{words}. {keeper.standing}, with a lower learning rate, or with on_nan=skip to "
+                "leave such steps out"
+            )
+        if skipped == _MOST_SKIPPED:
+            raise TrainingError(
+                f"{words}, nor are those of the {skipped - 1} steps before. {keeper.standing}, "
+                "with a lower learning rate"
             )
         logger.warning("%s; it is left out", words)
 
@@ -251,147 +258,6 @@ class _Piece(nn.Module):
 
     def forward(self, number: int, rng: random.Random) -> Tensor:
         return self.loss(number, rng)
-
-
-class _Checkpoints:
-    """What a stopped training goes on from; written whole or not at all."""
-
-    def __init__(
-        self,
-        out: Path,
-        accelerator: Accelerator,
-        stepper: nn.Module,
-        stepped: Sequence[Any],
-        trained: Mapping[str, nn.Parameter],
-    ) -> None:
-        self.out, self.accelerator, self.stepper = out, accelerator, stepper
-        self.stepped, self.trained = stepped, trained
-        self.sharded = accelerator.distributed_type in _SHARDED
-        self.saved = 0
-
-    def restore(self, rng: random.Random) -> int:
-        """Put everything back as it was saved; returns the steps done."""
-        if self.sharded:
-            folders = sorted(self.out.glob("step-*[0-9]"))
-            if folders:
-                self.accelerator.load_state(str(folders[-1]))
-                self.saved = int(folders[-1].name.removeprefix("step-"))
-            return self.saved
-        checkpoint = self.out / "last.pt"
-        if not checkpoint.exists():
-            return 0
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        self._check(saved)
-        with torch.no_grad():
-            for name, weight in saved["weights"].items():
-                self.trained[name].copy_(weight)
-        for part, state in zip(self.stepped, saved["optimizers"], strict=True):
-            part.load_state_dict(state)
-        rng.setstate(saved["rng"])
-        self.saved = int(saved["step"])
-        return self.saved
-
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        """Refuse what another training has left."""
-        ours = _parts(self.trained, [part.state_dict() for part in self.stepped])
-        came = _parts(saved["weights"], saved["optimizers"])
-        for name in ours | came:
-            expected, got = ours.get(name, "none"), came.get(name, "none")
-            if expected != got:
-                raise ConfigError(
-                    f"{self.out / 'last.pt'} holds a training of other parts than this one: "
-                    f"{name}: expected {expected}, got {got}; go on with the settings that it "
-                    "began with, give another `out`, or delete it to start anew"
-                )
-
-    def save(
-        self, step: int, rng: random.Random, save: Callable[[Mapping[str, Tensor]], None]
-    ) -> None:
-        """Write a checkpoint, then the result so far."""
-        try:
-            if self.sharded:
-                self._write_shards(step)
-            elif self.accelerator.is_main_process:
-                self._write(step, rng)
-        # torch and safetensors report a full disk in errors of their own.
-        except (OSError, RuntimeError, SafetensorError) as error:
-            with suppress(OSError):
-                (self.out / "last.part").unlink(missing_ok=True)
-            free = shutil.disk_usage(self.out).free / 1e9
-            raise TrainingError(
-                f"step {step}: the checkpoint could not be written to {self.out} ({error}); "
-                f"{free:.2f} GB are free there. The last good one, of step {self.saved}, is whole: "
-                "make room and start again to go on from it"
-            ) from error
-        self.saved = step
-        self.write_result(save)
-
-    def log(self, path: Path, row: Mapping[str, float]) -> None:
-        """Add a row to the log."""
-        try:
-            append_log(path, row)
-        except OSError as error:
-            raise TrainingError(
-                f"the log {path} could not be written ({error}). The last good checkpoint, of step "
-                f"{self.saved}, is whole: make room and start again to go on from it"
-            ) from error
-
-    def write_result(self, save: Callable[[Mapping[str, Tensor]], None]) -> None:
-        """Hand the weights to one process's `save`."""
-        weights = self._weights()
-        if self.accelerator.is_main_process:
-            try:
-                save(weights)
-            except (OSError, SafetensorError) as error:
-                raise TrainingError(
-                    f"step {self.saved}: the result could not be written ({error}). The "
-                    f"checkpoint of this step, in {self.out}, is whole: start again to go on "
-                    "from it"
-                ) from error
-        self.accelerator.wait_for_everyone()
-
-    def _weights(self) -> Mapping[str, Tensor]:
-        """Of what is trained, whole."""
-        if not self.sharded:
-            return {name: p.detach() for name, p in self.trained.items()}
-        state = self.accelerator.get_state_dict(self.stepper)
-        return {name.removeprefix("module."): weight for name, weight in state.items()}
-
-    def _write(self, step: int, rng: random.Random) -> None:
-        state = {
-            "weights": self._weights(),
-            "optimizers": [part.state_dict() for part in self.stepped],
-            "rng": rng.getstate(),
-            "step": step,
-        }
-        scratch = self.out / "last.part"
-        torch.save(state, scratch)
-        scratch.replace(self.out / "last.pt")
-
-    def _write_shards(self, step: int) -> None:
-        """Every process writes its part."""
-        scratch = self.out / "step.part"
-        self.accelerator.save_state(str(scratch))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            scratch.rename(self.out / f"step-{step:08d}")
-            for old in sorted(self.out.glob("step-*[0-9]"))[:-1]:
-                shutil.rmtree(old)
-
-
-def _parts(
-    weights: Mapping[str, Tensor], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
-    """What a checkpoint and the training that goes on from it must have alike, in words."""
-    parts = {f"weight {name}": f"shape {tuple(weight.shape)}" for name, weight in weights.items()}
-    for index, state in enumerate(optimizers, 1):
-        groups = []
-        for group in state["param_groups"]:
-            # Flags are left out: they come and go with torch's releases.
-            settings = sorted(k for k, v in group.items() if not isinstance(v, bool | list | None))
-            groups.append(f"{len(group['params'])} weights with {', '.join(settings)}")
-        parts[f"optimizer {index}"] = " and ".join(groups)
-    return parts
 
 
 def memory_bytes(accelerator: Accelerator) -> int:

@@ -127,7 +127,11 @@ def _warn_of_changes(path: Path, settings: Mapping[str, Any]) -> None:
     """Say where a training that goes on has other settings than it was saved with."""
     if not path.is_file():
         return
-    before = flatten(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        before = flatten(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        logger.warning("%s cannot be read (%s) and is written anew", path, error)
+        return
     now = flatten(json.loads(json.dumps(settings)))
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
