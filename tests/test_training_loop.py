@@ -265,3 +265,27 @@ def test_steps_without_numbers_are_skipped_only_so_long(loop: Loop) -> None:
     ):
         Stumbling().run(loop)
     Stumbling().run(replace(loop, out=loop.out / "shorter", steps=100))
+
+
+@pytest.mark.filterwarnings("ignore")  # what it imports warns of itself
+def test_tensorboard_is_told_what_the_log_is_also_when_resumed(loop: Loop) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    def run(steps: int) -> None:
+        accelerator = build_accelerator(loop.out, tracking=["tensorboard"], cpu=True)
+        told = replace(loop, accelerator=accelerator, steps=steps, settings={"seed": 0, "a.b": "c"})
+        training = Training()
+        optimizers = [training.kind(training.layer.parameters(), lr=0.1)]
+        told.run(training.layer, optimizers, lambda step: 1.0, training.loss, training.keep)
+
+    run(2)
+    run(4)
+    events = EventMultiplexer().AddRunsFromDirectory(str(loop.out)).Reload()
+    found = {event.step: event.value for run in events.Runs() for event in _losses(events, run)}
+    log = read_log(loop.out / "log.csv")
+    assert found == pytest.approx(dict(zip(log["step"], log["loss"], strict=True)), rel=1e-5)
+    assert len(found) == 4
+
+
+def _losses(events: Any, run: str) -> list[Any]:
+    return events.Scalars(run, "loss") if "loss" in events.Runs()[run]["scalars"] else []
