@@ -124,9 +124,9 @@ def fetch_folder(folder: str | Path, revision: str | None = None) -> Path:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name has the form `user/name` of the Hub."""
+    """Whether a name has the form `user/name` of the Hub, and is no file or folder here."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name
+    return "/" in name and not Path(name).exists()

@@ -77,7 +77,9 @@ def test_a_card_says_what_the_evaluation_says(bridge: Bridge, saved: Path, run: 
     assert 'Bridge.from_pretrained("user/my-fuser", target, {"stickers": stickers})' in card.text
 
 
-def test_a_card_names_models_of_the_hub_and_how_to_load_them(saved: Path) -> None:
+def test_a_card_names_models_of_the_hub_and_how_to_load_them(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = saved / "config.json"
     header = json.loads(path.read_text())
     header["target"] = {"model": "org/llm", "revision": "abc", "model_type": "llama"}
@@ -97,6 +99,11 @@ def test_a_card_names_models_of_the_hub_and_how_to_load_them(saved: Path) -> Non
     assert "arm = ...  # org/vla" in code
     (imported,) = (line for line in code.splitlines() if "import" in line)
     exec(imported)
+    (tmp_path / "org/vlm").mkdir(parents=True)  # which is no repository then
+    monkeypatch.chdir(tmp_path)
+    card = write_card(saved)
+    assert card.data.base_model == ["org/llm", "org/vla"]
+    assert "stickers = ...  # org/vlm" in card.text
 
 
 def test_a_card_of_another_fusers_evaluation_is_refused(
