@@ -60,8 +60,9 @@ class Geometry:
         name: Hub id or folder.
         model_type: as in the model's config.
         text: config of its text decoder.
-        picture_tokens: positions that one picture takes; None for text models.
-        picture_pixels: width and height of that picture, in words.
+        picture_tokens: positions that one picture takes, or a recording as long as a speech model
+            hears; None for text models.
+        picture_pixels: width and height of that picture, or length of the recording, in words.
     """
 
     name: str
@@ -79,15 +80,30 @@ class Geometry:
     @cached_property
     def num_parameters(self) -> int:
         """Weights of the text decoder with its output layer, counted without making them."""
+        head = 0 if self.text.tie_word_embeddings else self.text.vocab_size * self.text.hidden_size
+        return int(self._decoder.num_parameters()) + head
+
+    @property
+    def num_reading(self) -> int:
+        """Weights that each position passes which is read.
+
+        Of an encoder-decoder, those of the encoder and of the keys and values that are made of it.
+        """
+        if not self.text.is_encoder_decoder:
+            return self.num_parameters
+        encoder: Any = self._decoder.get_encoder()
+        return int(encoder.num_parameters()) + self.text.hidden_size * self.cache_values
+
+    @cached_property
+    def _decoder(self) -> PreTrainedModel:
+        """The text decoder on the meta device, with the encoder of one that has it."""
         # The one decoder here that AutoModel does not know by its own config.
         if isinstance(self.text, MllamaTextConfig):
             build: Callable[[Any], PreTrainedModel] = MllamaTextModel
         else:
             build = AutoModel.from_config
         with torch.device("meta"):
-            decoder = build(self.text)
-        head = 0 if self.text.tie_word_embeddings else self.text.vocab_size * self.text.hidden_size
-        return int(decoder.num_parameters()) + head
+            return build(self.text)
 
     @property
     def cache_values(self) -> int:
@@ -218,6 +234,9 @@ def _aliases(known: str) -> set[str]:
 
 def _picture(config: Any) -> tuple[int | None, str | None]:
     """Positions that one picture takes, and its size, as far as a config tells."""
+    if config.model_type == "whisper":
+        positions = config.max_source_positions  # of 20 ms each
+        return positions, f"{positions / 50:g} s"
     vision: Any = getattr(config, "vision_config", None)
     merge: Any = getattr(vision, "spatial_merge_size", None)
     side = _PIXELS if merge else getattr(vision, "image_size", None)

@@ -9,23 +9,38 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
+from families import FAMILIES
+from policies import build_pi0
+from transformers import (
+    GemmaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+)
 
 from mm_c2c.bench import kept
+from mm_c2c.cache import PatchGrid, PositionKind
 from mm_c2c.cli import main
 from mm_c2c.config import load_config, override
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, MismatchError, UnsupportedError
 from mm_c2c.geometry import find
-from mm_c2c.training.blank import narrow
+from mm_c2c.sources import Source, SourceInput
+from mm_c2c.target import Target
+from mm_c2c.training.blank import blank_source, narrow
 from mm_c2c.training.config import OptimizerConfig, PhasesConfig, TrainingConfig
 from mm_c2c.training.dry_run import dry_run, estimate
+from mm_c2c.training.models import build_bridge
 from mm_c2c.training.run import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # The readers of policies, whose sources are trained here, are no recipes for published models.
+POLICIES = ("babyai_reader", "metaworld_reader")
 RECIPES = [
     path
     for path in sorted(CONFIGS.glob("*.yaml"))
-    if "# mm-c2c train" in path.read_text() and "_reader" not in path.stem
+    if "# mm-c2c train" in path.read_text() and not path.stem.startswith(POLICIES)
 ]
 
 
@@ -37,7 +52,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None) -> N
 
 
 def test_the_recipes_ship() -> None:
-    assert len(RECIPES) == 14
+    assert len(RECIPES) == 15
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -67,6 +82,38 @@ def test_costs_grow_with_what_is_done() -> None:
     fuser = 12_818_484
     a_step = 2 * 1088 * source.num_parameters + 4 * 24 * target.num_parameters + 6 * 64 * fuser
     assert estimate(one)["flop"] == 21 * a_step
+
+
+def one_example(*settings: str) -> TrainingConfig:
+    """21 steps of an example with three questions, from SmolVLM-256M (1,088 patches a picture)."""
+    config = load_config(TrainingConfig, CONFIGS / "smolvlm_256m_to_smollm2_135m.yaml")
+    config = replace(config, batch_size=1, phases=PhasesConfig())
+    return override(config, ["phases.generate.steps=21", "data.questions=3", *settings])
+
+
+def test_a_source_of_aligned_words_sees_the_picture_anew_with_each_question() -> None:
+    aligned = one_example("links={eyes: {geometry: aligned}}")
+    source, target = (find(m.model) for m in (aligned.sources["eyes"], aligned.target))
+    read = 2 * 3 * (1088 + 16) * source.num_parameters
+    fuser = estimate(aligned)["parameters"]
+    a_step = read + 3 * (4 * 24 * target.num_parameters + 6 * 16 * fuser)
+    assert estimate(aligned)["flop"] == 21 * a_step
+    # The source's own answers take another look, as the slots' do.
+    distilled = override(aligned, ["phases.generate.distill=1"])
+    more = estimate(distilled)["flop"] - estimate(aligned)["flop"]
+    assert more == 21 * 2 * 3 * (1088 + 16 + 8) * source.num_parameters
+    # Links of both kinds are read for, each in its own way.
+    both = one_example("links.words={source: eyes, geometry: aligned}")
+    slots = estimate(one_example())["flop"]
+    assert estimate(both)["flop"] - slots == 21 * (read + 6 * 3 * 16 * fuser)
+
+
+def test_a_source_that_hears_some_questions_looks_for_each_of_them() -> None:
+    blind, hearing = one_example(), one_example("drop.questions=0.25")
+    source = find(blind.sources["eyes"].model)
+    more = estimate(hearing)["flop"] - estimate(blind)["flop"]
+    looks = 2 * (3 * (1088 + 12) - 1088) * source.num_parameters
+    assert more == 21 * (looks + 6 * 2 * 64 * estimate(blind)["parameters"])
 
 
 def test_a_source_of_two_links_is_read_once() -> None:
@@ -134,6 +181,54 @@ def test_what_cannot_be_trained_fails_dry_too(settings: list[str], message: str)
         dry_run(load_config(TrainingConfig, CONFIGS / "tiny.yaml", settings))
 
 
+@pytest.mark.parametrize("given", ["none", "others"])
+def test_the_links_of_a_saved_bridge_are_tried_and_reckoned(given: str) -> None:
+    path, folder = CONFIGS / "reference_aligned.yaml", CONFIGS.parent / "mm_c2c/reference/bridge"
+    links = ["links={}"] if given == "none" else []
+    own = ["system=Say nothing.", "slot_token=z"]
+    saved = load_config(TrainingConfig, path, [*links, *own, f"start={folder}"])
+    same = load_config(
+        TrainingConfig, path, ["links={stickers: {geometry: slots, rows: 9, cols: 9}}"]
+    )
+    assert estimate(saved) == estimate(same)
+    assert dry_run(saved)["losses"] == dry_run(same)["losses"]
+
+
+def test_a_saved_bridge_of_other_models_fails_dry_too(tmp_path: Path) -> None:
+    path, folder = CONFIGS / "reference_aligned.yaml", CONFIGS.parent / "mm_c2c/reference/bridge"
+    for settings, message in (
+        (["target.model=Qwen/Qwen3-0.6B"], "the target: the fuser was trained with 'HuggingFaceTB"),
+        (["sources.stickers.model=Qwen/Qwen3-0.6B"], "source 'stickers': the fuser was trained"),
+        (["sources={eyes: {model: pi0}}", "links={}"], "needs a source named 'stickers'"),
+        ([f"start={tmp_path}"], "is not a saved bridge: config.json is missing"),
+        ([f"start={tmp_path / 'none'}", "links={}"], "is not a saved bridge"),
+    ):
+        config = load_config(TrainingConfig, path, [f"start={folder}", *settings])
+        with pytest.raises(MismatchError, match=message):
+            dry_run(config)
+
+
+def test_a_chain_of_trainings_is_tried_before_the_first_has_run(tmp_path: Path) -> None:
+    config = load_config(TrainingConfig, CONFIGS / "tiny.yaml")
+    onward = replace(config, start=tmp_path / "not_trained_yet")
+    assert dry_run(onward)["losses"] == dry_run(config)["losses"]
+
+
+def test_answers_of_a_source_without_words_are_refused(
+    tiny_target: LlamaForCausalLM, tiny_target_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = ["phases.generate.distill=0.5", "slot_token=a"]
+    config = load_config(TrainingConfig, CONFIGS / "pi0_to_qwen3_0_6b.yaml", settings)
+    refusal = (
+        r"distill takes the answers of source 'policy', .*pi0.* actions, not words; set it to 0"
+    )
+    with pytest.raises(ConfigError, match=refusal):
+        dry_run(config)
+    sources: dict[str, Source] = {"policy": build_pi0()}
+    with pytest.raises(ConfigError, match=refusal):
+        build_bridge(config, Target(tiny_target, tiny_target_tokenizer, "tiny"), sources)
+
+
 def test_slots_for_pictures_of_a_text_model_are_refused() -> None:
     config = load_config(TrainingConfig, CONFIGS / "tiny.yaml", ["sources.eyes.model=Qwen2.5-0.5B"])
     with pytest.raises(ConfigError, match="source 'eyes' reads words only"):
@@ -148,6 +243,84 @@ def test_narrow_models_are_of_the_same_family() -> None:
         assert small.hidden_size < text.hidden_size
         assert text.num_hidden_layers > small.num_hidden_layers == 6
     assert sum(narrow(find("Qwen2.5-VL-3B").text).rope_parameters["mrope_section"]) == 16
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(vocab_size=32064, pad_token_id=32000, eos_token_id=[2, 32007]),
+        GemmaConfig(vocab_size=257152, pad_token_id=257000, bos_token_id=None),
+        WhisperConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_special_tokens_of_a_narrow_model_are_in_its_vocabulary(config: PreTrainedConfig) -> None:
+    small = narrow(config)
+    assert small.vocab_size == 512
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        given, found = getattr(config, key, None), getattr(small, key, None)
+        assert (found is None) == (given is None)
+        for token in found if isinstance(found, list) else [found or 0]:
+            assert 0 <= token < 512
+    assert find("Llama-3.2-1B").text.eos_token_id == narrow(find("Llama-3.2-1B").text).eos_token_id
+
+
+def test_models_whose_padding_is_a_late_token_are_tried(tmp_path: Path) -> None:
+    for number, vocab_size in enumerate((32064, 40000)):
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            pad_token_id=32000,
+            num_hidden_layers=2,
+            hidden_size=64,
+            intermediate_size=64,
+            num_attention_heads=4,
+        )
+        config.save_pretrained(tmp_path / str(number))
+    settings = [f"sources.eyes.model={tmp_path / '0'}", f"target.model={tmp_path / '1'}"]
+    settings.append("links={eyes: {geometry: aligned, fuser: {hidden_size: 16, rank: 4}}}")
+    result = dry_run(load_config(TrainingConfig, CONFIGS / "tiny.yaml", settings))
+    assert all(math.isfinite(loss) for loss in result["losses"])
+
+
+@pytest.mark.parametrize("true_width", [False, True], ids=["narrow", "true width"])
+def test_a_speech_models_config_is_enough(true_width: bool, tmp_path: Path) -> None:
+    WhisperConfig(max_source_positions=100, encoder_layers=2, d_model=192).save_pretrained(tmp_path)
+    target = find("SmolLM2-135M").text
+    target.num_hidden_layers = 2
+    target.save_pretrained(tmp_path / "target")
+    settings = [f"sources.ears.model={tmp_path}", f"target.model={tmp_path / 'target'}"]
+    config = load_config(TrainingConfig, CONFIGS / "whisper_reader.yaml", settings)
+    source, config = find(str(tmp_path)), replace(config, batch_size=1)
+    assert (source.picture_tokens, source.picture_pixels) == (100, "2 s")
+    result = dry_run(config, true_width=true_width)
+    assert all(math.isfinite(loss) for loss in result["losses"])
+
+
+def test_a_blank_recording_leaves_what_whisper_would() -> None:
+    found = find("whisper-tiny.en")
+    cache = blank_source(found, [], "float32", true_width=True).prefill([SourceInput()])
+    assert cache.shape == found.layout.shape
+    assert cache.grids == ((PatchGrid(1, 1500),),)
+    assert (cache.kinds == PositionKind.AUDIO).all()
+
+
+def test_what_a_recording_costs_is_its_encoders_work() -> None:
+    config = load_config(TrainingConfig, CONFIGS / "whisper_reader.yaml")
+    config = replace(config, batch_size=1)
+    source, target = (find(m.model) for m in (config.sources["ears"], config.target))
+    encoder, keys_and_values = 8_208_384, 384 * 2 * 4 * 384
+    assert source.num_parameters == 37_760_256
+    fuser = estimate(config)["parameters"]
+    a_step = 2 * 1500 * (encoder + keys_and_values)
+    a_step += 3 * 4 * 24 * target.num_parameters + 6 * 24 * fuser
+    assert estimate(config)["flop"] == 1000 * a_step
+
+
+def test_encoder_decoders_that_see_are_refused(tmp_path: Path) -> None:
+    FAMILIES["florence2"].build().model.save_pretrained(tmp_path)
+    config = load_config(TrainingConfig, CONFIGS / "tiny.yaml", [f"sources.eyes.model={tmp_path}"])
+    with pytest.raises(UnsupportedError, match=r"florence2.* a dry run knows speech models only"):
+        dry_run(config)
 
 
 def test_the_command_prints_memory_speed_and_costs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,8 @@ def geometry(name: str) -> Geometry:
     return find(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Of an encoder-decoder see tests/test_dry_run.py.
+@pytest.mark.parametrize("name", [name for name in NAMES if "whisper" not in name])
 def test_a_named_models_decoder_writes_the_cache_that_the_table_announces(name: str) -> None:
     found = geometry(name)
     with torch.device("meta"), torch.no_grad():

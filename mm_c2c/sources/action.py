@@ -53,6 +53,9 @@ class PI0Source:
         seed: of the noise that is used where an input brings none.
     """
 
+    # It has actions, no words.
+    answers_in_words = False
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -58,6 +58,9 @@ class SmolVLASource:
         UnsupportedError: LeRobot is not installed.
     """
 
+    # It has actions, no words.
+    answers_in_words = False
+
     def __init__(
         self,
         policy: nn.Module,

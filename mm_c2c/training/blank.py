@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mm_c2c.cache import CacheOrigin, CacheShape, PatchGrid, PositionKind, SourceCache, read_layers
 from mm_c2c.config import DTYPES
+from mm_c2c.errors import UnsupportedError
 from mm_c2c.geometry import Geometry
 from mm_c2c.link import LinkConfig
-from mm_c2c.sources.base import SourceInput, full_cache
+from mm_c2c.sources import source_class
+from mm_c2c.sources.base import Source, SourceInput, full_cache
+from mm_c2c.sources.speech import SpeechSource
 from mm_c2c.target import Target
 
 ANSWER = 8
@@ -48,6 +52,8 @@ class BlankSource:
         tokens = geometry.picture_tokens or 0
         self.side = math.isqrt(tokens if true_width else min(tokens, _PICTURE))
         self.has_pictures = bool(self.side)
+        kind = source_class(geometry.model_type, has_vision=False)
+        self.answers_in_words = getattr(kind, "answers_in_words", True)
         self.origin = CacheOrigin(geometry.name, None, geometry.model_type)
 
     @property
@@ -108,6 +114,51 @@ class BlankSource:
         return ["x" * ANSWER] * len(inputs)
 
 
+class BlankSpeech(SpeechSource):
+    """A speech model of random weights, over random sound as long as it hears.
+
+    Args:
+        geometry: the published model.
+        dtype: of its weights.
+        true_width: whether to keep the published width.
+    """
+
+    def __init__(self, geometry: Geometry, dtype: str, *, true_width: bool) -> None:
+        text = geometry.text if true_width else narrow(geometry.text)
+        no_processor: Any = None
+        model = build(AutoModel, text, dtype if true_width else "float32")
+        super().__init__(model, no_processor, geometry.name)
+
+    def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
+        """Nothing, as long as an answer."""
+        return ["x" * ANSWER] * len(inputs)
+
+    def _encode(self, inputs: Sequence[SourceInput]) -> tuple[Tensor, list[int]]:
+        config, weight = self.model.config, next(self.model.parameters())
+        positions = config.max_source_positions
+        # The encoder's second convolution halves the frames of the spectrogram.
+        size = (len(inputs), config.num_mel_bins, 2 * positions)
+        return torch.randn(size, device=weight.device, dtype=weight.dtype), [positions] * size[0]
+
+
+def blank_source(
+    geometry: Geometry, links: Sequence[LinkConfig], dtype: str, *, true_width: bool
+) -> Source:
+    """The blank source of a model's kind; arguments as for `BlankSource`.
+
+    Raises:
+        UnsupportedError: an encoder-decoder that is no speech model.
+    """
+    if issubclass(source_class(geometry.model_type, has_vision=False), SpeechSource):
+        return BlankSpeech(geometry, dtype, true_width=true_width)
+    if geometry.text.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{geometry.name} ({geometry.model_type}) is an encoder-decoder, of which a dry run "
+            "knows speech models only; leave --dry-run out"
+        )
+    return BlankSource(geometry, links, dtype, true_width=true_width)
+
+
 def narrow(text: Any) -> Any:
     """A config of the same family, of few layers of little width."""
     small = _cut(text, min(text.num_hidden_layers, _LAYERS))
@@ -120,6 +171,15 @@ def narrow(text: Any) -> Any:
     # As some families have it, whatever head_dim says.
     small.hidden_size = small.num_attention_heads * small.head_dim
     small.intermediate_size, small.vocab_size = INNER, _VOCAB
+    for key, token in vars(text).items():
+        if key.endswith("token_id"):
+            setattr(small, key, _in_vocabulary(token))
+    # A speech model, whose encoder and decoder say some of this apart.
+    if text.is_encoder_decoder:
+        small.decoder_layers = min(text.decoder_layers, _LAYERS)
+        small.decoder_attention_heads = small.num_attention_heads
+        small.encoder_ffn_dim = small.decoder_ffn_dim = INNER
+        small.max_source_positions = min(text.max_source_positions, _PICTURE)
     sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
     if sections:
         small.rope_parameters = {
@@ -127,6 +187,13 @@ def narrow(text: Any) -> Any:
             "mrope_section": [section // 4 for section in sections],
         }
     return small
+
+
+def _in_vocabulary(token: Any) -> Any:
+    """A special token, or several, or none, among those of a narrow model."""
+    if isinstance(token, list):
+        return [_in_vocabulary(each) for each in token]
+    return None if token is None else min(token, _VOCAB - 1)
 
 
 def blank_target(

@@ -3,7 +3,8 @@
 The frozen models are built from their published geometry (`mm_c2c.geometry`): no weights, no data
 and no tokenizer are needed. Narrow ones by default, for which six layers of little width stand;
 in their published width with `--true-width`. Sources are their text decoders over random
-embeddings: the vision tower is left out, in the steps and in what they cost.
+embeddings: the vision tower is left out, in the steps and in what they cost. Speech models are
+whole, and hear noise.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+from mm_c2c.bridge import BridgeConfig
+from mm_c2c.cache import CacheOrigin
+from mm_c2c.config import from_dict
+from mm_c2c.errors import MismatchError
 from mm_c2c.fuser import CacheFuser
 from mm_c2c.geometry import Geometry, find, training_memory
 from mm_c2c.link import LinkConfig
-from mm_c2c.training.blank import ANSWER, INNER, BlankSource, blank_target
+from mm_c2c.pretrained import check_origin, read_header
+from mm_c2c.training.blank import ANSWER, INNER, blank_source, blank_target
 from mm_c2c.training.config import PhasesConfig, TrainingConfig
 from mm_c2c.training.data import Example, Turn
 from mm_c2c.training.loop import build_accelerator, memory_bytes
@@ -42,6 +48,8 @@ def dry_run(config: TrainingConfig, *, true_width: bool = False) -> dict[str, An
     Raises:
         ConfigError: a step cannot be cut into the pieces that its config says.
         InputError: a model whose geometry is not known.
+        MismatchError: the bridge to go on from is none, or one between other models.
+        UnsupportedError: a source of a kind that is not tried on random weights.
     """
     config.share(1)
     original = config
@@ -79,8 +87,8 @@ def dry_run(config: TrainingConfig, *, true_width: bool = False) -> dict[str, An
 def blank_trainer(config: TrainingConfig, *, true_width: bool = False) -> Trainer:
     """What a config trains, on random weights and blank examples; narrow ones two at a time."""
     target, sources = _geometries(config)
+    config = _unstarted(config, sources, target)
     links = _links(config, sources, target)
-    config = replace(config, start=None)
     if not true_width:
         narrow_links = {
             name: {**link, "fuser": {**link.get("fuser", {}), "hidden_size": INNER}}
@@ -89,7 +97,7 @@ def blank_trainer(config: TrainingConfig, *, true_width: bool = False) -> Traine
         config = replace(config, links=narrow_links, batch_size=2, accumulation=1)
     accelerator = build_accelerator(config.out, precision=config.precision)
     blank = {
-        name: BlankSource(
+        name: blank_source(
             model,
             [link for link in links if link.source == name],
             config.sources[name].dtype,
@@ -108,9 +116,11 @@ def estimate(config: TrainingConfig) -> dict[str, Any]:
     A frozen model costs 2 operations a weight and token to read, and 2 more where gradients run
     through it (Kaplan et al., arXiv:2001.08361, without the gradients of weights); the fuser's
     weights cost 6 at each position that is fused. Gradients run through questions and answers.
-    Sources read a picture, or a question, in each step: what kept caches save is not counted.
+    Sources look once for all slots, or, like those of aligned links, anew with each question that
+    they may hear, in each step: what kept caches save is not counted.
     """
     target, sources = _geometries(config)
+    config = _unstarted(config, sources, target)
     links = _links(config, sources, target)
     slots = sum(link.num_slots for link in links)
     questions = config.data.questions
@@ -118,20 +128,21 @@ def estimate(config: TrainingConfig) -> dict[str, Any]:
     with torch.device("meta"):
         fusers = [CacheFuser(link.fuser).num_parameters for link in links]
     fuse = sum(
-        count * (link.num_slots or questions * QUESTION)
+        count * (_looks(config) * link.num_slots or questions * QUESTION)
         for count, link in zip(fusers, links, strict=True)
     )
+    read_by = {link.source: sources[link.source] for link in links}
     read = sum(
-        model.num_parameters * _positions([k for k in links if k.source == name], model, config)
-        for name, model in sources.items()
+        model.num_reading * _positions([k for k in links if k.source == name], model, config)
+        for name, model in read_by.items()
     )
     generate = 4 * target.num_parameters * asked + 6 * fuse + 2 * read
     told = 2 * target.num_parameters * questions * (DESCRIPTION + QUESTION + ANSWER)
     phases = config.phases
     flop = config.batch_size * (phases.steps * generate + phases.reconstruct.steps * told)
     rows = config.batch_size // config.accumulation * questions
-    read_by = [sources[name] for name in {link.source for link in links}]
-    memory = training_memory(sum(fusers), read_by, target, rows, slots + QUESTION + ANSWER)
+    positions = slots + QUESTION + ANSWER
+    memory = training_memory(sum(fusers), [*read_by.values()], target, rows, positions)
     return {
         "parameters": sum(fusers),
         "flop": flop,
@@ -180,6 +191,35 @@ def _geometries(config: TrainingConfig) -> tuple[Geometry, dict[str, Geometry]]:
     return find(config.target.model), sources
 
 
+def _unstarted(
+    config: TrainingConfig, sources: dict[str, Geometry], target: Geometry
+) -> TrainingConfig:
+    """The same from nothing, with the links and the prompt of the bridge that it goes on from."""
+    # The training before it in a chain need not have run; its own links say the same.
+    if config.start is None or (config.links and not config.start.exists()):
+        return replace(config, start=None)
+    header = read_header(config.start)
+    _check_model("the target", header["target"], target)
+    for name, origin in header["sources"].items():
+        if name not in sources:
+            raise MismatchError(f"{config.start} needs a source named {name!r} ({origin['model']})")
+        _check_model(f"source {name!r}", origin, sources[name])
+    bridge = from_dict(BridgeConfig, header["bridge"])
+    return replace(
+        config,
+        start=None,
+        links={link.name: asdict(link) for link in bridge.links},
+        system=bridge.system,
+        slot_token=bridge.slot_token,
+    )
+
+
+def _check_model(what: str, origin: dict[str, Any], model: Geometry) -> None:
+    """Refuse a bridge that was trained with another model; revisions are not known here."""
+    found = CacheOrigin(model.name, origin.get("revision"), model.model_type)
+    check_origin(what, origin, found)
+
+
 def _links(
     config: TrainingConfig, sources: dict[str, Geometry], target: Geometry
 ) -> tuple[LinkConfig, ...]:
@@ -188,12 +228,19 @@ def _links(
 
 
 def _positions(links: Sequence[LinkConfig], source: Geometry, config: TrainingConfig) -> int:
-    """What a source reads for an example: once for all links with slots, once for all of words."""
+    """What a source reads for an example: the pictures with each look, and words that it hears."""
     questions = config.data.questions
+    pictures = max(link.images for link in links) * (source.picture_tokens or 0)
     slots = [link for link in links if link.geometry == "slots"]
-    pictures = max((link.images for link in slots), default=0) * (source.picture_tokens or 0)
     others = sum(link.cols for link in slots if link.kinds)
-    words = questions * QUESTION if len(slots) < len(links) else 0
+    heard = (1 - config.drop.questions) * QUESTION
+    looked = _looks(config) * (pictures + others + heard) if slots else 0
+    aligned = questions * (pictures + QUESTION) if len(slots) < len(links) else 0
     # Where its own answers are learned, it reads picture and question anew for each, and answers.
-    distilled = config.phases.generate.distill * questions
-    return pictures + others + words + round(distilled * (pictures + QUESTION + ANSWER))
+    distilled = config.phases.generate.distill * questions * (pictures + QUESTION + ANSWER)
+    return round(looked + aligned + distilled)
+
+
+def _looks(config: TrainingConfig) -> int:
+    """Rows of slots for an example: one for each question where their sources may hear it."""
+    return config.data.questions if config.drop.questions < 1 else 1

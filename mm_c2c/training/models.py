@@ -9,6 +9,7 @@ import torch
 from mm_c2c import sources
 from mm_c2c.bridge import Bridge, BridgeConfig
 from mm_c2c.config import DTYPES
+from mm_c2c.errors import ConfigError
 from mm_c2c.reference import models as reference
 from mm_c2c.reference import whisper
 from mm_c2c.reference.fetch import HUB_ID
@@ -37,11 +38,28 @@ def load_source(config: ModelConfig) -> Source:
 
 
 def build_bridge(config: TrainingConfig, target: Target, named: dict[str, Any]) -> Bridge:
-    """A bridge to train: untrained, or the one to go on from."""
+    """A bridge to train: untrained, or the one to go on from.
+
+    Raises:
+        ConfigError: answers of a source are to be learned that has no words.
+    """
     if config.start is not None:
-        return Bridge.from_pretrained(config.start, target, named).train()
-    shapes = {name: source.shape for name, source in named.items()}
-    links = config.build_links(shapes, target.shape)
-    prompt = BridgeConfig(links=links, system=config.system, slot_token=config.slot_token)
-    torch.manual_seed(config.seed)
-    return Bridge(target, named, prompt)
+        bridge = Bridge.from_pretrained(config.start, target, named).train()
+    else:
+        shapes = {name: source.shape for name, source in named.items()}
+        links = config.build_links(shapes, target.shape)
+        prompt = BridgeConfig(links=links, system=config.system, slot_token=config.slot_token)
+        torch.manual_seed(config.seed)
+        bridge = Bridge(target, named, prompt)
+    if config.phases.generate.distill:
+        for link in bridge.config.links:
+            _check_words(link.source, named[link.source])
+    return bridge
+
+
+def _check_words(name: str, source: Any) -> None:
+    if not getattr(source, "answers_in_words", True):
+        raise ConfigError(
+            f"phases.generate.distill takes the answers of source {name!r}, and "
+            f"{source.origin.model} answers with actions, not words; set it to 0"
+        )
