@@ -101,9 +101,9 @@ def load_data_set(config: DataConfig) -> Any:
     if config.streaming:
         rows = rows.decode(enable=False) if rows.features else rows
         return StreamedRows(rows, name, config.on_corrupt == "skip")
-    for name, feature in rows.features.items():
+    for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image | datasets.Audio):
-            rows = rows.cast_column(name, replace(feature, decode=False))
+            rows = rows.cast_column(column, replace(feature, decode=False))
     return rows
 
 
