@@ -104,15 +104,13 @@ class KeptCaches:
             compute: the cache of some of the rows, by their numbers in `keys`.
             device: where its tensors go.
         """
-        places = {key: place for place, key in reversed([*enumerate(keys)])}  # the first of each
-        rows = {key: row for key in places if (row := self._load(key, device))}
-        missing = sorted(place for key, place in places.items() if key not in rows)
+        rows = {key: row for key in dict.fromkeys(keys) if (row := self._load(key, device))}
+        missing = [key for key in dict.fromkeys(keys) if key not in rows]
         if missing:
-            cache = compute(missing)
-            for number, place in enumerate(missing):
-                row = without_padding(cache.select(torch.tensor([number])))
-                rows[keys[place]] = row
-                self._store(keys[place], row)
+            cache = compute([keys.index(key) for key in missing])
+            for number, key in enumerate(missing):
+                rows[key] = without_padding(cache.select(torch.tensor([number])))
+                self._store(key, rows[key])
         return join_sources([rows[key] for key in keys])
 
     def _path(self, key: str) -> Path:
