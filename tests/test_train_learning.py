@@ -29,6 +29,8 @@ from mm_c2c.training.models import load_source, load_target
 from mm_c2c.training.objective import Asked, Objective, draw_questions
 from mm_c2c.training.run import Trainer
 
+PHASES = ("reconstruct", "generate")
+
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
@@ -265,10 +267,16 @@ def text_config(
     return override(config, settings)
 
 
-def test_words_of_a_text_source_are_trained_on(text_config: TrainingConfig) -> None:
-    first = go(override(text_config, ["phases.generate.steps=0"]))
-    after = go(text_config)
-    assert any(not first[name].equal(after[name]) for name in first)
+@pytest.mark.parametrize("match", ["cache", "attention"])
+def test_words_of_a_text_source_are_trained_on(text_config: TrainingConfig, match: str) -> None:
+    config = override(text_config, [f"phases.reconstruct.match={match}"])
+    found = []
+    for steps in ((2, 0), (3, 0), (2, 2)):
+        lengths = [f"phases.{name}.steps={n}" for name, n in zip(PHASES, steps, strict=True)]
+        found.append(go(override(config, [*lengths, f"out={config.out / str(steps)}"])))
+    first, longer, after = found
+    for other in (longer, after):
+        assert any(not first[name].equal(other[name]) for name in first)
 
 
 def test_answers_may_be_the_sources_own(
@@ -329,16 +337,35 @@ def test_a_temperature_is_zero_or_more(config: TrainingConfig, temperature: str)
         override(config, [f"phases.generate.temperature={temperature}"])
 
 
-def test_both_phases_lower_their_loss(config: TrainingConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["reconstruct", "reconstruct by attention", "generate"])
+def test_each_phase_lowers_its_loss(config: TrainingConfig, phase: str) -> None:
     steps = ["drop.sources=0", "drop.slots=0", "batch_size=3", "optimizer.learning_rate=0.02"]
-    for phase, other in (("reconstruct", "generate"), ("generate", "reconstruct")):
-        name = f"out={tmp_path / phase}"
-        tuned = override(
-            config, [*steps, name, f"phases.{phase}.steps=20", f"phases.{other}.steps=0"]
-        )
-        go(tuned)
-        losses = read_log(tmp_path / phase / "log.csv")["loss"]
-        assert losses[-1] < 0.997 * losses[0], phase
+    lengths = {**dict.fromkeys(PHASES, 0), phase.split()[0]: 20}
+    steps += [f"phases.{name}.steps={length}" for name, length in lengths.items()]
+    if "attention" in phase:
+        steps.append("phases.reconstruct.match=attention")
+    go(override(config, steps))
+    losses = read_log(config.out / "log.csv")["loss"]
+    assert losses[-1] < 0.997 * losses[0]
+
+
+@pytest.mark.parametrize("match", ["cache", "attention"])
+def test_nothing_is_left_to_reconstruct_after_the_truth(config: TrainingConfig, match: str) -> None:
+    """And something after another example's description."""
+    trainer = build_trainer(config)
+    examples, rngs = trainer.draw(0, 0)
+    asked = draw_questions(examples, rngs, 2)
+    objective = trainer.objective
+    told = objective.tell(asked, examples)
+    assert float(objective.reconstruct(told, asked, examples, match)) < 1e-9
+    others = examples[1:] + examples[:1]
+    assert others[0].description != examples[0].description
+    assert float(objective.reconstruct(told, asked, others, match)) > 1e-5
+
+
+def test_what_is_matched_is_known(config: TrainingConfig) -> None:
+    with pytest.raises(ConfigError, match=r"phases\.reconstruct\.match must be one of"):
+        override(config, ["phases.reconstruct.match=logits"])
 
 
 def test_a_true_description_is_asked_for(text_config: TrainingConfig, tmp_path: Path) -> None:

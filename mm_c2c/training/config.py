@@ -27,6 +27,7 @@ from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
 
 FORMATS = ("jsonl", "webdataset", "datasets")
 ON_CORRUPT = ("stop", "skip")
+MATCHES = ("cache", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +98,25 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig:
-    """First phase: the question's cache becomes what it is after a true description.
+    """First phase: the target reads the question as it does after a true description.
 
-    The target reads `description, question, answer`, and over the slots `question, answer`; the
-    squared distance between both caches of the question and the answer is what is learned from.
+    It reads `description, question, answer`, and over the slots `question, answer`; the squared
+    distance between both readings of the question and the answer is what is learned from.
 
     Attributes:
         steps: optimiser steps; 0 leaves the phase out.
         warmup: steps of its warm-up.
+        match: what of a reading: the `cache` that it leaves, or what `attention` returns in each
+            layer. Words that are aligned stand in the cache before the target reads on, and are
+            matched as `cache` only.
     """
 
     steps: int = 0
     warmup: int = 20
+    match: str = "cache"
+
+    def __post_init__(self) -> None:
+        check_one_of("phases.reconstruct.match", self.match, MATCHES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ the mean over a step does not depend on how it is cut into pieces and processes.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
@@ -123,21 +124,41 @@ class Objective:
         tokens = int((packed.segments >= 0).sum()) + prefix * perception.batch_size
         return (costs * weights).sum(), tokens
 
-    def reconstruct(self, fused: FusedInputs, asked: Asked, examples: Sequence[Example]) -> Tensor:
-        """Distance of the cache of question and answer from what it is after a true description.
+    def reconstruct(
+        self,
+        fused: FusedInputs,
+        asked: Asked,
+        examples: Sequence[Example],
+        match: str = "cache",
+    ) -> Tensor:
+        """Distance of how question and answer are read from how they are after a true description.
 
         Squared, keys without rotation, each layer in units of its own spread over those tokens.
+
+        Args:
+            fused: the questions over what the sources saw.
+            asked: the questions.
+            examples: that they are about.
+            match: as in `ReconstructConfig`.
 
         Raises:
             InputError: an example has no description.
         """
-        with torch.no_grad():
-            truth = self._read_after_description(asked, examples)
+        model = self.bridge.target.model
+        described = self.tell(asked, examples)
+        with torch.no_grad(), attention_returns(model) as told:
+            truth = self.read(described, asked)
         questions = self.bridge.question_tokens(self._questions(examples, asked))
         answers = (truth.labels != -100).sum(1).tolist()
         spans = [len(q) + a - 1 for q, a in zip(questions, answers, strict=True)]
-        wanted, real = self._last_states(truth, spans)
-        found, _ = self._last_states(self.read(fused, asked), spans)
+        with attention_returns(model) as returned:
+            read = self.read(fused, asked)
+        if match == "attention":
+            wanted, _ = self._last_returned(told, truth, spans)
+            found, real = self._last_returned(returned, read, spans)
+        else:
+            wanted, real = self._last_states(truth, spans)
+            found, _ = self._last_states(read, spans)
         count = real.sum((2, 3, 4), keepdim=True)
         mean = (wanted * real).sum(2, keepdim=True) / count
         spread = ((wanted - mean).pow(2) * real).sum(2, keepdim=True) / count
@@ -257,8 +278,13 @@ class Objective:
         ).logits[:, -width:]
         return Read(logits, labels, cache, mask)
 
-    def _read_after_description(self, asked: Asked, examples: Sequence[Example]) -> Read:
-        """The target alone, which is told the truth before each question."""
+    @torch.no_grad()
+    def tell(self, asked: Asked, examples: Sequence[Example]) -> FusedInputs:
+        """The questions to the target alone, each after the example's true description.
+
+        Raises:
+            InputError: an example has no description.
+        """
         told = [examples[owner].description for owner in asked.owners]
         if None in told:
             raise InputError(
@@ -276,12 +302,11 @@ class Objective:
         # Padded in front, where nothing has been read yet.
         ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)
         ids = ids.to(self.bridge.device)
-        fused = FusedInputs(
+        return FusedInputs(
             input_ids=ids.clamp(min=0),
             attention_mask=(ids >= 0).long(),
             past_key_values=full_cache(self.bridge.target.model),
         )
-        return self.read(fused, asked)
 
     def _labels(self, asked: Asked) -> Tensor:
         """`(questions, answer_len)`: each answer and the token that ends it; -100 pads."""
@@ -303,20 +328,63 @@ class Objective:
             tokens, 1, 1)`.
         """
         layers, indices = read_layers(read.cache)
-        device, length = read.mask.device, read.mask.shape[1]
-        last = (read.mask * torch.arange(1, length + 1, device=device)).argmax(1)
-        back = torch.arange(max(spans) - 1, -1, -1, device=device)
-        index = (last[:, None] - back).clamp(min=0)
+        index, real = _last_places(read.mask, spans)
         positions = count_positions(read.mask).gather(1, index)
-        rope = self.bridge.target.rope(length)
+        rope = self.bridge.target.rope(read.mask.shape[1])
         states = []
         for (keys, values), layer_index in zip(layers, indices, strict=True):
             at = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             plain = derotate(keys.gather(2, at), positions, rope[layer_index])
             both = torch.stack([plain, values.gather(2, at)], dim=3)
             states.append(both.permute(0, 2, 3, 1, 4).flatten(3))
-        real = back < torch.tensor(spans, device=device)[:, None]
         return torch.stack(states).float(), real[None, :, :, None, None]
+
+    @staticmethod
+    def _last_returned(
+        returned: Sequence[Tensor], read: Read, spans: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """What attention returned at the last tokens of each row, of those that were read on.
+
+        Returns:
+            `(layers, questions, tokens, 1, width)`, and where these are real, as `_last_states`.
+        """
+        index, real = _last_places(read.mask, spans)
+        index = index - (read.mask.shape[1] - returned[0].shape[1])
+        at = index.clamp(min=0)[:, :, None]
+        states = [rows.gather(1, at.expand(-1, -1, rows.shape[2])) for rows in returned]
+        real = real & (index >= 0)
+        return torch.stack(states).float().unsqueeze(3), real[None, :, :, None, None]
+
+
+@contextmanager
+def attention_returns(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What each attention layer of a model returns while it runs, `(batch, len, hidden_size)`."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _given: Any, returned: Any) -> None:
+        found.append(returned[0])
+
+    # A layer of some families has an index too; its attention is the innermost that has one.
+    indexed = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    hooks = [
+        module.register_forward_hook(keep)
+        for module in indexed
+        if not any(hasattr(inner, "layer_idx") for inner in module.modules() if inner is not module)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _last_places(mask: Tensor, spans: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the last tokens of each row stand, `(rows, tokens)`, and which are within its span."""
+    length = mask.shape[1]
+    last = (mask * torch.arange(1, length + 1, device=mask.device)).argmax(1)
+    back = torch.arange(max(spans) - 1, -1, -1, device=mask.device)
+    real = back < torch.tensor(spans, device=mask.device)[:, None]
+    return (last[:, None] - back).clamp(min=0), real
 
 
 def _weigh(costs: Tensor, asked: Asked) -> Tensor:

@@ -214,7 +214,7 @@ class Trainer:
         fused = self.objective.fuse(examples, asked, rngs)
         self._tokens += int(fused["attention_mask"].sum())
         if reconstruct:
-            return self.objective.reconstruct(fused, asked, examples)
+            return self.objective.reconstruct(fused, asked, examples, phases.reconstruct.match)
         return self.objective.generate(fused, asked)
 
     def draw(self, step: int, piece: int) -> tuple[list[Example], list[random.Random]]:
