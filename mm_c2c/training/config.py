@@ -54,8 +54,8 @@ class DataConfig:
 
     Attributes:
         path: a JSONL file, or a pattern of several (`part*/items.jsonl`), each with its pictures
-            beside it; a shard or a pattern of shards (`shards/*.tar`); or what
-            `datasets.load_dataset` takes.
+            beside it; a shard or a pattern of shards (`shards/*.tar`, `shards/{000..012}.tar`); or
+            what `datasets.load_dataset` takes.
         format: `jsonl`, `webdataset` (tar shards on disk) or `datasets`; what is said of a data set
             below is for the last alone.
         name: of a configuration of a data set, where it has several.

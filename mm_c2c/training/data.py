@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import random
+import re
 import reprlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,7 @@ _FIELDS = (
 )
 # Of a damaged file, Pillow also raises what its own parsing stumbles over.
 _DAMAGED = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _SHOWN = ("image", "images", "video", "fps", "audio", "text", "state", "action_tokens")
 
 
@@ -295,8 +297,29 @@ def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """Files that are called so, in order; `*` and `?` may stand in any part of the path."""
-    return sorted(map(Path, glob(pattern)))  # noqa: PTH207, Path.glob takes no absolute pattern
+    """Files that are called so, in order; `*` and `?` may stand in any part of the path.
+
+    What stands in braces is named: it is among them whether it is there or not.
+    """
+    found = set(map(Path, glob(pattern)))  # noqa: PTH207, Path.glob takes no absolute pattern
+    if not found and _BRACES.search(pattern):
+        for name in _expand(pattern):
+            found.update(_matching(name) or [Path(name)])
+    return sorted(found)
+
+
+def _expand(pattern: str) -> list[str]:
+    """The names of a pattern with ranges, `{00..12}`, or choices, `{a,b}`, as shells write them."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    first, last, choices = braces.groups()
+    if choices is None:
+        inner = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    else:
+        inner = choices.split(",")
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for part in inner for name in _expand(before + part + after)]
 
 
 def _stem(name: str) -> str:
