@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.mllama import MllamaTextConfig
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextModel
 
 from mm_c2c.cache import CacheShape, layers_to_hold
 from mm_c2c.errors import InputError, UnsupportedError
@@ -32,6 +32,8 @@ from mm_c2c.fuser import CacheFuser, FuserConfig
 
 # A name is also known without what its Hub id adds to it.
 _SUFFIXES = ("-instruct", "-it", "-pt-224", "_base")
+# Decoders that AutoModel does not know by their own configs.
+_DECODERS = {"mllama_text_model": MllamaTextModel, "kosmos_2_text_model": Kosmos2TextModel}
 # Models that take pictures of any size are described by one of this many pixels a side.
 _PIXELS = 448
 
@@ -97,18 +99,21 @@ class Geometry:
     @cached_property
     def _decoder(self) -> PreTrainedModel:
         """The text decoder on the meta device, with the encoder of one that has it."""
-        # The one decoder here that AutoModel does not know by its own config.
-        if isinstance(self.text, MllamaTextConfig):
-            build: Callable[[Any], PreTrainedModel] = MllamaTextModel
-        else:
-            build = AutoModel.from_config
         with torch.device("meta"):
-            return build(self.text)
+            return build_decoder(self.text)
 
     @property
     def cache_values(self) -> int:
         """Numbers that one position leaves in the cache, K and V together."""
         return 2 * self.layout.shape.num_layers * self.layout.shape.width
+
+
+def build_decoder(text: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A text decoder of random weights by its config, with the encoder of one that has it."""
+    if own := _DECODERS.get(text.model_type):
+        return own(text).to(dtype)
+    model: PreTrainedModel = AutoModel.from_config(text, dtype=dtype)
+    return model
 
 
 def cache_layout(config: PreTrainedConfig) -> CacheLayout:
@@ -215,10 +220,15 @@ def find(name: str) -> Geometry:
     # pi0 keeps the prefix's model in a part of its own; its action expert has the same cache.
     prefix = getattr(config, "vlm_config", config)
     tokens, pixels = _picture(prefix)
+    text = _text(prefix)
+    # Whether the output layer is apart the whole model's config says, not its decoder's; Mllama's
+    # always is, since it knows fewer tokens than the embedding.
+    tied = getattr(prefix, "tie_word_embeddings", True)
+    text.tie_word_embeddings = tied and prefix.model_type != "mllama"
     return Geometry(
         name=name,
         model_type=config.model_type,
-        text=_text(prefix),
+        text=text,
         picture_tokens=tokens,
         picture_pixels=pixels,
     )
@@ -239,6 +249,7 @@ def _picture(config: Any) -> tuple[int | None, str | None]:
         return positions, f"{positions / 50:g} s"
     vision: Any = getattr(config, "vision_config", None)
     merge: Any = getattr(vision, "spatial_merge_size", None)
+    merge = merge or getattr(config, "downsample_factor", None)
     side = _PIXELS if merge else getattr(vision, "image_size", None)
     if side is None:
         return None, None

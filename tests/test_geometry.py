@@ -276,6 +276,17 @@ def test_inspect_wants_one_thing_or_a_pair(
     assert "inspect takes WHAT, or --pair SOURCE TARGET" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"blip-2_t5", "florence2"}))
+def test_the_decoder_of_each_family_is_counted(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name].build().model
+    model.save_pretrained(tmp_path)
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    found = find(str(tmp_path))
+    assert found.num_parameters == decoder.num_parameters() + (0 if tied else head.numel())
+    assert found.picture_tokens or name == "gemma4"  # whose config does not tell
+
+
 @pytest.mark.parametrize(
     ("name", "positions"),
     [("blip-2", 5), ("blip-2_t5", 5), ("florence2", None), ("mllama", 4 * 4 + 1)],

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mm_c2c.cache import CacheOrigin, CacheShape, PatchGrid, PositionKind, SourceCache, read_layers
 from mm_c2c.config import DTYPES
 from mm_c2c.errors import UnsupportedError
-from mm_c2c.geometry import Geometry
+from mm_c2c.geometry import Geometry, build_decoder
 from mm_c2c.link import LinkConfig
 from mm_c2c.sources import source_class
 from mm_c2c.sources.base import Source, SourceInput, full_cache
@@ -30,6 +30,7 @@ ANSWER = 8
 INNER = 64
 """Width of what is inside a narrow model, and of a narrow fuser's projection."""
 _LAYERS, _VOCAB, _PICTURE = 6, 512, 64
+_NARROW = 32
 _CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' }}"
 
 
@@ -47,7 +48,7 @@ class BlankSource:
         self, geometry: Geometry, links: Sequence[LinkConfig], dtype: str, *, true_width: bool
     ) -> None:
         text = geometry.text if true_width else narrow(geometry.text)
-        self.model: Any = build(AutoModel, text, dtype if true_width else "float32")
+        self.model: Any = build(build_decoder, text, dtype if true_width else "float32")
         self.links = links
         tokens = geometry.picture_tokens or 0
         self.side = math.isqrt(tokens if true_width else min(tokens, _PICTURE))
@@ -126,7 +127,7 @@ class BlankSpeech(SpeechSource):
     def __init__(self, geometry: Geometry, dtype: str, *, true_width: bool) -> None:
         text = geometry.text if true_width else narrow(geometry.text)
         no_processor: Any = None
-        model = build(AutoModel, text, dtype if true_width else "float32")
+        model = build(build_decoder, text, dtype if true_width else "float32")
         super().__init__(model, no_processor, geometry.name)
 
     def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
@@ -147,14 +148,14 @@ def blank_source(
     """The blank source of a model's kind; arguments as for `BlankSource`.
 
     Raises:
-        UnsupportedError: an encoder-decoder that is no speech model.
+        UnsupportedError: a model that looks by cross-attention and is no speech model.
     """
     if issubclass(source_class(geometry.model_type, has_vision=False), SpeechSource):
         return BlankSpeech(geometry, dtype, true_width=true_width)
-    if geometry.text.is_encoder_decoder:
+    if geometry.text.is_encoder_decoder or getattr(geometry.text, "cross_attention_layers", ()):
         raise UnsupportedError(
-            f"{geometry.name} ({geometry.model_type}) is an encoder-decoder, of which a dry run "
-            "knows speech models only; leave --dry-run out"
+            f"{geometry.name} ({geometry.model_type}) reads what it is shown by cross-attention; "
+            "of such models a dry run knows those of speech only; leave --dry-run out"
         )
     return BlankSource(geometry, links, dtype, true_width=true_width)
 
@@ -165,11 +166,14 @@ def narrow(text: Any) -> Any:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     small.num_key_value_heads = min(heads, 2)
     small.num_attention_heads = 2 * small.num_key_value_heads
-    small.head_dim = (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    ) // 4
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Of a tiny model no channels are left to take away.
+    part = 4 if head_dim >= _NARROW else 1
+    small.head_dim = head_dim // part
     # As some families have it, whatever head_dim says.
     small.hidden_size = small.num_attention_heads * small.head_dim
+    if hasattr(text, "word_embed_proj_dim"):  # OPT, whose embeddings may be narrower
+        small.word_embed_proj_dim = small.hidden_size
     small.intermediate_size, small.vocab_size = INNER, _VOCAB
     for key, token in vars(text).items():
         if key.endswith("token_id"):
@@ -184,7 +188,7 @@ def narrow(text: Any) -> Any:
     if sections:
         small.rope_parameters = {
             **text.rope_parameters,
-            "mrope_section": [section // 4 for section in sections],
+            "mrope_section": [section // part for section in sections],
         }
     return small
 
@@ -217,18 +221,18 @@ def blank_target(
     text = geometry.text if true_width else narrow(geometry.text)
     dtype = dtype if true_width else "float32"
     make = _build_shared if shared else build
-    model = make(AutoModelForCausalLM, text, dtype)
+    model = make(AutoModelForCausalLM.from_config, text, dtype)
     return Target(model, byte_tokenizer(slot_token), geometry.name)
 
 
-def build(kind: Any, text: Any, dtype: str) -> Any:
+def build(kind: Callable[..., Any], text: Any, dtype: str) -> Any:
     """A frozen model by its config, the same whenever it is built."""
     torch.manual_seed(0)
-    model = kind.from_config(text, dtype=DTYPES[dtype])
+    model = kind(text, dtype=DTYPES[dtype])
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _build_shared(kind: Any, text: Any, dtype: str) -> Any:
+def _build_shared(kind: Callable[..., Any], text: Any, dtype: str) -> Any:
     """As `build`, but every layer has the first one's weights."""
     one = _cut(text, 1)
     model = build(kind, one, dtype)
