@@ -47,8 +47,7 @@ class BlankSource:
     def __init__(
         self, geometry: Geometry, links: Sequence[LinkConfig], dtype: str, *, true_width: bool
     ) -> None:
-        text = geometry.text if true_width else narrow(geometry.text)
-        self.model: Any = build(build_decoder, text, dtype if true_width else "float32")
+        self.model: Any = _build_blank(build, build_decoder, geometry, dtype, true_width=true_width)
         self.links = links
         tokens = geometry.picture_tokens or 0
         self.side = math.isqrt(tokens if true_width else min(tokens, _PICTURE))
@@ -125,9 +124,8 @@ class BlankSpeech(SpeechSource):
     """
 
     def __init__(self, geometry: Geometry, dtype: str, *, true_width: bool) -> None:
-        text = geometry.text if true_width else narrow(geometry.text)
         no_processor: Any = None
-        model = build(build_decoder, text, dtype if true_width else "float32")
+        model = _build_blank(build, build_decoder, geometry, dtype, true_width=true_width)
         super().__init__(model, no_processor, geometry.name)
 
     def generate(self, inputs: Sequence[SourceInput], **kwargs: Any) -> list[str]:
@@ -218,11 +216,34 @@ def blank_target(
         shared: all layers have the first one's weights, which are then kept once: the work is the
             same, and an 8 B model fits in the memory of a laptop.
     """
-    text = geometry.text if true_width else narrow(geometry.text)
-    dtype = dtype if true_width else "float32"
     make = _build_shared if shared else build
-    model = make(AutoModelForCausalLM.from_config, text, dtype)
+    kind = AutoModelForCausalLM.from_config
+    model = _build_blank(make, kind, geometry, dtype, true_width=true_width)
     return Target(model, byte_tokenizer(slot_token), geometry.name)
+
+
+def _build_blank(
+    make: Callable[..., Any],
+    kind: Callable[..., Any],
+    geometry: Geometry,
+    dtype: str,
+    *,
+    true_width: bool,
+) -> Any:
+    """A model of the published width in its precision, or a narrow one in float32.
+
+    Raises:
+        UnsupportedError: no narrow model of the family can be made.
+    """
+    if true_width:
+        return make(kind, geometry.text, dtype)
+    try:
+        return make(kind, narrow(geometry.text), "float32")
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{geometry.name} ({geometry.model_type}): no narrow model of this family can be made "
+            f"({error}); --true-width makes one of the published width"
+        ) from error
 
 
 def build(kind: Callable[..., Any], text: Any, dtype: str) -> Any:

@@ -362,7 +362,9 @@ def attention_returns(model: nn.Module) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, _given: Any, returned: Any) -> None:
-        found.append(returned[0])
+        # With its weights; recurrent layers and the MLPs of some families return a tensor alone.
+        if isinstance(returned, tuple):
+            found.append(returned[0])
 
     # A layer of some families has an index too; its attention is the innermost that has one.
     indexed = [module for module in model.modules() if hasattr(module, "layer_idx")]
