@@ -274,12 +274,13 @@ class Bridge(nn.Module):
         caches: Mapping[str, SourceCache] | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """Answer by `target.generate(**kwargs)`; several sequences a question follow each other."""
+        """Answer by `target.generate(**kwargs)`; several sequences a question follow each other.
+
+        Arguments and errors are those of `fuse` and of `Target.generate`.
+        """
         fused = self.fuse(perception, questions, caches)
-        out = self.target.generate(fused, **kwargs)
-        return self.target.tokenizer.batch_decode(
-            out[:, fused["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        new = self.target.generate(fused, **kwargs)[:, fused["input_ids"].shape[1] :]
+        return self.target.tokenizer.batch_decode(new, skip_special_tokens=True)
 
     def stream(
         self,
@@ -288,7 +289,7 @@ class Bridge(nn.Module):
         caches: Mapping[str, SourceCache] | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """Answer one question, piece by piece as it is decoded."""
+        """Answer one question, piece by piece as it is decoded; as `generate` otherwise."""
         with torch.no_grad():
             fused = self.fuse(perception, [question], caches)
         yield from self.target.stream(fused, **kwargs)
@@ -416,8 +417,7 @@ class Bridge(nn.Module):
                 f"{perception.batch_size} perceived rows cannot answer {len(questions)} questions: "
                 "give as many for each row"
             )
-        repeats = len(questions) // perception.batch_size
-        cache = repeat_rows(perception.past_key_values, repeats)
+        cache = repeat_rows(perception.past_key_values, len(questions) // perception.batch_size)
         prefix = perception.input_ids[:1].expand(len(questions), -1)
         input_ids = torch.cat([prefix, ids], dim=1)
         attention_mask = torch.cat([torch.ones_like(prefix), mask], dim=1)
