@@ -2,9 +2,9 @@
 
 python -m mm_c2c.reference.make_items --split unseen_style --out FOLDER --artwork FOLDER
 
-`--stickers 5 6` makes scenes of so many, in turn. `--knowledge` writes `knowledge.jsonl` instead,
-about the pictures that are there, of what training never asks; with `--taught` it writes
-`taught.jsonl`, of what training asks.
+`--stickers 5 6` makes scenes of so many, in turn; `--kinds odd` asks questions of this kind alone.
+`--knowledge` writes `knowledge.jsonl` instead, about the pictures that are there, of what training
+never asks; with `--taught` it writes `taught.jsonl`, of what training asks.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--artwork", type=Path, required=True)
     parser.add_argument("--stickers", type=int, nargs="+", choices=range(1, CELLS**2 + 1))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--knowledge", action="store_true")
     parser.add_argument("--taught", action="store_true")
     args = parser.parse_args()
@@ -44,12 +45,12 @@ def main() -> None:
     names = [name for name in names if name in SPLITS[args.split].names]
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SPLITS[args.split].first_seed)
-    wanted = dict.fromkeys(KINDS, args.per_kind)
+    wanted = dict.fromkeys(args.kinds, args.per_kind)
     rows, number = [], 0
     while any(wanted.values()):
         stickers = args.stickers and args.stickers[number % len(args.stickers)]
         scene = make_scene(args.split, number, artworks, stickers)
-        asked = [q for q in questions(scene, rng, names) if wanted[q.kind]]
+        asked = [q for q in questions(scene, rng, names) if wanted.get(q.kind)]
         if asked:
             file = f"{number:04d}.webp"
             render(scene, artworks).save(args.out / file, quality=WEBP_QUALITY, method=6)
