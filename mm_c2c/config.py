@@ -125,6 +125,23 @@ def check_at_least_one(config: Any, *names: str, where: str = "") -> None:
             raise ConfigError(f"{where}{name} must be at least 1, got {value}")
 
 
+def with_defaults(config: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were kept, with the defaults of those that could not be set yet.
+
+    Args:
+        config: a dataclass of today's settings.
+        before: plain values of earlier ones, as `to_dict` gives them.
+    """
+    merged = dict(before)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and isinstance(before.get(field.name, {}), Mapping):
+            merged[field.name] = with_defaults(value, before.get(field.name, {}))
+        elif field.name not in before and value == field.default:
+            merged[field.name] = _plain(value)
+    return merged
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a config, ready for JSON; `from_dict` reads them back."""
     return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}

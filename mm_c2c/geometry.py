@@ -249,7 +249,8 @@ def _picture(config: Any) -> tuple[int | None, str | None]:
         return positions, f"{positions / 50:g} s"
     vision: Any = getattr(config, "vision_config", None)
     merge: Any = getattr(vision, "spatial_merge_size", None)
-    merge = merge or getattr(config, "downsample_factor", None)
+    for name in ("downsample_factor", "spatial_merge_size"):
+        merge = merge or getattr(config, name, None)
     side = _PIXELS if merge else getattr(vision, "image_size", None)
     if side is None:
         return None, None

@@ -57,11 +57,12 @@ def hold(folder: Path | None) -> Iterator[None]:
 
     Raises:
         ConfigError: another process holds it.
+        InputError: it cannot be made.
     """
     if folder is None:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         lock = FileLock(folder / ".lock").acquire(blocking=False)
     except Timeout as error:
@@ -113,14 +114,19 @@ def read_summary(run: Path, command: str = "mm-c2c evaluate --out") -> dict[str,
         command: what writes such folders.
 
     Raises:
-        InputError: it is not finished.
+        InputError: it is not finished, or its summary is damaged.
     """
+    path = run / "summary.json"
     try:
-        found: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{run} holds no finished run ({error.strerror}: summary.json); make one with {command}"
         ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); make it anew with {command}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no summary of a run; make one with {command}")
     return found
 
 
@@ -130,12 +136,21 @@ def make_room(path: Path) -> None:
     Raises:
         InputError: it cannot be made, or the file is a folder.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    make_folder(path.parent)
     if path.is_dir():
         raise InputError(f"expected a file to write to, got the folder {path}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that is to be written to, if it is not there.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def write_json(path: Path, values: Any) -> None:

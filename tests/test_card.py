@@ -113,7 +113,7 @@ def test_a_card_of_another_fusers_evaluation_is_refused(
         write_card(saved, tmp_path)
     path = run / "summary.json"
     path.write_text(json.dumps({"arms": {"source": {}}}))
-    with pytest.raises(InputError, match="no arm 'fused'"):
+    with pytest.raises(InputError, match="with an arm 'fused'"):
         write_card(saved, run)
     path.write_text(json.dumps({"arms": {"fused": {}}, "config": {"fuser": "0"}}))
     with pytest.raises(MismatchError, match="other weights"):
@@ -203,3 +203,19 @@ def test_a_repository_that_cannot_be_had_is_no_folder(
     for name in (tmp_path / "x", str(tmp_path / "x"), "fuser"):
         with pytest.raises(MismatchError, match="not a saved bridge"):
             Bridge.from_pretrained(name, bridge.target, bridge.sources)
+
+
+@pytest.mark.parametrize(
+    ("summary", "message"),
+    [
+        ('{"arms": ', r"summary\.json is damaged"),
+        ("[]", r"summary\.json is no summary of a run"),
+        ('{"n": 3}', r"is no run of mm-c2c evaluate with an arm 'fused'"),
+    ],
+)
+def test_a_card_wants_a_whole_summary(
+    saved: Path, tmp_path: Path, summary: str, message: str
+) -> None:
+    (tmp_path / "summary.json").write_text(summary)
+    with pytest.raises(InputError, match=message):
+        write_card(saved, tmp_path)

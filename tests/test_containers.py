@@ -36,6 +36,17 @@ def shards(tmp_path: Path) -> DataConfig:
     return DataConfig(path=str(tmp_path / "*.tar"), format="webdataset")
 
 
+@pytest.mark.parametrize("form", ["gif", "bmp", "tif", "webp"])
+def test_pictures_of_a_shard_are_of_any_usual_form(tmp_path: Path, form: str) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (4, 3), (200, 0, 0)).save(data, format={"tif": "tiff"}.get(form, form))
+    said = json.dumps({"question": "what", "answer": "it"}).encode()
+    write_shard(tmp_path / "a.tar", {"0": {"json": said, form: data.getvalue()}})
+    config = DataConfig(path=str(tmp_path / "a.tar"), format="webdataset")
+    (picture,) = open_examples(config, seed=0).at(0).images
+    assert abs(picture.getpixel((1, 1))[0] - 200) < 9
+
+
 def test_shards_are_read_in_any_order(shards: DataConfig) -> None:
     examples = open_examples(shards, seed=0)
     assert sorted(shades(examples, range(3))) == [0, 1, 2]
@@ -151,7 +162,12 @@ def asked(examples: Any, places: Iterable[int]) -> list[str]:
 
 
 def test_settings_of_data_sets_are_refused_for_files(tmp_path: Path) -> None:
-    for setting in ({"name": "en"}, {"split": "dev"}, {"streaming": True}, {"columns": {"a": "b"}}):
+    for setting in (
+        {"name": "en"},
+        {"split": "dev"},
+        {"streaming": True},
+        {"columns": {"text": "b"}},
+    ):
         (key,) = setting
         for form in ("jsonl", "webdataset"):
             with pytest.raises(ConfigError, match=rf"expected data\.{key} with .* got {form}"):

@@ -278,6 +278,7 @@ def test_models_whose_padding_is_a_late_token_are_tried(tmp_path: Path) -> None:
         config.save_pretrained(tmp_path / str(number))
     settings = [f"sources.eyes.model={tmp_path / '0'}", f"target.model={tmp_path / '1'}"]
     settings.append("links={eyes: {geometry: aligned, fuser: {hidden_size: 16, rank: 4}}}")
+    settings.append("drop.slots=0")
     result = dry_run(load_config(TrainingConfig, CONFIGS / "tiny.yaml", settings))
     assert all(math.isfinite(loss) for loss in result["losses"])
 

@@ -12,7 +12,14 @@ import pytest
 import torch
 from families import FAMILIES
 from PIL import Image
-from transformers import AutoModel, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    Lfm2VlConfig,
+    LlamaForCausalLM,
+    Mistral3Config,
+    PreTrainedTokenizerFast,
+)
 
 from mm_c2c.align import Alignment
 from mm_c2c.align.patches import align_pooled
@@ -285,6 +292,18 @@ def test_the_decoder_of_each_family_is_counted(name: str, tmp_path: Path) -> Non
     found = find(str(tmp_path))
     assert found.num_parameters == decoder.num_parameters() + (0 if tied else head.numel())
     assert found.picture_tokens or name == "gemma4"  # whose config does not tell
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"),
+    [(Mistral3Config, (448 // 28) ** 2), (Lfm2VlConfig, (448 // 32) ** 2)],
+)
+def test_models_that_merge_patches_say_so_in_different_places(
+    kind: Any, positions: int, tmp_path: Path
+) -> None:
+    kind().save_pretrained(tmp_path)
+    found = find(str(tmp_path))
+    assert (found.picture_tokens, found.picture_pixels) == (positions, "448 x 448")
 
 
 @pytest.mark.parametrize(

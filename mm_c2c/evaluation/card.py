@@ -103,8 +103,10 @@ def _weights_file(folder: Path) -> Path:
 def _own_summary(run: Path, fuser: str) -> dict[str, Any]:
     """A run's summary, which must be of these weights."""
     summary = read_summary(run)
-    if "fused" not in summary["arms"]:
-        raise InputError(f"{run} has no arm 'fused'; a card is about that one")
+    if "fused" not in summary.get("arms", {}) or "fuser" not in summary.get("config", {}):
+        raise InputError(
+            f"{run} is no run of mm-c2c evaluate with an arm 'fused'; a card is about that one"
+        )
     if summary["config"]["fuser"] != fuser:
         raise MismatchError(
             f"{run} is of other weights (fingerprint {summary['config']['fuser']}, here {fuser}); "

@@ -13,7 +13,6 @@ questions were answered right: laid into an empty folder, it stands for the trai
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from mm_c2c.config import set_key, to_dict
+from mm_c2c.config import set_key, to_dict, with_defaults
 from mm_c2c.errors import ConfigError
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, ordered
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
@@ -112,7 +111,7 @@ def ablate(config: AblationConfig) -> None:
             known = read_judgements(config.out).get(variant.out.name, {"right": {}})
             settings = _settings(variant)
             before = _read_settings(variant.out) or known.get("settings", settings)
-            before = _merge(_defaults(variant.training, settings), before)
+            before = _without_places(with_defaults(variant.training, before))
             if before != settings:
                 raise ConfigError(
                     f"{variant.out}: trained with other settings than {name!r} has now "
@@ -236,32 +235,13 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
 
 def _settings(variant: Variant) -> dict[str, Any]:
     """All that says what is learned, as a file keeps it."""
-    kept = {k: v for k, v in to_dict(variant.training).items() if k not in _WHEREABOUTS}
+    kept = _without_places(to_dict(variant.training))
     # What ships is called as the configs call it, wherever the package lies.
     return json.loads(json.dumps(kept).replace(f"{HERE}/", "mm_c2c/reference/"))
 
 
-def _defaults(training: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings that have one: what a training had before they could be set."""
-    found = {}
-    for field in dataclasses.fields(training):
-        value = getattr(training, field.name)
-        if field.name not in settings:
-            continue
-        if dataclasses.is_dataclass(value):
-            found[field.name] = _defaults(value, settings[field.name])
-        elif value == field.default:
-            found[field.name] = settings[field.name]
-    return found
-
-
-def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, at every depth; the second's where both have something."""
-    merged = {**first, **second}
-    for key in first.keys() & second.keys():
-        if isinstance(first[key], Mapping) and isinstance(second[key], Mapping):
-            merged[key] = _merge(first[key], second[key])
-    return merged
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _WHEREABOUTS}
 
 
 def _read_settings(training: Path) -> dict[str, Any]:

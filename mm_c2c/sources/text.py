@@ -73,7 +73,10 @@ class TextSource(FrozenReader):
     def _encode(self, inputs: Sequence[SourceInput]) -> tuple[dict[str, Tensor], Tensor]:
         for item in inputs:
             if not item.text.strip():
-                raise InputError("a text source needs a question, got an empty text")
+                raise InputError(
+                    "a text source needs a question, got an empty text; in a training of slots, "
+                    "drop.questions=0 lets it read each"
+                )
             if item.images or item.videos:
                 raise InputError(f"{self.origin.model} reads text only, but got a picture")
         return encode_chats(self.tokenizer, [item.text for item in inputs], self.model.device)

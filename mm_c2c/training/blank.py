@@ -71,7 +71,11 @@ class BlankSource:
             for row in range(self.side)
             for col in range(self.side)
         ]
-        named = {PositionKind[kind.upper()] for link in self.links for kind in link.kinds}
+        named = {
+            PositionKind[kind.upper()]
+            for link in self.links
+            for kind in (*link.kinds, *link.asking)
+        }
         others = [kind for kind in sorted(named) for link in self.links for _ in range(link.cols)]
         words = max(len(item.text) for item in inputs)
         batch, before = len(inputs), 1 + len(patches) + len(others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,21 @@ from mm_c2c.training.optimizers import OPTIMIZERS, build_optimizers
 FORMATS = ("jsonl", "webdataset", "datasets")
 ON_CORRUPT = ("stop", "skip")
 MATCHES = ("cache", "attention")
+# What an example may say; `mm_c2c.training.data` says what it means.
+FIELDS = (
+    "image",
+    "images",
+    "video",
+    "fps",
+    "audio",
+    "text",
+    "state",
+    "action_tokens",
+    "question",
+    "answer",
+    "turns",
+    "caption",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +109,8 @@ class DataConfig:
                 f"expected {', '.join(idle)} with data.format datasets alone, got {self.format}; "
                 "leave it out, or set data.format=datasets"
             )
+        for name in self.columns:
+            check_one_of("a name of data.columns, which is ours,", name, FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +160,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _share("phases.generate.distill", self.distill)
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(
-                f"phases.generate.temperature must be 0 or more, got {self.temperature}"
-            )
+        check_at_least_one(self, "answer_tokens", where="phases.generate.")
+        _zero_or_more("phases.generate.temperature", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +173,11 @@ class PhasesConfig:
 
     def __post_init__(self) -> None:
         for phase in (self.reconstruct, self.generate):
+            if min(phase.steps, phase.warmup) < 0:
+                raise ConfigError(
+                    f"steps and warmup of a phase must be 0 or more, got {phase.steps} and "
+                    f"{phase.warmup}"
+                )
             if phase.steps and phase.steps <= phase.warmup:
                 raise ConfigError(f"steps ({phase.steps}) must exceed warmup ({phase.warmup})")
         if not self.steps:
@@ -174,7 +194,8 @@ class DropConfig:
     """Shares of what is left out at random, so that a fuser stays usable where it is missing.
 
     Attributes:
-        sources: share of rows in which a source's cache is emptied, drawn for each source.
+        sources: share of rows in which a source's cache is emptied, drawn for each source; the only
+            one of these that aligned links know.
         slots: share of slots that stay as the target has them.
         links: share of rows in which all slots of a link stay so, drawn for each link: what is left
             out when a reader is asked with one of its links only.
@@ -224,6 +245,7 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optimizer.{name} must exceed 0, got {getattr(self, name)}")
+        _zero_or_more("optimizer.weight_decay", self.weight_decay)
 
     def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
         """What moves the weights of a module."""
@@ -243,6 +265,9 @@ class KeptConfig:
 
     folder: Path
     budget_gb: float = 20.0
+
+    def __post_init__(self) -> None:
+        _zero_or_more("kept.budget_gb", self.budget_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,8 +353,16 @@ class TrainingConfig:
             ConfigError: which, and what to set.
         """
         names = [link.name for link in links]
+        slotted = [link.name for link in links if link.geometry == "slots"]
         for name in self.drop.named:
             check_one_of("a link of drop.named", name, names)
+        idle = sorted(set(self.drop.named) - set(slotted))
+        if idle or ((self.drop.slots or self.drop.links) and not slotted):
+            raise ConfigError(
+                f"drop.{'named' if idle else 'slots and drop.links'}: expected links with slots, "
+                f"which alone can be left out, got {', '.join(idle or names)}; drop.sources "
+                "empties what an aligned link reads"
+            )
         aligned = any(link.geometry == "aligned" for link in links)
         if self.packed and (aligned or self.drop.questions < 1):
             raise ConfigError(
@@ -351,7 +384,13 @@ class TrainingConfig:
         for name, link in self.links.items():
             source = link.get("source", name)
             shape = asdict(shapes.get(source, target))
-            fuser = {**link.get("fuser", {}), "source": shape, "target": asdict(target)}
+            given = link.get("fuser") or {}
+            if not isinstance(given, Mapping):
+                raise ConfigError(
+                    f"links.{name}.fuser: expected settings such as {{hidden_size: 256}}, got "
+                    f"{given!r}"
+                )
+            fuser = {**given, "source": shape, "target": asdict(target)}
             values = {**link, "source": source, "fuser": fuser}
             links.append(from_dict(LinkConfig, values, f"links.{name}."))
         return tuple(links)
@@ -369,6 +408,11 @@ class TrainingConfig:
                 f"{self.accumulation} pieces; take a multiple of {processes * self.accumulation}"
             )
         return count
+
+
+def _zero_or_more(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{name} must be 0 or more, got {value}")
 
 
 def _share(name: str, value: float) -> None:

@@ -1,12 +1,14 @@
-"""Tar shards and data sets: what they hold, and what to do about what is damaged in them."""
+"""Tar shards and data sets: which are meant, what they hold, and what in them is damaged."""
 
 from __future__ import annotations
 
 import logging
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +17,7 @@ from mm_c2c.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 # How gzip, bzip2, xz and zstd begin.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _BLOCK = 512  # of a tar archive, in bytes
@@ -37,6 +40,32 @@ def meet_corrupt(words: str, *, skip: bool) -> None:
     if not skip:
         raise InputError(f"{words}; data.on_corrupt=skip goes on without it")
     logger.warning("left out: %s", words)
+
+
+def matching(pattern: str) -> list[Path]:
+    """Files that are called so, in order; `*` and `?` may stand in any part of the path.
+
+    What stands in braces is named: it is among them whether it is there or not.
+    """
+    found = set(map(Path, glob(pattern)))  # noqa: PTH207, Path.glob takes no absolute pattern
+    if not found and _BRACES.search(pattern):
+        for name in _expand(pattern):
+            found.update(matching(name) or [Path(name)])
+    return sorted(found)
+
+
+def _expand(pattern: str) -> list[str]:
+    """The names of a pattern with ranges, `{00..12}`, or choices, `{a,b}`, as shells write them."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    first, last, choices = braces.groups()
+    if choices is None:
+        inner = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    else:
+        inner = choices.split(",")
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for part in inner for name in _expand(before + part + after)]
 
 
 def list_members(shard: Path) -> tuple[list[Member], str]:

@@ -24,14 +24,12 @@ import json
 import logging
 import math
 import random
-import re
 import reprlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -44,29 +42,20 @@ from mm_c2c.errors import InputError
 from mm_c2c.images import load_image, to_rgb
 from mm_c2c.recordings import read_wav
 from mm_c2c.sources.base import SourceInput
-from mm_c2c.training.config import DataConfig
-from mm_c2c.training.containers import Member, list_members, load_data_set, meet_corrupt
+from mm_c2c.training.config import FIELDS, DataConfig
+from mm_c2c.training.containers import (
+    Member,
+    list_members,
+    load_data_set,
+    matching,
+    meet_corrupt,
+)
 
 logger = logging.getLogger(__name__)
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-_FIELDS = (
-    "image",
-    "images",
-    "video",
-    "fps",
-    "audio",
-    "text",
-    "state",
-    "action_tokens",
-    "question",
-    "answer",
-    "turns",
-    "caption",
-)
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Of a damaged file, Pillow also raises what its own parsing stumbles over.
 _DAMAGED = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _SHOWN = ("image", "images", "video", "fps", "audio", "text", "state", "action_tokens")
 
 
@@ -91,6 +80,7 @@ class Example:
         action_tokens: what a policy did, where the example says so.
         turns: questions and their answers.
         description: a true description, where there is one.
+        where: it stands: a file and its line, a shard and its sample, a data set and its row.
     """
 
     images: tuple[Image.Image, ...]
@@ -102,6 +92,7 @@ class Example:
     turns: tuple[Turn, ...]
     description: str | None
     action_tokens: tuple[int, ...] = ()
+    where: str = ""
 
     def look(self, question: str = "") -> SourceInput:
         """What a source is given: what is shown, and the text with a question or without."""
@@ -147,7 +138,7 @@ def open_examples(config: DataConfig, seed: int) -> Examples:
         readers = list(_index_shards(config.path, skip=skip))
     else:
         # A name that matches nothing is read, and so refused by name.
-        files = _matching(config.path) or [Path(config.path)]
+        files = matching(config.path) or [Path(config.path)]
         readers = [reader for file in files for reader in _index_lines(file, skip=skip)]
     if not readers:
         raise InputError(f"{config.path} holds no examples")
@@ -278,7 +269,7 @@ def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
 
     Shards are gone through once, without reading what is in them.
     """
-    shards = _matching(pattern)
+    shards = matching(pattern)
     if not shards:
         raise InputError(f"no shard is named {pattern} (* and ? stand for any characters)")
     for shard in shards:
@@ -296,32 +287,6 @@ def _index_shards(pattern: str, *, skip: bool) -> Iterator[Reader]:
             yield partial(_read_sample, shard, stem, group)
 
 
-def _matching(pattern: str) -> list[Path]:
-    """Files that are called so, in order; `*` and `?` may stand in any part of the path.
-
-    What stands in braces is named: it is among them whether it is there or not.
-    """
-    found = set(map(Path, glob(pattern)))  # noqa: PTH207, Path.glob takes no absolute pattern
-    if not found and _BRACES.search(pattern):
-        for name in _expand(pattern):
-            found.update(_matching(name) or [Path(name)])
-    return sorted(found)
-
-
-def _expand(pattern: str) -> list[str]:
-    """The names of a pattern with ranges, `{00..12}`, or choices, `{a,b}`, as shells write them."""
-    braces = _BRACES.search(pattern)
-    if braces is None:
-        return [pattern]
-    first, last, choices = braces.groups()
-    if choices is None:
-        inner = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    else:
-        inner = choices.split(",")
-    before, after = pattern[: braces.start()], pattern[braces.end() :]
-    return [name for part in inner for name in _expand(before + part + after)]
-
-
 def _stem(name: str) -> str:
     folder, _, file = name.rpartition("/")
     return f"{folder}/{file.partition('.')[0]}"
@@ -329,11 +294,12 @@ def _stem(name: str) -> str:
 
 def _read_line(row: Mapping[str, Any], where: str, folder: Path) -> Example:
     with _named(where):
-        return _example(row, partial(_beside, folder), partial(_recording_beside, folder))
+        return _example(row, partial(_beside, folder), partial(_recording_beside, folder), where)
 
 
 def _read_sample(shard: Path, stem: str, members: Sequence[Member]) -> Example:
-    with _named(f"{shard}, sample {stem}"):
+    where = f"{shard}, sample {stem}"
+    with _named(where):
         parts = {}
         with shard.open("rb") as file:
             for name, offset, size in members:
@@ -347,24 +313,23 @@ def _read_sample(shard: Path, stem: str, members: Sequence[Member]) -> Example:
         pictures = [data for name, data in parts.items() if name.lower().endswith(_PICTURES)]
         recordings = [data for name, data in parts.items() if name.lower().endswith(".wav")]
         shown = {**_read_json(texts[0]), "images": pictures, "audio": next(iter(recordings), None)}
-        return _example(shown, _open_picture, _open_recording)
+        return _example(shown, _open_picture, _open_recording, where)
 
 
 def _read_row(
     columns: Mapping[str, str], name: str, index: int, row: Callable[[], Mapping[str, Any]]
 ) -> Example:
     """An example of a row of a data set; where a list of pictures is damaged, `row` raises."""
-    with _named(f"{name}, row {index}"):
-        return _example(_rename(columns, row()), _open_picture, _open_recording)
+    where = f"{name}, row {index}"
+    with _named(where):
+        return _example(_rename(columns, row()), _open_picture, _open_recording, where)
 
 
 def _rename(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
     lacking = sorted(set(columns.values()) - set(row))
     if lacking:
         raise InputError(f"a row lacks {', '.join(lacking)}; its columns: {', '.join(row)}")
-    return {
-        ours: row[columns.get(ours, ours)] for ours in _FIELDS if columns.get(ours, ours) in row
-    }
+    return {ours: row[columns.get(ours, ours)] for ours in FIELDS if columns.get(ours, ours) in row}
 
 
 def _read_json(data: bytes) -> Mapping[str, Any]:
@@ -409,7 +374,10 @@ def _turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
 def _turn(row: Mapping[str, Any]) -> Turn:
     if not row.keys() >= {"question", "answer"}:
         raise InputError(f"expected question and answer, got {', '.join(row) or 'nothing'}")
-    return Turn(_words(row, "question"), _words(row, "answer"))
+    turn = Turn(_words(row, "question"), _words(row, "answer"))
+    if not turn.question.strip():
+        raise InputError(f"expected a question of words, got {turn.question!r}")
+    return turn
 
 
 def _caption(row: Mapping[str, Any]) -> str | None:
@@ -420,6 +388,7 @@ def _example(
     row: Mapping[str, Any],
     open_picture: Callable[[Any], Image.Image],
     open_recording: Callable[[Any], NDArray[np.float32]],
+    where: str,
 ) -> Example:
     """Read what a mapping says and open what it shows."""
     alone = [] if row.get("image") is None else [row["image"]]
@@ -433,6 +402,7 @@ def _example(
         action_tokens=tuple(map(int, _list(row, "action_tokens"))),
         turns=_turns(row),
         description=_caption(row),
+        where=where,
     )
 
 
@@ -459,7 +429,7 @@ def look_at(row: Mapping[str, Any], where: str) -> SourceInput:
     """
     with _named(where):
         unasked = {**row, "turns": [Turn("", "")]}
-        return _example(unasked, load_image, partial(_recording_beside, Path())).look()
+        return _example(unasked, load_image, partial(_recording_beside, Path()), where).look()
 
 
 def _beside(folder: Path, name: str) -> Image.Image:

@@ -21,9 +21,8 @@ from mm_c2c.bridge import BridgeConfig
 from mm_c2c.cache import CacheOrigin
 from mm_c2c.config import from_dict
 from mm_c2c.errors import MismatchError
-from mm_c2c.fuser import CacheFuser
 from mm_c2c.geometry import Geometry, find, training_memory
-from mm_c2c.link import LinkConfig
+from mm_c2c.link import LinkConfig, build_fuser
 from mm_c2c.pretrained import check_origin, read_header
 from mm_c2c.training.blank import ANSWER, INNER, blank_source, blank_target
 from mm_c2c.training.config import PhasesConfig, TrainingConfig
@@ -126,7 +125,7 @@ def estimate(config: TrainingConfig) -> dict[str, Any]:
     questions = config.data.questions
     asked = questions * (QUESTION + ANSWER)
     with torch.device("meta"):
-        fusers = [CacheFuser(link.fuser).num_parameters for link in links]
+        fusers = [build_fuser(link).num_parameters for link in links]
     fuse = sum(
         count * (_looks(config) * link.num_slots or questions * QUESTION)
         for count, link in zip(fusers, links, strict=True)

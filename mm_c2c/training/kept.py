@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from mm_c2c.cache import SourceCache, join_sources, without_padding
 from mm_c2c.errors import MismatchError
 from mm_c2c.pretrained import fingerprint_weights
+from mm_c2c.run_folder import make_folder
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.transport import load_cache, save_cache
 
@@ -85,7 +86,7 @@ class KeptCaches:
     """
 
     def __init__(self, folder: Path, budget: int, processes: int = 1) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder = folder
         # With what a killed training left half written.
         taken = sum(path.stat().st_size for path in folder.glob("*/*"))

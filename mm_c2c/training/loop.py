@@ -146,6 +146,7 @@ class Loop:
             if first:
                 logger.info("resumed at step %d", first)
         if first == self.steps:
+            logger.warning("%s: all %d steps are done, nothing is left to train", self.out, first)
             keeper.write_result(save)
         if accelerator.log_with:
             accelerator.init_trackers("mm-c2c", dict(self.settings))
@@ -155,52 +156,54 @@ class Loop:
             desc=self.out.name,
             disable=not accelerator.is_local_main_process,
         )
-        started = logged = time.monotonic()
-        losses: list[Tensor] = []
-        skipped = 0
-        for step in range(first, self.steps):
-            for part, bases in zip(optimizers, rates, strict=True):
-                for group, base in zip(part.param_groups, bases, strict=True):
-                    group["lr"] = base * rate(step)
-            found: list[Tensor] = []
-            for piece in range(self.accumulation):
-                number = step * self.accumulation + piece
-                self._seed_torch(number)
-                with accelerator.accumulate(stepper):
-                    cost = stepper(number, rng)
-                    accelerator.backward(cost)
-                    found.append(cost.detach().float())
-            total = torch.stack(found).mean()
-            # After the reduction over processes, so that all of them see the same.
-            norm = accelerator.clip_grad_norm_(stepper.parameters(), self.clip)
-            # A number from DeepSpeed; a tensor, maybe sharded, from the others.
-            if torch.isfinite(torch.as_tensor(total if norm is None else norm)):
+        with bar:
+            started = logged = time.monotonic()
+            losses: list[Tensor] = []
+            skipped = 0
+            for step in range(first, self.steps):
+                for part, bases in zip(optimizers, rates, strict=True):
+                    for group, base in zip(part.param_groups, bases, strict=True):
+                        group["lr"] = base * rate(step)
+                found: list[Tensor] = []
+                for piece in range(self.accumulation):
+                    number = step * self.accumulation + piece
+                    self._seed_torch(number)
+                    with accelerator.accumulate(stepper):
+                        cost = stepper(number, rng)
+                        accelerator.backward(cost)
+                        found.append(cost.detach().float())
+                total = torch.stack(found).mean()
+                # After the reduction over processes, so that all of them see the same.
+                norm = accelerator.clip_grad_norm_(stepper.parameters(), self.clip)
+                # A number from DeepSpeed; a tensor, maybe sharded, from the others.
+                if torch.isfinite(torch.as_tensor(total if norm is None else norm)):
+                    for part in stepped:
+                        part.step()
+                    losses.append(total)
+                    skipped = 0
+                else:
+                    skipped += 1
+                    self._meet_nan(step, skipped, keeper)
                 for part in stepped:
-                    part.step()
-                losses.append(total)
-                skipped = 0
-            else:
-                skipped += 1
-                self._meet_nan(step, skipped, keeper)
-            for part in stepped:
-                part.zero_grad()
-            done = step + 1
-            bar.update()
-            if done % self.log_every == 0:
-                mean = _mean(accelerator, losses)
-                losses.clear()
-                now = time.monotonic()
-                row = {"step": done, "seconds": round(now - started), "loss": mean}
-                row |= gauges(now - logged)
-                logged = now
-                if accelerator.is_main_process:
-                    keeper.log(log, row)
-                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
-                shown = {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "seconds")}
-                bar.set_postfix({**shown, "memory": f"{memory_bytes(accelerator) / 1e9:.2f} GB"})
-            if done % self.save_every == 0 or done == self.steps:
-                keeper.save(done, rng, save)
-        bar.close()
+                    part.zero_grad()
+                done = step + 1
+                bar.update()
+                if done % self.log_every == 0 or done == self.steps:
+                    mean = _mean(accelerator, losses)
+                    losses.clear()
+                    now = time.monotonic()
+                    row = {"step": done, "seconds": round(now - started), "loss": mean}
+                    row |= gauges(now - logged)
+                    logged = now
+                    if accelerator.is_main_process:
+                        keeper.log(log, row)
+                    accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
+                    shown = {k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "seconds")}
+                    bar.set_postfix(
+                        {**shown, "memory": f"{memory_bytes(accelerator) / 1e9:.2f} GB"}
+                    )
+                if done % self.save_every == 0 or done == self.steps:
+                    keeper.save(done, rng, save)
         accelerator.end_training()
 
     def _check_strategy(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:

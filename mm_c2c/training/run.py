@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
-from mm_c2c.config import to_dict
-from mm_c2c.errors import ConfigError
+from mm_c2c.config import to_dict, with_defaults
+from mm_c2c.errors import ConfigError, InputError, ShapeError
 from mm_c2c.run_folder import hold, write_json
 from mm_c2c.sources.base import SourceInput
 from mm_c2c.target import Target
@@ -101,11 +102,19 @@ def run_loop(
     """Train fusers, with their settings beside what comes of it."""
     settings = to_dict(config)
     path = config.out / _SETTINGS
-    _warn_of_changes(path, settings)
+    _compare(path, config)
+    trained = False
+
+    def loss(number: int, rng: random.Random) -> Tensor:
+        nonlocal trained
+        trained = True
+        return learner.loss(number, rng)
 
     def save(weights: Mapping[str, Tensor]) -> None:
         learner.save(weights)
-        write_json(path, settings)
+        # Where no step was left to do, the weights came of the settings that stand there.
+        if trained or not path.is_file():
+            write_json(path, settings)
 
     loop = Loop(
         out=config.out,
@@ -120,26 +129,39 @@ def run_loop(
         settings=flatten(settings),
     )
     optimizers = config.optimizer.build(learner.fusers)
-    loop.run(learner.fusers, optimizers, learner.rate, learner.loss, save, learner.gauges)
+    loop.run(learner.fusers, optimizers, learner.rate, loss, save, learner.gauges)
 
 
-def _warn_of_changes(path: Path, settings: Mapping[str, Any]) -> None:
-    """Say where a training that goes on has other settings than it was saved with."""
+def _compare(path: Path, config: TrainingConfig) -> None:
+    """Say where a training that goes on has other settings than it was saved with.
+
+    Raises:
+        ConfigError: they say what it begins with, which a checkpoint takes the place of.
+    """
     if not path.is_file():
         return
     try:
-        before = flatten(json.loads(path.read_text(encoding="utf-8")))
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         logger.warning("%s cannot be read (%s) and is written anew", path, error)
         return
-    now = flatten(json.loads(json.dumps(settings)))
-    changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
+    before = flatten(with_defaults(config, kept))
+    now = flatten(json.loads(json.dumps(to_dict(config))))
+    changed = {
+        key: f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
         if str(before.get(key)) != str(now.get(key))
-    ]
+    }
+    # What is frozen is in no checkpoint, and would be drawn anew.
+    begun = {"start", "seed"} if config.frozen else {"start"}
+    if found := [words for key, words in changed.items() if key in begun]:
+        raise ConfigError(
+            f"{path.parent} holds a training that began otherwise ({', '.join(found)}): give "
+            "another out, or go on with what it began with"
+        )
     if changed:
-        logger.warning("%s: goes on with other settings: %s", path.parent, ", ".join(changed))
+        words = ", ".join(changed.values())
+        logger.warning("%s: goes on with other settings: %s", path.parent, words)
 
 
 def freeze(fusers: nn.ModuleDict, frozen: Sequence[str]) -> None:
@@ -156,6 +178,8 @@ def freeze(fusers: nn.ModuleDict, frozen: Sequence[str]) -> None:
             )
         for weight in found:
             weight.requires_grad = False
+    if not any(weight.requires_grad for weight in fusers.parameters()):
+        raise ConfigError(f"frozen: {', '.join(frozen)} leaves no weight to train")
 
 
 class Trainer:
@@ -196,9 +220,24 @@ class Trainer:
         self._tokens = 0
 
     def loss(self, number: int, rng: random.Random) -> Tensor:
-        """Of one process's share of a piece of a step; random by the examples' positions alone."""
+        """Of one process's share of a piece of a step; random by the examples' positions alone.
+
+        Raises:
+            InputError: an example that cannot be learned from, and where it stands.
+        """
         step, piece = divmod(number, self.config.accumulation)
-        examples, rngs = self.draw(step, piece)
+        try:
+            return self._cost(step, *self.draw(step, piece))
+        except (InputError, ShapeError):
+            for example, rng in zip(*self.draw(step, piece), strict=True):
+                try:
+                    self._cost(step, [example], [rng])
+                except (InputError, ShapeError) as alone:
+                    raise InputError(f"{example.where}: {alone}") from alone
+            raise
+
+    def _cost(self, step: int, examples: list[Example], rngs: list[random.Random]) -> Tensor:
+        """The loss of these examples in a step."""
         asked = draw_questions(examples, rngs, self.config.data.questions)
         phases = self.config.phases
         reconstruct = step < phases.reconstruct.steps
@@ -232,6 +271,12 @@ class Trainer:
         """What a source makes of inputs: kept, or computed in its own precision."""
         source = self.bridge.sources[name]
         device = self.accelerator.device
+        sees = {
+            key: getattr(each, "has_pictures", True) for key, each in self.bridge.sources.items()
+        }
+        if not sees[name] and any(sees.values()):
+            # A reader of words beside a source that sees: the pictures are not for it.
+            looks = [replace(look, images=(), videos=()) for look in looks]
 
         def compute(rows: Sequence[int]) -> SourceCache:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
