@@ -53,7 +53,7 @@ from mm_c2c.pretrained import (
     write_bridge,
 )
 from mm_c2c.prompt import Prompt
-from mm_c2c.sources.base import Source, SourceInput, count_positions, full_cache
+from mm_c2c.sources.base import Source, SourceInput, count_positions, for_source, full_cache
 from mm_c2c.target import Target
 
 
@@ -134,7 +134,7 @@ class Bridge(nn.Module):
             )
         rows = source_inputs(inputs, text)
         with torch.no_grad():
-            caches = {name: self.sources[name].prefill(rows) for name in named}
+            caches = {n: self.sources[n].prefill(for_source(self.sources, n, rows)) for n in named}
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             return self.fuse_slots(caches)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,13 +85,19 @@ def claim(folder: Path, settings: dict[str, Any], kind: type[Any] | None = None)
             where there is none, no value that is known.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are not, or what they were is not known.
+        InputError: they cannot be read.
     """
     path = folder / "config.json"
     if not path.exists():
+        if (folder / "answers.jsonl").exists():
+            raise ConfigError(
+                f"{folder} holds answers, and no {path.name} says of what; give another folder, or "
+                "delete this one to start anew"
+            )
         write_json(path, settings)
         return
-    found = _defaults(kind) | json.loads(path.read_text(encoding="utf-8"))
+    found = _defaults(kind) | read_object(path)
     if changed := sorted(key for key in found if settings.get(key) != found[key]):
         raise ConfigError(
             f"{folder} holds a run with other settings ({', '.join(changed)} differ); give another "
@@ -117,16 +124,23 @@ def read_summary(run: Path, command: str = "mm-c2c evaluate --out") -> dict[str,
         InputError: it is not finished, or its summary is damaged.
     """
     path = run / "summary.json"
+    if not path.is_file():
+        raise InputError(f"{run} holds no finished run ({path.name}); make one with {command}")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The names and values of a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{run} holds no finished run ({error.strerror}: summary.json); make one with {command}"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); make it anew with {command}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); make it anew") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} is no summary of a run; make one with {command}")
+        raise InputError(f"{path}: expected names and values, got {reprlib.repr(found)}")
     return found
 
 
@@ -165,12 +179,25 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines, up to the first that is cut off."""
+    """Rows of a file of JSON lines, up to the first that is cut off.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
     rows = []
     # Not `splitlines`: JSON may hold other line breaks as they are.
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path}, line {number}: expected names and values, got {reprlib.repr(row)}"
+            )
+        rows.append(row)
     return rows

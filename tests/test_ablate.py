@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -351,3 +352,29 @@ def test_a_baseline_is_a_variant_with_a_base_of_its_own(
 def test_a_report_wants_results(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no evaluated variant"):
         ablation_report(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["seed", "out", "seed.x"])
+def test_what_follows_from_the_whole_is_not_a_variants_own(
+    config: AblationConfig, key: str
+) -> None:
+    """It was overwritten, and all variants were the same training."""
+    with pytest.raises(ConfigError, match=rf"raw keys: {key} of each training follows from seeds"):
+        dataclasses.replace(config, variants={"whole": {}, "raw keys": {key: 5}})
+    with pytest.raises(ConfigError, match=rf"shared: {key} of each training follows"):
+        dataclasses.replace(config, shared={key: 5})
+
+
+def test_what_cannot_be_read_is_said_before_anything_is_trained(
+    config: AblationConfig, trained: list[FuserTrainingConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"base: cannot read .*none\.yaml"):
+        dataclasses.replace(config, base=tmp_path / "none.yaml")
+    (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match="foreign"):
+        ablate.ablate(dataclasses.replace(config, items=tmp_path / "foreign.jsonl"))
+    config.out.mkdir()
+    (config.out / "judgements.json").write_text('{"a": ')
+    with pytest.raises(InputError, match=r"judgements\.json cannot be read"):
+        ablate.ablate(config)
+    assert not trained

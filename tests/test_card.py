@@ -208,8 +208,8 @@ def test_a_repository_that_cannot_be_had_is_no_folder(
 @pytest.mark.parametrize(
     ("summary", "message"),
     [
-        ('{"arms": ', r"summary\.json is damaged"),
-        ("[]", r"summary\.json is no summary of a run"),
+        ('{"arms": ', r"summary\.json cannot be read"),
+        ("[]", r"summary\.json: expected names and values, got \[\]"),
         ('{"n": 3}', r"is no run of mm-c2c evaluate with an arm 'fused'"),
     ],
 )

@@ -13,7 +13,7 @@ from PIL import Image
 from text_rigs import CHOICES, build_bridge
 
 from mm_c2c import Bridge, Target, cli
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation import diagnostics, pair, run, text_to_text
 from mm_c2c.evaluation.arms import Asked, Reply
 from mm_c2c.evaluation.diagnostics import DiagnosticsConfig, diagnose
@@ -63,6 +63,42 @@ def test_a_run_does_not_go_on_over_other_items(
         evaluate(bridge, config, tmp_path / "run", progress=False)
     with pytest.raises(ConfigError, match="items_fingerprint differ"):
         diagnose(bridge, asked, tmp_path / "diagnosis", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"items": ', r"config\.json cannot be read"),
+        ("config.json", "[]", r"config\.json: expected names and values, got \[\]"),
+        ("answers.jsonl", '"a"\n', r"answers\.jsonl, line 1: expected names and values, got 'a'"),
+        ("answers.jsonl", '{"a": 1}\n' * 2, r"line 1: expected answers of fused, shuffled to 'Wha"),
+    ],
+)
+def test_a_damaged_run_is_said_and_left_as_it_is(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    out = tmp_path / "run"
+    evaluate(bridge, config, out, progress=False)
+    (out / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        evaluate(bridge, config, out, progress=False)
+    assert (out / name).read_text() == content
+
+
+def test_answers_to_other_questions_are_not_taken_for_these(
+    bridge: Bridge, config: EvaluationConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    evaluate(bridge, config, out, progress=False)
+    kept = (out / "answers.jsonl").read_text()
+    (out / "answers.jsonl").write_text(kept.replace("What 3?", "Who?"))
+    with pytest.raises(InputError, match=r"line \d: expected answers .* to 'What 3\?' about b/1"):
+        evaluate(bridge, config, out, progress=False)
+    (out / "answers.jsonl").write_text(kept)
+    (out / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds answers, and no config\.json says of what"):
+        evaluate(bridge, config, out, progress=False)
+    assert (out / "answers.jsonl").read_text() == kept
 
 
 def test_a_diagnosis_draws_pictures(

@@ -12,13 +12,15 @@ from PIL import Image
 from tiny_vlm import TinyVLM
 from training_rigs import TINY, assert_same, go, save_settings, weights
 
+from mm_c2c import Bridge
 from mm_c2c.config import load_config, override
-from mm_c2c.errors import ConfigError, InputError
+from mm_c2c.errors import AlignmentError, ConfigError, InputError, ShapeError
 from mm_c2c.run_folder import hold
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.data import open_examples
 from mm_c2c.training.dry_run import dry_run
 from mm_c2c.training.kept import KeptCaches
+from mm_c2c.training.models import load_source, load_target
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 NO_FIRST_PHASE = "phases.reconstruct.steps=0"
@@ -60,8 +62,14 @@ def test_an_example_that_cannot_be_learned_from_is_named(
     config: TrainingConfig, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     change_last(config, change)
-    with pytest.raises(InputError, match=rf"data\.jsonl, line 6: .*{message}"):
+    with pytest.raises((InputError, ShapeError), match=rf"data\.jsonl, line 6: .*{message}"):
         go(override(config, ["batch_size=4"]))
+
+
+def test_an_example_without_what_slots_take_is_named(config: TrainingConfig) -> None:
+    link = "links={eyes: {geometry: slots, kinds: [state], rows: 1, cols: 2}}"
+    with pytest.raises(AlignmentError, match=r"data\.jsonl, line \d: .*no position of kind STATE"):
+        go(override(config, [link]))
 
 
 def test_a_blank_question_is_left_out(config: TrainingConfig) -> None:
@@ -85,6 +93,11 @@ def test_a_start_beside_a_checkpoint_is_refused(config: TrainingConfig, tmp_path
     with pytest.raises(ConfigError, match=r"began otherwise \(start: None -> .*give another out"):
         go(override(config, [start]))
     assert_same(weights(config.out), before)
+    (config.out / "last.pt").unlink()
+    after = go(override(config, [start]))
+    # Written otherwise, it is the same folder.
+    other = tmp_path / "." / "first" / ".." / "first" / "bridge"
+    assert_same(go(override(config, [f"start={other}", "phases.generate.steps=2"])), after)
 
 
 def test_what_is_frozen_cannot_be_drawn_anew(config: TrainingConfig) -> None:
@@ -94,6 +107,9 @@ def test_what_is_frozen_cannot_be_drawn_anew(config: TrainingConfig) -> None:
     with pytest.raises(ConfigError, match=r"began otherwise \(seed: 0 -> 1\)"):
         go(override(longer, ["seed=1"]))
     go(longer)
+    begun = [f"start={config.out / 'bridge'}", f"out={config.out / 'more'}"]
+    go(override(frozen, begun))
+    go(override(longer, [*begun, "seed=1"]))  # what is frozen comes from the start
 
 
 def test_where_nothing_is_left_to_train_the_settings_stay(
@@ -106,8 +122,10 @@ def test_where_nothing_is_left_to_train_the_settings_stay(
     assert "all 4 steps are done, nothing is left to train" in caplog.text
     assert path.read_text() == kept
     path.unlink()
-    go(config)
-    assert path.read_text() == kept
+    for damaged in ("", "[]", kept[:9]):
+        path.write_text(damaged)
+        go(config)
+        assert path.read_text() == kept
 
 
 def test_settings_that_could_not_be_set_have_not_changed(
@@ -213,6 +231,13 @@ def test_a_reader_of_words_is_shown_no_pictures_beside_one_that_sees(
     after = go(both)
     moved = {name.partition(".")[0] for name in first if not first[name].equal(after[name])}
     assert moved == {"eyes_slots", "words_aligned"}
+    slots = "{words: {geometry: slots, kinds: [text], rows: 1, cols: 2}, eyes: {geometry: slots}}"
+    slots = override(both, [f"links={slots}", "drop.questions=0", f"out={config.out / 'slots'}"])
+    go(slots)
+    sources = {name: load_source(model) for name, model in slots.sources.items()}
+    bridge = Bridge.from_pretrained(slots.out / "bridge", load_target(slots.target), sources)
+    seen = bridge.perceive(Image.new("RGB", (28, 28)), "what is left")
+    assert seen.input_ids.shape[1] >= 2 + 16
     alone = ["links={words: {source: words, geometry: aligned}}", "drop.slots=0"]
     alone.append(f"out={config.out / 'alone'}")
     with pytest.raises(InputError, match=r"line \d: .*reads text only, but got a picture"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.reference import models
 from mm_c2c.training.log import append_log, cut_log, plot, read_log
 
@@ -90,3 +90,21 @@ def test_a_log_without_steps_is_refused(tmp_path: Path) -> None:
 def test_a_panel_is_drawn_for_each_log(tmp_path: Path) -> None:
     plot([models.SOURCE_FOLDER / "log.csv"] * 2, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"step,loss\n5,x\n", "cannot be read as a log"),
+        (b"step,loss\n5\n", "cannot be read as a log"),
+        (b"\xff\xfe\n", "cannot be read as a log"),
+        (b"loss\n5\n", "expected a column step, got loss"),
+        (None, "cannot be read as a log"),
+    ],
+)
+def test_what_is_no_log_is_said(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "log.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"log\.csv .*{message}"):
+        read_log(path)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.config import check_at_least_one, check_one_of, to_dict
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation.arms import (
     ARMS,
     FILES,
@@ -150,14 +151,15 @@ def _run(
 
     count = len(items)
     ends = [min(a + config.batch_size, count) for a in range(0, count, config.batch_size)]
+    folder, choice = config.items.parent, setting.among_options
+    known = [_asked_row(items[at], others[at], folder, choice=choice) for at in range(count)]
     answers = JsonLines(out / "answers.jsonl" if out else None, ends)
+    _check_rows(answers, known, arms)
     for end in tqdm(ends, desc="answers", disable=not progress):
         if end > len(answers.rows):
             here = range(len(answers.rows), end)
             replies = _reply(arms, [asked(at) for at in here])
-            folder, choice = config.items.parent, setting.among_options
-            rows = [_asked_row(items[at], others[at], folder, choice=choice) for at in here]
-            answers.append([row | reply for row, reply in zip(rows, replies, strict=True)])
+            answers.append([known[at] | reply for at, reply in zip(here, replies, strict=True)])
     turns = _spread(count, config.timed)
     times = JsonLines(out / "times.jsonl" if out else None, range(1, len(turns) + 1))
     todo = turns[len(times.rows) :]
@@ -267,6 +269,18 @@ def _asked_row(item: Item, other: int | None, folder: Path, *, choice: bool) -> 
         **({"lists_options": bool(item.row.get("options"))} if choice else {}),
         **({"shuffled_with": other} if other is not None else {}),
     }
+
+
+def _check_rows(kept: JsonLines, asked: list[dict[str, Any]], arms: Collection[str]) -> None:
+    """Refuse what was kept of other questions, or of other arms."""
+    for number, (row, wanted) in enumerate(zip(kept.rows, asked, strict=False), 1):
+        same = all(row.get(key) == wanted[key] for key in ("image", "question", "gold"))
+        if not same or set(row.get("answers", ())) != set(arms):
+            raise InputError(
+                f"{kept.path}, line {number}: expected answers of {', '.join(arms)} to "
+                f"{wanted['question']!r} about {wanted['image']}, got {reprlib.repr(row)}; give "
+                "another folder, or delete this one to start anew"
+            )
 
 
 def _time_row(arms: dict[str, Arm], bridge: Bridge, item: Item, asked: Asked) -> dict[str, Any]:

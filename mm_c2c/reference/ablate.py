@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from mm_c2c.config import set_key, to_dict, with_defaults
-from mm_c2c.errors import ConfigError
+from mm_c2c.errors import ConfigError, InputError
 from mm_c2c.evaluation.run import EvaluationConfig, evaluate, ordered
 from mm_c2c.evaluation.statistics import accuracy, draw_resamples
 from mm_c2c.evaluation.tasks import is_right, load_items
 from mm_c2c.reference.models import HERE
 from mm_c2c.reference.trainer import run
 from mm_c2c.reference.variants import Variant, build_variant
-from mm_c2c.run_folder import read_rows, write_json
+from mm_c2c.run_folder import read_object, read_rows, write_json
 
 _RESAMPLES = 10_000
 _JUDGEMENTS = "judgements.json"
@@ -79,6 +79,12 @@ class AblationConfig:
             raise ConfigError(
                 f"only: no variant is named {', '.join(unknown)}; known: {', '.join(self.variants)}"
             )
+        for where, settings in {"shared": self.shared, **self.variants}.items():
+            if taken := [key for key in settings if key.partition(".")[0] in ("seed", "out")]:
+                raise ConfigError(
+                    f"{where}: {', '.join(taken)} of each training follows from seeds and out of the "
+                    "whole; leave it out"
+                )
         variants = {name: self.variant(name, 0) for name in self.variants}
         for name in self.only or self.variants:
             if self.judged_at and not variants[name].pauses:
@@ -92,7 +98,10 @@ class AblationConfig:
         own = dict(self.variants[name])
         base = Path(own.pop("base", self.base))
         shared = self.shared if base == self.base else {}
-        settings = yaml.safe_load(base.read_text(encoding="utf-8"))
+        try:
+            settings = yaml.safe_load(base.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"base: cannot read {base} ({error})") from error
         place = {"seed": seed, "out": self.folder(name, seed)}
         for key, value in {**shared, **own, **place}.items():
             set_key(settings, key, copy.deepcopy(value))
@@ -105,6 +114,7 @@ class AblationConfig:
 
 def ablate(config: AblationConfig) -> None:
     """Train and evaluate what is not there yet, seed after seed."""
+    load_items(config.items)  # what cannot judge is said before anything is trained
     for seed in config.seeds:
         for name in config.only or config.variants:
             variant = config.variant(name, seed)
@@ -218,7 +228,7 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
     path = out / _JUDGEMENTS
     known: dict[str, dict[str, Any]] = {}
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_object(path)
     for summary in sorted(out.glob("*/evaluation*/summary.json")):
         training = summary.parent.parent
         run = known.setdefault(training.name, {"right": {}})
@@ -226,6 +236,8 @@ def read_judgements(out: Path) -> dict[str, dict[str, Any]]:
             run["settings"] = settings
         run["parameters"] = sum(map(_count_parameters, training.glob("*/*.safetensors")))
         rows = read_rows(summary.parent / "answers.jsonl")
+        if not rows:
+            raise InputError(f"{summary.parent} holds no answers; delete it to judge anew")
         run["right"][summary.parent.name.partition("-")[2] or _END] = {
             arm: "".join(str(int(is_right(row["answers"][arm], row["gold"]))) for row in rows)
             for arm in rows[0]["answers"]
@@ -246,7 +258,7 @@ def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_settings(training: Path) -> dict[str, Any]:
     path = training / _SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -88,6 +88,19 @@ def with_request(look: SourceInput, request: str) -> SourceInput:
     return replace(look, text="\n".join(part for part in (look.text, request) if part))
 
 
+def for_source(
+    sources: Mapping[str, Any], name: str, looks: Sequence[SourceInput]
+) -> Sequence[SourceInput]:
+    """What one of several sources is given of what is shown to all.
+
+    A reader of words beside a source that sees is not given the pictures; alone it refuses them.
+    """
+    sees = {key: getattr(source, "has_pictures", True) for key, source in sources.items()}
+    if sees[name] or not any(sees.values()):
+        return looks
+    return [replace(look, images=(), videos=()) for look in looks]
+
+
 class Source(Protocol):
     """A frozen model whose cache can be read."""
 

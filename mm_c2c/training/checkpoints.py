@@ -23,6 +23,11 @@ from mm_c2c.training.log import append_log, cut_log
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+def has_checkpoint(out: Path) -> bool:
+    """Whether a training left something to go on from."""
+    return (out / "last.pt").exists() or any(out.glob("step-*[0-9]"))
+
+
 class Checkpoints:
     """What a stopped training goes on from; written whole or not at all.
 

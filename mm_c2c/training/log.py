@@ -10,7 +10,8 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm_c2c.errors import ConfigError, run_main
+from mm_c2c.errors import ConfigError, InputError, run_main
+from mm_c2c.run_folder import make_room
 
 _COLUMNS = 3
 _NO_LOSSES = ("step", "seconds", "tokens_per_s", "open_gates")
@@ -42,11 +43,22 @@ def cut_log(path: Path, last_step: int) -> None:
 
 
 def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a log, by name; the first is the step."""
-    rows = list(csv.DictReader(_whole_lines(path)))
+    """The columns of a log, by name; the first is the step.
+
+    Raises:
+        ConfigError: it holds no steps yet.
+        InputError: it is no log, or damaged.
+    """
+    try:
+        rows = list(csv.DictReader(_whole_lines(path)))
+        columns = {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as a log ({error})") from error
     if not rows:
         raise ConfigError(f"{path} holds no steps yet")
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    if "step" not in columns:
+        raise InputError(f"{path} is no log: expected a column step, got {', '.join(columns)}")
+    return columns
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -87,6 +99,7 @@ def main() -> None:
     parser.add_argument("logs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    make_room(args.out)
     plot(args.logs, args.out)
 
 

@@ -20,7 +20,7 @@ from transformers import Cache
 
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache, fork, read_layers, select_rows, zeroed
-from mm_c2c.errors import InputError
+from mm_c2c.errors import InputError, UnsupportedError
 from mm_c2c.link import LinkConfig
 from mm_c2c.perception import FusedInputs, Perception
 from mm_c2c.rope import derotate
@@ -144,21 +144,16 @@ class Objective:
         Raises:
             InputError: an example has no description.
         """
-        model = self.bridge.target.model
         described = self.tell(asked, examples)
-        with torch.no_grad(), attention_returns(model) as told:
-            truth = self.read(described, asked)
         questions = self.bridge.question_tokens(self._questions(examples, asked))
-        answers = (truth.labels != -100).sum(1).tolist()
-        spans = [len(q) + a - 1 for q, a in zip(questions, answers, strict=True)]
-        with attention_returns(model) as returned:
-            read = self.read(fused, asked)
-        if match == "attention":
-            wanted, _ = self._last_returned(told, truth, spans)
-            found, real = self._last_returned(returned, read, spans)
-        else:
-            wanted, real = self._last_states(truth, spans)
-            found, _ = self._last_states(read, spans)
+        spans = [
+            len(question) + len(answer) - 1
+            for question, answer in zip(questions, self._answers(asked), strict=True)
+        ]
+        states = self._last_returned if match == "attention" else self._last_states
+        with torch.no_grad():
+            wanted, _ = states(described, asked, spans)
+        found, real = states(fused, asked, spans)
         count = real.sum((2, 3, 4), keepdim=True)
         mean = (wanted * real).sum(2, keepdim=True) / count
         spread = ((wanted - mean).pow(2) * real).sum(2, keepdim=True) / count
@@ -320,13 +315,16 @@ class Objective:
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [[*row, tokenizer.eos_token_id] for row in ids]
 
-    def _last_states(self, read: Read, spans: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """K without rotation and V of the last tokens of each row.
+    def _last_states(
+        self, fused: FusedInputs, asked: Asked, spans: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """K without rotation and V of the last tokens of each row, when all is read.
 
         Returns:
             `(layers, questions, tokens, 2, width)`, and where these are real: `(1, questions,
             tokens, 1, 1)`.
         """
+        read = self.read(fused, asked)
         layers, indices = read_layers(read.cache)
         index, real = _last_places(read.mask, spans)
         positions = count_positions(read.mask).gather(1, index)
@@ -339,15 +337,21 @@ class Objective:
             states.append(both.permute(0, 2, 3, 1, 4).flatten(3))
         return torch.stack(states).float(), real[None, :, :, None, None]
 
-    @staticmethod
     def _last_returned(
-        returned: Sequence[Tensor], read: Read, spans: Sequence[int]
+        self, fused: FusedInputs, asked: Asked, spans: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """What attention returned at the last tokens of each row, of those that were read on.
+        """What attention returns at the last tokens of each row, of those that are read on.
 
         Returns:
             `(layers, questions, tokens, 1, width)`, and where these are real, as `_last_states`.
         """
+        with attention_returns(self.bridge.target.model) as returned:
+            read = self.read(fused, asked)
+        if not returned:
+            raise UnsupportedError(
+                f"{self.bridge.target}: no layer tells what its attention returns; set "
+                "phases.reconstruct.match to cache"
+            )
         index, real = _last_places(read.mask, spans)
         index = index - (read.mask.shape[1] - returned[0].shape[1])
         at = index.clamp(min=0)[:, :, None]
@@ -362,8 +366,9 @@ def attention_returns(model: nn.Module) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, _given: Any, returned: Any) -> None:
-        # With its weights; recurrent layers and the MLPs of some families return a tensor alone.
-        if isinstance(returned, tuple):
+        # With its weights; recurrent layers and MLPs with an index return a tensor alone, and
+        # routers what is no state of each position.
+        if isinstance(returned, tuple) and returned[0].ndim == 3:
             found.append(returned[0])
 
     # A layer of some families has an index too; its attention is the innermost that has one.

@@ -14,7 +14,6 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,10 +26,16 @@ from torch import Tensor, nn
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
 from mm_c2c.config import to_dict, with_defaults
-from mm_c2c.errors import ConfigError, InputError, ShapeError
-from mm_c2c.run_folder import hold, write_json
-from mm_c2c.sources.base import SourceInput
+from mm_c2c.errors import (
+    AlignmentError,
+    ConfigError,
+    InputError,
+    ShapeError,
+)
+from mm_c2c.run_folder import hold, read_object, write_json
+from mm_c2c.sources.base import SourceInput, for_source
 from mm_c2c.target import Target
+from mm_c2c.training.checkpoints import has_checkpoint
 from mm_c2c.training.config import TrainingConfig
 from mm_c2c.training.data import Example, Examples, Turn, open_examples
 from mm_c2c.training.gumbel import GumbelNoise
@@ -43,6 +48,7 @@ from mm_c2c.training.packing import check_packs
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "config.json"
+_UNUSABLE = (InputError, ShapeError, AlignmentError)
 
 
 def train(config: TrainingConfig, until: int | None = None) -> None:
@@ -102,7 +108,7 @@ def run_loop(
     """Train fusers, with their settings beside what comes of it."""
     settings = to_dict(config)
     path = config.out / _SETTINGS
-    _compare(path, config)
+    known = _compare(path, config)
     trained = False
 
     def loss(number: int, rng: random.Random) -> Tensor:
@@ -113,7 +119,7 @@ def run_loop(
     def save(weights: Mapping[str, Tensor]) -> None:
         learner.save(weights)
         # Where no step was left to do, the weights came of the settings that stand there.
-        if trained or not path.is_file():
+        if trained or not known:
             write_json(path, settings)
 
     loop = Loop(
@@ -132,29 +138,36 @@ def run_loop(
     loop.run(learner.fusers, optimizers, learner.rate, loss, save, learner.gauges)
 
 
-def _compare(path: Path, config: TrainingConfig) -> None:
+def _compare(path: Path, config: TrainingConfig) -> bool:
     """Say where a training that goes on has other settings than it was saved with.
 
+    Returns:
+        Whether the settings that it was saved with are there.
+
     Raises:
-        ConfigError: they say what it begins with, which a checkpoint takes the place of.
+        ConfigError: they say what it began with, which the checkpoint takes the place of.
     """
     if not path.is_file():
-        return
+        return False
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        logger.warning("%s cannot be read (%s) and is written anew", path, error)
-        return
-    before = flatten(with_defaults(config, kept))
-    now = flatten(json.loads(json.dumps(to_dict(config))))
+        kept = read_object(path)
+    except InputError as error:
+        logger.warning("%s", error)
+        return False
+    both = [with_defaults(config, kept), json.loads(json.dumps(to_dict(config)))]
+    for settings in both:
+        if settings.get("start"):
+            settings["start"] = str(Path(settings["start"]).resolve())
+    before, now = map(flatten, both)
     changed = {
         key: f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
         if str(before.get(key)) != str(now.get(key))
     }
-    # What is frozen is in no checkpoint, and would be drawn anew.
-    begun = {"start", "seed"} if config.frozen else {"start"}
-    if found := [words for key, words in changed.items() if key in begun]:
+    # What is frozen is in no checkpoint: it is drawn anew, or read from the start.
+    begun = {"start", "seed"} if config.frozen and config.start is None else {"start"}
+    found = [words for key, words in changed.items() if key in begun]
+    if found and has_checkpoint(path.parent):
         raise ConfigError(
             f"{path.parent} holds a training that began otherwise ({', '.join(found)}): give "
             "another out, or go on with what it began with"
@@ -162,6 +175,7 @@ def _compare(path: Path, config: TrainingConfig) -> None:
     if changed:
         words = ", ".join(changed.values())
         logger.warning("%s: goes on with other settings: %s", path.parent, words)
+    return True
 
 
 def freeze(fusers: nn.ModuleDict, frozen: Sequence[str]) -> None:
@@ -223,17 +237,21 @@ class Trainer:
         """Of one process's share of a piece of a step; random by the examples' positions alone.
 
         Raises:
-            InputError: an example that cannot be learned from, and where it stands.
+            InputError, ShapeError, AlignmentError: an example that cannot be learned from, and
+                where it stands.
         """
         step, piece = divmod(number, self.config.accumulation)
+        examples, rngs = self.draw(step, piece)
+        states = [rng.getstate() for rng in rngs]
         try:
-            return self._cost(step, *self.draw(step, piece))
-        except (InputError, ShapeError):
-            for example, rng in zip(*self.draw(step, piece), strict=True):
+            return self._cost(step, examples, rngs)
+        except _UNUSABLE:
+            for example, rng, state in zip(examples, rngs, states, strict=True):
+                rng.setstate(state)
                 try:
                     self._cost(step, [example], [rng])
-                except (InputError, ShapeError) as alone:
-                    raise InputError(f"{example.where}: {alone}") from alone
+                except _UNUSABLE as alone:
+                    raise type(alone)(f"{example.where}: {alone}") from alone
             raise
 
     def _cost(self, step: int, examples: list[Example], rngs: list[random.Random]) -> Tensor:
@@ -271,12 +289,7 @@ class Trainer:
         """What a source makes of inputs: kept, or computed in its own precision."""
         source = self.bridge.sources[name]
         device = self.accelerator.device
-        sees = {
-            key: getattr(each, "has_pictures", True) for key, each in self.bridge.sources.items()
-        }
-        if not sees[name] and any(sees.values()):
-            # A reader of words beside a source that sees: the pictures are not for it.
-            looks = [replace(look, images=(), videos=()) for look in looks]
+        looks = for_source(self.bridge.sources, name, looks)
 
         def compute(rows: Sequence[int]) -> SourceCache:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
