@@ -297,7 +297,8 @@ def test_a_row_does_not_depend_on_its_neighbours(preset: str) -> None:
     both = fuser(source, target)
     for row in range(BATCH):
         alone = fuser(source[:, row : row + 1], target[:, row : row + 1])
-        torch.testing.assert_close(both[:, row : row + 1], alone, rtol=1e-5, atol=1e-6)
+        # Products of other sizes are summed in another order, which differs from CPU to CPU.
+        torch.testing.assert_close(both[:, row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

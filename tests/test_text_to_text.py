@@ -279,7 +279,6 @@ def test_frozen_models_are_loaded_in_the_dtype_that_the_config_says(
     "change",
     [
         "drop.sources=0.1",
-        "drop.slots=0.1",
         "frozen=[reader]",
         "data.questions=2",
         "accumulation=2",
