@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from mm_c2c.errors import ConfigError, InputError
 
+_ELSEWHERE = "; give another folder, or delete this one to start anew"
+
 
 class JsonLines:
     """Rows that are kept as they come, one JSON object a line.
@@ -92,16 +94,14 @@ def claim(folder: Path, settings: dict[str, Any], kind: type[Any] | None = None)
     if not path.exists():
         if (folder / "answers.jsonl").exists():
             raise ConfigError(
-                f"{folder} holds answers, and no {path.name} says of what; give another folder, or "
-                "delete this one to start anew"
+                f"{folder} holds answers, and no {path.name} says of what{_ELSEWHERE}"
             )
         write_json(path, settings)
         return
-    found = _defaults(kind) | read_object(path)
+    found = _defaults(kind) | read_object(path, _ELSEWHERE)
     if changed := sorted(key for key in found if settings.get(key) != found[key]):
         raise ConfigError(
-            f"{folder} holds a run with other settings ({', '.join(changed)} differ); give another "
-            "folder, or delete this one to start anew"
+            f"{folder} holds a run with other settings ({', '.join(changed)} differ){_ELSEWHERE}"
         )
 
 
@@ -126,11 +126,15 @@ def read_summary(run: Path, command: str = "mm-c2c evaluate --out") -> dict[str,
     path = run / "summary.json"
     if not path.is_file():
         raise InputError(f"{run} holds no finished run ({path.name}); make one with {command}")
-    return read_object(path)
+    return read_object(path, f"; make it anew with {command}")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, advice: str = "") -> dict[str, Any]:
     """The names and values of a JSON file.
+
+    Args:
+        path: the file.
+        advice: what to do where it cannot be read.
 
     Raises:
         InputError: it cannot be read, or holds something else.
@@ -138,9 +142,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); make it anew") from error
+        raise InputError(f"{path} cannot be read ({error}){advice}") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: expected names and values, got {reprlib.repr(found)}")
+        raise InputError(f"{path}: expected names and values, got {reprlib.repr(found)}{advice}")
     return found
 
 

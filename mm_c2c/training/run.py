@@ -152,7 +152,7 @@ def _compare(path: Path, config: TrainingConfig) -> bool:
     try:
         kept = read_object(path)
     except InputError as error:
-        logger.warning("%s", error)
+        logger.warning("%s; it is written anew", error)
         return False
     both = [with_defaults(config, kept), json.loads(json.dumps(to_dict(config)))]
     for settings in both:
