@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before huggingface_hub is imported, which otherwise tries for a minute what `_no_network` refuses.
@@ -23,6 +24,7 @@ from families_views import build_llava, build_paligemma
 from PIL import Image
 from policies import build_pi0, observe
 from tiny_vlm import TinyVLM, amplify, build_frozen, special_ids, train_tokenizer
+from training_rigs import save_settings
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -210,3 +212,15 @@ def pi0() -> PI0Source:
 def observations(pictures: list[Image.Image]) -> list[SourceInput]:
     """Two cameras and a short instruction; one camera and a long one."""
     return observe(pictures)
+
+
+@pytest.fixture
+def tiny_settings(
+    tiny_target: Any,
+    tiny_target_tokenizer: Any,
+    tiny_llava: TinyVLM,
+    pictures: list[Image.Image],
+    tmp_path: Path,
+) -> list[str]:
+    """What `configs/tiny.yaml` is told of models and examples that are made for it."""
+    return save_settings(tiny_target, tiny_target_tokenizer, tiny_llava, pictures, tmp_path)

@@ -16,7 +16,7 @@ from policies import build_pi0
 from safetensors.torch import load_file, save_file
 from smolvla import build_smol, pair_mask
 from tiny_vlm import TinyVLM
-from training_rigs import TINY, assert_same, go, save_settings
+from training_rigs import TINY, assert_same, go
 
 from mm_c2c import SourceCache, load_cache
 from mm_c2c.cache import LayerKV, PositionKind
@@ -263,16 +263,8 @@ def test_every_column_of_a_large_tensor_may_tell_it_from_others(source: VLMSourc
 
 
 @pytest.fixture
-def config(
-    tiny_target: Any,
-    tiny_target_tokenizer: Any,
-    tiny_llava: TinyVLM,
-    pictures: list[Image.Image],
-    tmp_path: Path,
-    fresh_accelerate: None,
-) -> TrainingConfig:
-    settings = save_settings(tiny_target, tiny_target_tokenizer, tiny_llava, pictures, tmp_path)
-    return load_config(TrainingConfig, TINY, settings)
+def config(tiny_settings: list[str], fresh_accelerate: None) -> TrainingConfig:
+    return load_config(TrainingConfig, TINY, tiny_settings)
 
 
 @pytest.fixture

@@ -19,9 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from tiny_vlm import TinyVLM
-from training_rigs import ROOT, TINY, assert_same, go, save_settings, weights
+from training_rigs import ROOT, TINY, assert_same, go, weights
 
 from mm_c2c import Bridge
 from mm_c2c.cli import main
@@ -38,27 +36,16 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
-def settings(
-    tiny_target: Any,
-    tiny_target_tokenizer: Any,
-    tiny_llava: TinyVLM,
-    pictures: list[Image.Image],
-    tmp_path: Path,
-) -> list[str]:
-    return save_settings(tiny_target, tiny_target_tokenizer, tiny_llava, pictures, tmp_path)
-
-
-@pytest.fixture
-def config(settings: list[str]) -> TrainingConfig:
-    return load_config(TrainingConfig, TINY, settings)
+def config(tiny_settings: list[str]) -> TrainingConfig:
+    return load_config(TrainingConfig, TINY, tiny_settings)
 
 
 def test_tiny_yaml_trains_two_steps_and_resumes(
-    settings: list[str], config: TrainingConfig, tmp_path: Path
+    tiny_settings: list[str], config: TrainingConfig, tmp_path: Path
 ) -> None:
-    assert main(["train", str(TINY), *settings]) == 0
+    assert main(["train", str(TINY), *tiny_settings]) == 0
     before = weights(config.out)
-    assert main(["train", str(TINY), *settings, "phases.generate.steps=4"]) == 0
+    assert main(["train", str(TINY), *tiny_settings, "phases.generate.steps=4"]) == 0
     after = weights(config.out)
     log = read_log(config.out / "log.csv")
     assert log["step"] == [1, 2, 3, 4, 5, 6]
@@ -88,9 +75,9 @@ def launch_two(command: list[str], environment: dict[str, str]) -> None:
 
 
 def test_two_processes_give_the_weights_of_one(
-    settings: list[str], config: TrainingConfig, tmp_path: Path
+    tiny_settings: list[str], config: TrainingConfig, tmp_path: Path
 ) -> None:
-    settings = [*settings, "batch_size=4", "optimizer.name=adamw"]
+    settings = [*tiny_settings, "batch_size=4", "optimizer.name=adamw"]
     expected = go(override(config, ["batch_size=4", "optimizer.name=adamw"]))
     two = [*settings, f"out={tmp_path / 'two'}"]
     # accelerate's own launcher starts several CPU processes through MPI only.
@@ -103,12 +90,12 @@ def test_two_processes_give_the_weights_of_one(
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_weights_sharded_over_two_processes_are_those_of_one_also_resumed(
-    settings: list[str], config: TrainingConfig, tmp_path: Path, strategy: str
+    tiny_settings: list[str], config: TrainingConfig, tmp_path: Path, strategy: str
 ) -> None:
     if strategy == "deepspeed":
         pytest.importorskip("deepspeed", reason="DS_BUILD_OPS=0 pip install deepspeed")
     expected = go(override(config, ["batch_size=4", "optimizer.name=adamw"]))
-    settings = [*settings, "batch_size=4", "optimizer.name=adamw", f"out={tmp_path / 'two'}"]
+    settings = [*tiny_settings, "batch_size=4", "optimizer.name=adamw", f"out={tmp_path / 'two'}"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -270,7 +257,7 @@ def test_settings_are_kept_with_what_came_of_them_and_changes_are_said(
     assert json.loads(path.read_text())["seed"] == 9
 
 
-def test_what_cannot_be_is_refused(config: TrainingConfig, settings: list[str]) -> None:
+def test_what_cannot_be_is_refused(config: TrainingConfig, tiny_settings: list[str]) -> None:
     for setting, message in (
         ("precision=fp16", "precision must be one of fp32, bf16"),
         ("links.eyes.row=3", r"unknown key 'links.eyes.row'; did you mean 'rows'"),

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from tiny_vlm import TinyVLM
-from training_rigs import TINY, WORDS, assert_same, go, save_settings
+from training_rigs import TINY, WORDS, assert_same, go
 
 from mm_c2c import FuserConfig, LinkConfig
 from mm_c2c.cache import CacheShape
@@ -35,19 +33,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
-def settings(
-    tiny_target: Any,
-    tiny_target_tokenizer: Any,
-    tiny_llava: TinyVLM,
-    pictures: list[Image.Image],
-    tmp_path: Path,
-) -> list[str]:
-    return save_settings(tiny_target, tiny_target_tokenizer, tiny_llava, pictures, tmp_path)
-
-
-@pytest.fixture
-def config(settings: list[str]) -> TrainingConfig:
-    return load_config(TrainingConfig, TINY, settings)
+def config(tiny_settings: list[str]) -> TrainingConfig:
+    return load_config(TrainingConfig, TINY, tiny_settings)
 
 
 def build_trainer(config: TrainingConfig) -> Trainer:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tiny_vlm import TinyVLM
-from training_rigs import TINY, assert_same, go, save_settings, weights
+from training_rigs import TINY, assert_same, go, weights
 
 from mm_c2c import Bridge
 from mm_c2c.config import load_config, override
@@ -27,15 +26,8 @@ NO_FIRST_PHASE = "phases.reconstruct.steps=0"
 
 
 @pytest.fixture
-def config(
-    tiny_target: Any,
-    tiny_target_tokenizer: Any,
-    tiny_llava: TinyVLM,
-    pictures: list[Image.Image],
-    tmp_path: Path,
-) -> TrainingConfig:
-    settings = save_settings(tiny_target, tiny_target_tokenizer, tiny_llava, pictures, tmp_path)
-    return load_config(TrainingConfig, TINY, settings)
+def config(tiny_settings: list[str]) -> TrainingConfig:
+    return load_config(TrainingConfig, TINY, tiny_settings)
 
 
 # --- examples -----------------------------------------------------------------------------
