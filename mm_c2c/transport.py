@@ -83,7 +83,9 @@ def load_cache(path: str | Path, device: torch.device | str = "cpu") -> SourceCa
         )
     kinds = set(tensors["kinds"].flatten().tolist()) if "kinds" in tensors else set()
     if not kinds <= set(PositionKind):
-        raise MismatchError(f"{path}: kinds has {sorted(kinds)}, expected those of PositionKind")
+        # As text: of a damaged header they may be complex numbers, which have no order.
+        held = ", ".join(sorted(map(str, kinds)))
+        raise MismatchError(f"{path}: kinds has {held}, expected those of PositionKind")
     return _build(path, header, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 

@@ -225,6 +225,19 @@ def test_a_changed_byte_is_refused_or_changes_nothing(data: st.DataObject, saved
         assert_same_cache(cache, plain_cache())  # white space between two words of the header
 
 
+@pytest.mark.parametrize("letter", "CFU")
+@pytest.mark.parametrize("name", ["kinds", "position_ids", "patches", "spans"])
+def test_another_kind_of_number_of_the_same_bytes_is_refused(
+    saved: Path, name: str, letter: str
+) -> None:
+    save_cache(plain_cache(), saved)
+    content = saved.read_bytes()
+    place = content.index(b'"I64"', content.index(f'"{name}":'.encode())) + 1
+    saved.write_bytes(content[:place] + letter.encode() + content[place + 1 :])
+    with pytest.raises(MismatchError, match=str(saved)):
+        load_cache(saved)
+
+
 def test_every_byte_of_the_tensors_counts(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     content[-1] ^= 1
@@ -257,7 +270,7 @@ def test_a_cache_of_another_format_is_refused(saved: Path) -> None:
         ({"keys.1": torch.zeros(2, 2, 3, 8)}, r"layer 3: expected .* got \(2, 2, 3, 8\)"),
         ({"kinds": torch.zeros(2, 4)}, "layer 0: expected .*seq_len=4"),
         ({"kinds": torch.zeros(6)}, "do not fit together"),
-        ({"kinds": torch.full((2, 3), 9)}, r"kinds has \[9\], expected those of PositionKind"),
+        ({"kinds": torch.full((2, 3), 9)}, r"kinds has 9, expected those of PositionKind"),
         ({"position_ids": torch.zeros(1, 3)}, r"position_ids is \(1, 3\), expected \(2, 3\) or"),
         ({"patches": torch.zeros(2, 3, 2)}, r"patches is \(2, 3, 2\), expected \(2, 3, 3\)"),
         ({"spans": torch.zeros(2, 3, 3)}, r"spans is \(2, 3, 3\), expected \(2, 3, 2\)"),
