@@ -22,7 +22,6 @@ from mm_c2c.training.kept import KeptCaches
 from mm_c2c.training.models import load_source, load_target
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-NO_FIRST_PHASE = "phases.reconstruct.steps=0"
 
 
 @pytest.fixture
