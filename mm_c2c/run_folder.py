@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from mm_c2c.errors import ConfigError, InputError
 
-_ELSEWHERE = "; give another folder, or delete this one to start anew"
+ELSEWHERE = "; give another folder, or delete this one to start anew"
+"""What to do where a folder holds another run, or a damaged one."""
 
 
 class JsonLines:
@@ -93,15 +94,13 @@ def claim(folder: Path, settings: dict[str, Any], kind: type[Any] | None = None)
     path = folder / "config.json"
     if not path.exists():
         if (folder / "answers.jsonl").exists():
-            raise ConfigError(
-                f"{folder} holds answers, and no {path.name} says of what{_ELSEWHERE}"
-            )
+            raise ConfigError(f"{folder} holds answers, and no {path.name} says of what{ELSEWHERE}")
         write_json(path, settings)
         return
-    found = _defaults(kind) | read_object(path, _ELSEWHERE)
+    found = _defaults(kind) | read_object(path, ELSEWHERE)
     if changed := sorted(key for key in found if settings.get(key) != found[key]):
         raise ConfigError(
-            f"{folder} holds a run with other settings ({', '.join(changed)} differ){_ELSEWHERE}"
+            f"{folder} holds a run with other settings ({', '.join(changed)} differ){ELSEWHERE}"
         )
 
 

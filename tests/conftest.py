@@ -6,6 +6,7 @@ transposed axis or a swapped tokenizer cannot pass unseen. Weights come from a f
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from families_views import build_llava, build_paligemma
 from PIL import Image
 from policies import build_pi0, observe
 from tiny_vlm import TinyVLM, amplify, build_frozen, special_ids, train_tokenizer
-from training_rigs import save_settings
+from training_rigs import WORDS
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -222,5 +223,29 @@ def tiny_settings(
     pictures: list[Image.Image],
     tmp_path: Path,
 ) -> list[str]:
-    """What `configs/tiny.yaml` is told of models and examples that are made for it."""
-    return save_settings(tiny_target, tiny_target_tokenizer, tiny_llava, pictures, tmp_path)
+    """What `configs/tiny.yaml` is told: two models, three examples with several questions."""
+    for name, model, reader in (
+        ("target", tiny_target, tiny_target_tokenizer),
+        ("source", *reversed(tiny_llava)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        reader.save_pretrained(tmp_path / name)
+    lines = []
+    for index, count in enumerate((1, 3, 2)):
+        picture = pictures[index % 2].rotate(90 * index)
+        picture.save(tmp_path / f"{index}.png")
+        for question in WORDS[:count]:
+            row = {
+                "image": f"{index}.png",
+                "question": question,
+                "answer": ["red", "a blue circle", "cat"][index],
+                "caption": f"picture {index} shows a square and a cat",
+            }
+            lines.append(json.dumps(row) + "\n")
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    return [
+        f"sources.eyes.model={tmp_path / 'source'}",
+        f"target.model={tmp_path / 'target'}",
+        f"data.path={tmp_path / 'data.jsonl'}",
+        f"out={tmp_path / 'out'}",
+    ]

@@ -37,7 +37,7 @@ from mm_c2c.evaluation.summary import summarise
 from mm_c2c.evaluation.tasks import Item, load_items
 from mm_c2c.pretrained import fingerprint, fingerprint_weights
 from mm_c2c.reference.models import HERE
-from mm_c2c.run_folder import JsonLines, claim, hold, write_json
+from mm_c2c.run_folder import ELSEWHERE, JsonLines, claim, hold, write_json
 
 _WARM_UP = 2
 DECODINGS = ("free", "choice")
@@ -278,8 +278,7 @@ def _check_rows(kept: JsonLines, asked: list[dict[str, Any]], arms: Collection[s
         if not same or set(row.get("answers", ())) != set(arms):
             raise InputError(
                 f"{kept.path}, line {number}: expected answers of {', '.join(arms)} to "
-                f"{wanted['question']!r} about {wanted['image']}, got {reprlib.repr(row)}; give "
-                "another folder, or delete this one to start anew"
+                f"{wanted['question']!r} about {wanted['image']}, got {reprlib.repr(row)}{ELSEWHERE}"
             )
 
 

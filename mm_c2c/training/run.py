@@ -26,12 +26,7 @@ from torch import Tensor, nn
 from mm_c2c.bridge import Bridge
 from mm_c2c.cache import SourceCache
 from mm_c2c.config import to_dict, with_defaults
-from mm_c2c.errors import (
-    AlignmentError,
-    ConfigError,
-    InputError,
-    ShapeError,
-)
+from mm_c2c.errors import AlignmentError, ConfigError, InputError, ShapeError
 from mm_c2c.run_folder import hold, read_object, write_json
 from mm_c2c.sources.base import SourceInput, for_source
 from mm_c2c.target import Target
